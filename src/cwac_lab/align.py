@@ -1,0 +1,29 @@
+"""Build the aligned start model that runs share (cached): ``python -m cwac_lab.align model=qwen``."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from cwac_lab import cli
+
+
+def main(config: DictConfig) -> None:
+    """Align, and print the rates before and after on the validation pool."""
+    from cwac_lab.config import read
+    from cwac_lab.preparation import start
+    from cwac_lab.results.console import Screen
+    from cwac_lab.training.alignment import alignment_report
+
+    screen = Screen()
+    begin = start(read(config), screen.say)
+    report = alignment_report(begin.folder.path)
+    if report is None:
+        screen.say(f"{begin.folder.description}: not aligned here (model.align=none)")
+        return
+    screen.result("before alignment, validation pool", report["before"])
+    screen.result(f"{begin.folder.description}, validation pool", report["after"])
+    screen.say(f"cached: {begin.folder.path}")
+
+
+if __name__ == "__main__":
+    cli.launch(main)

@@ -1,0 +1,75 @@
+"""Step time of the constraints beside plain fine-tuning, on the same batches in one process.
+
+``python -m cwac_lab.benchmark model=smollm`` prepares what is missing first, and evaluates nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+
+from cwac_lab import cli
+
+STEPS, ROUNDS = 8, 2
+
+
+class _Clock(L.Callback):
+    """Notes the time at the end of every batch."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Note the time."""
+        self.ticks.append(time.perf_counter())
+
+
+def main(config: DictConfig) -> None:
+    """Time none, weight, activation and coupled in turn, in two rounds, so that a drift of the machine would show."""
+    from cwac_lab.config import read
+    from cwac_lab.constraints.coupled import CoupledConstraint
+    from cwac_lab.constraints.none import NoConstraint
+    from cwac_lab.data import mixing
+    from cwac_lab.errors import ConfigError
+    from cwac_lab.experiment import task_data
+    from cwac_lab.models.loading import load_chat, load_model
+    from cwac_lab.preparation import artefacts, start
+    from cwac_lab.results.console import Screen
+    from cwac_lab.training.loop import fit
+
+    screen, steps = Screen(), {}
+    for turn in range(ROUNDS):
+        for label in ("none", "weight", "activation", "coupled"):
+            run = read(config)
+            coupled = run.constraint
+            if not isinstance(coupled, CoupledConstraint):
+                raise ConfigError("constraint", run.constraint_name, "coupled (its parts are timed one by one too)")
+            parts = {"weight": coupled.weight, "activation": coupled.activation, "coupled": coupled}
+            defense = parts.get(label, NoConstraint())
+            begin = start(run, screen.say)
+            chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
+            model = load_model(begin.folder.path, run.trainer.dtype)
+            n = run.trainer.batch_size * (STEPS + 1)
+            harmful = begin.pools.get("harmful", "finetune")
+            rows = mixing.mix(task_data(run).train, harmful, n=n, ratio=run.harmful_ratio, mixing="replace", seed=0)
+            context, _ = artefacts(run, begin, model, chat, screen.say)
+            defense.prepare(context)
+            clock = _Clock()
+            examples = [chat.encode(row.prompt, row.response) for row in rows]
+            fit(model, examples, chat.pad_id, defense, run.trainer, 0, callbacks=[clock])
+            taken = [later - earlier for earlier, later in pairwise(clock.ticks)]
+            steps.setdefault(label, []).extend(taken)
+            screen.say(f"round {turn + 1}, {label}: median {statistics.median(taken):.2f} s a step over {len(taken)} steps")
+    base = statistics.median(steps["none"])
+    for label, taken in steps.items():
+        median = statistics.median(taken)
+        screen.say(f"{label}: {median:.2f} s a step, {median / base:.2f} times none (n={len(taken)})")
+
+
+if __name__ == "__main__":
+    cli.launch(main)

@@ -1,0 +1,261 @@
+"""The typed run configuration: Hydra composes it, this module checks it, before anything heavy happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, TypeVar
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from cwac_lab.data.mixing import counts
+from cwac_lab.data.pools import check_plan
+from cwac_lab.data.sources import DataConfig
+from cwac_lab.data.tasks.base import Task
+from cwac_lab.defense import Defense
+from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.models.loading import ModelConfig, choose_weights
+from cwac_lab.sae.train import SAEConfig
+from cwac_lab.training.loop import LoggerConfig
+from cwac_lab.training.module import TrainerConfig
+
+T = TypeVar("T")
+# Settings that do not change what a run computes; they are left out of its key.
+INCIDENTAL = ("logger", "output_root", "cache_root", "force", "trainer.progress_bar", "trainer.export")
+
+
+@dataclass
+class ProfileConfig:
+    """The ``profile`` group: which weights are used; its YAML also overlays other groups."""
+
+    name: str = "embedded"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("name", self.name, ("embedded", "small", "paper"))
+
+
+@dataclass
+class AlignConfig:
+    """Settings of the alignment stage.
+
+    Attributes:
+        epochs: Passes over refusals and own answers.
+        learning_rate: Of AdamW, constant.
+        batch_size: Rows per step.
+        answer_tokens: Length of the model's own answers to harmless prompts.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 3e-5
+    batch_size: int = 8
+    answer_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for key in ("epochs", "batch_size", "answer_tokens"):
+            in_range(key, getattr(self, key), 1)
+        in_range("learning_rate", self.learning_rate, 0, open_low=True)
+
+
+@dataclass
+class EvaluationConfig:
+    """Settings of evaluation.
+
+    Attributes:
+        split: ``test``, or ``validation`` for every choice of a setting.
+        batch_size: Prompts per batch of generation.
+        max_new_tokens: Length of answers to harmful and harmless prompts.
+    """
+
+    split: str = "test"
+    batch_size: int = 32
+    max_new_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("split", self.split, ("test", "validation"))
+        in_range("batch_size", self.batch_size, 1)
+        in_range("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass
+class Run:
+    """A checked configuration: plain settings, and the task and defence as objects."""
+
+    task: Task
+    constraint: Defense
+    constraint_name: str
+    model: ModelConfig
+    profile: ProfileConfig
+    data: DataConfig
+    sae: SAEConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    align: AlignConfig
+    evaluation: EvaluationConfig
+    harmful_ratio: float
+    seed: int
+    finetune: bool
+    force: bool
+    output_root: str
+    cache_root: str
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+
+def _construct(key: str, cls: type[T], node: DictConfig) -> T:
+    values: dict[str, Any] = {}
+    for name in node:
+        child = node._get_node(name)
+        kind = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
+        if kind is not None and is_dataclass(kind) and not child._is_none():
+            values[str(name)] = _construct(f"{key}.{name}", kind, child)
+        else:
+            part = node[name]
+            values[str(name)] = OmegaConf.to_object(part) if OmegaConf.is_config(part) else part
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error.key}", error.value, error.accepted) from None
+
+
+def bind(key: str, cls: type[T], node: Any) -> T:
+    """Return an instance of a dataclass from a config node; unknown keys and wrong types are errors.
+
+    Raises:
+        ConfigError: Naming the full key, the value, and what would be accepted.
+    """
+    schema = OmegaConf.structured(cls)
+    try:
+        merged = OmegaConf.merge(schema, node)
+    except ConfigKeyError as error:
+        inner = str(error.full_key).removeprefix("_target_")
+        parent = OmegaConf.select(schema, inner.rpartition(".")[0]) if "." in inner else schema
+        seen = OmegaConf.select(node, inner)
+        raise ConfigError(f"{key}.{inner}", seen, f"one of the keys {', '.join(map(str, parent))}") from None
+    except (ValidationError, OmegaConfBaseException) as error:
+        first = str(error).splitlines()[0]
+        inner = str(error.full_key or "")
+        raise ConfigError(
+            f"{key}.{inner}".rstrip("."), OmegaConf.select(node, inner), f"a value that fits ({first})"
+        ) from None
+    return _construct(key, cls, merged)
+
+
+def _without_targets(node: DictConfig) -> DictConfig:
+    plain = OmegaConf.to_container(node, resolve=True)
+
+    def strip(value: Any) -> Any:
+        return (
+            {k: strip(v) for k, v in value.items() if k not in ("_target_", "label")}
+            if isinstance(value, dict)
+            else value
+        )
+
+    return OmegaConf.create(strip(plain))
+
+
+def bind_target(key: str, base: type[T], node: DictConfig) -> T:
+    """Return the object that a node's ``_target_`` names; the class must be one of this package.
+
+    Raises:
+        ConfigError: If the class is unknown, of another kind, or its fields do not fit.
+    """
+    target = str(node.get("_target_", ""))
+    accepted = f"the path of a {base.__name__} in cwac_lab"
+    if not target.startswith("cwac_lab."):
+        raise ConfigError(f"{key}._target_", target, accepted)
+    try:
+        cls = get_class(target)
+    except (ImportError, ValueError):
+        raise ConfigError(f"{key}._target_", target, accepted) from None
+    if not issubclass(cls, base):
+        raise ConfigError(f"{key}._target_", target, accepted)
+    return bind(key, cls, _without_targets(node))
+
+
+def _scalars(config: DictConfig) -> dict[str, Any]:
+    ratio, seed = config.harmful_ratio, config.seed
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise ConfigError("harmful_ratio", ratio, "a number in [0, 1]")
+    in_range("harmful_ratio", ratio, 0, 1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError("seed", seed, "an integer >= 0")
+    in_range("seed", seed, 0)
+    for key in ("finetune", "force"):
+        one_of(key, config[key], (True, False))
+    return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config.finetune, "force": config.force}
+
+
+def read(config: DictConfig) -> Run:
+    """Check a composed configuration and return it typed; loads no data and no weights.
+
+    Raises:
+        ConfigError: One line that names the key, the value and what is accepted.
+    """
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(str(error.full_key), "???", "a value (it has no default)") from None
+    assert isinstance(resolved, dict)
+    config = OmegaConf.create(resolved)
+    plain = _scalars(config)
+    constraint_name = str(config.constraint.get("label", "?"))
+    run = Run(
+        task=bind_target("task", Task, config.task),
+        constraint=bind_target("constraint", Defense, config.constraint),
+        constraint_name=constraint_name,
+        model=bind("model", ModelConfig, config.model),
+        profile=bind("profile", ProfileConfig, config.profile),
+        data=bind("data", DataConfig, config.data),
+        sae=bind("sae", SAEConfig, config.sae),
+        trainer=bind("trainer", TrainerConfig, config.trainer),
+        logger=bind("logger", LoggerConfig, config.logger),
+        align=bind("align", AlignConfig, config.align),
+        evaluation=bind("evaluation", EvaluationConfig, config.evaluation),
+        **plain,
+        output_root=str(config.output_root),
+        cache_root=str(config.cache_root),
+        resolved={str(k): v for k, v in resolved.items()},
+    )
+    _cross_check(run)
+    return run
+
+
+def _total(plan: dict[str, dict[str, int]], pool: str) -> int:
+    return sum(plan.get(pool, {}).values())
+
+
+def _cross_check(run: Run) -> None:
+    """Check what concerns more than one group."""
+    choose_weights(run.model, run.profile.name)
+    check_plan(run.data)
+    needs = run.constraint.requirements
+    if run.finetune and needs.reference_prompts and not _total(run.data.harmful, "reference"):
+        raise ConfigError(
+            "data.harmful.reference", 0, f">= 1 prompts: constraint={run.constraint_name} holds refusals on them"
+        )
+    if run.finetune and needs.features is not None and not _total(run.data.harmless, "reference"):
+        raise ConfigError(
+            "data.harmless.reference", 0, f">= 1 prompts: constraint={run.constraint_name} scores latents on them"
+        )
+    if needs.features is not None and needs.features.n_latents > run.sae.n_latents:
+        raise ConfigError(
+            "constraint.n_latents", needs.features.n_latents, f"at most sae.n_latents={run.sae.n_latents}"
+        )
+    _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
+    held = _total(run.data.harmful, "finetune")
+    if run.finetune and harmful > held:
+        most = held / run.data.n_train
+        raise ConfigError(
+            "harmful_ratio",
+            run.harmful_ratio,
+            f"at most {most:g} with data.n_train={run.data.n_train} (pool of {held} harmful rows)",
+        )
+    if run.model.align != "none" and not (
+        _total(run.data.harmful, "alignment") and _total(run.data.harmless, "alignment")
+    ):
+        raise ConfigError(
+            "model.align", run.model.align, "none, or prompts in data.harmful.alignment and data.harmless.alignment"
+        )

@@ -1,0 +1,1 @@
+"""The paper's constraints: on weights, on activations, and both at once."""

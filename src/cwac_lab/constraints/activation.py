@@ -1,0 +1,142 @@
+"""Activation constraint: safety latents of a sparse autoencoder stay where they were (CWAC, eq. of L_safety).
+
+    L_safety = 1/B sum_b || z_b(theta)[S] - z_b(theta_0)[S] ||^2,   L_total = L_task + lambda L_safety
+
+With ``code=pre`` (default) z is the pre-activation of the chosen latents, which is affine in the residual x:
+``z - z_0 = (x - x_0) W_enc[:, S]``. So the autoencoder chooses directions, and the penalty is a quadratic form of rank
+at most ``|S|`` on the residual; it holds these directions also where the latent is silent. ``code=topk`` is the paper's
+literal TopK-masked activation, which has no gradient for a latent that fell out of the top k. Each latent is divided
+by its standard deviation at the start, and the squares are averaged over latents, positions and prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cwac_lab.data.batches import pad
+from cwac_lab.defense import Batch, Context, Defense, Requirements
+from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.models.capture import layer_outputs, penalty_positions
+from cwac_lab.sae.latents import FeatureSpec, LayerFeatures, topk_codes
+
+SELECTIONS = ("mean_difference", "frequency_difference", "attribution", "random")
+
+
+def encode(x: Float[Tensor, "N D"], features: LayerFeatures, code: str) -> Float[Tensor, "N S"]:
+    """Return the chosen latents of residuals, in units of their standard deviation before fine-tuning."""
+    if code == "pre":
+        chosen = x.float() @ features.weight[:, features.latents] + features.bias[features.latents]
+    else:
+        chosen = topk_codes(x.float(), features.weight, features.bias, features.k)[:, features.latents]
+    return chosen / features.scale
+
+
+@dataclass
+class ActivationConstraint(Defense):
+    """Hold safety latents at their value before fine-tuning, on reference harmful prompts.
+
+    Attributes:
+        strength: Lambda of the paper; 0 switches the constraint off.
+        depths: Relative depths of the layers whose output is encoded; the paper's is near 0.6.
+        n_latents: Latents per layer, |S| in the paper.
+        selection: Score of the latents, one of ``SELECTIONS``.
+        code: ``pre`` or ``topk`` (the paper's literal).
+        positions: ``all`` prompt tokens but sinks, or the ``last`` ``n_last``.
+        n_last: How many last tokens.
+        batch_size: Reference prompts per penalty.
+        every_n_steps: The penalty is computed every n-th step and multiplied by n, which keeps its expectation.
+    """
+
+    strength: float = 3.0
+    depths: list[float] = field(default_factory=lambda: [0.94])
+    n_latents: int = 100
+    selection: str = "mean_difference"
+    code: str = "pre"
+    positions: str = "last"
+    n_last: int = 5
+    batch_size: int = 4
+    every_n_steps: int = 1
+
+    name: ClassVar[str] = "activation"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        in_range("strength", self.strength, 0)
+        if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
+            raise ConfigError("depths", list(self.depths), "a list of relative depths in [0, 1)")
+        one_of("selection", self.selection, SELECTIONS)
+        one_of("code", self.code, ("pre", "topk"))
+        one_of("positions", self.positions, ("all", "last"))
+        for key in ("n_latents", "n_last", "batch_size", "every_n_steps"):
+            in_range(key, getattr(self, key), 1)
+        self._features: tuple[LayerFeatures, ...] = ()
+
+    @property
+    def requirements(self) -> Requirements:
+        """Reference prompts, and the autoencoders' directions at the chosen layers."""
+        if self.strength == 0:
+            return Requirements()
+        spec = FeatureSpec(tuple(self.depths), self.n_latents, self.selection, self.positions, self.n_last)
+        return Requirements(reference_prompts=True, features=spec)
+
+    def prepare(self, context: Context) -> None:
+        """Compute the latents of all reference prompts before fine-tuning, once."""
+        device = context.model.device
+        self._features = tuple(features.to(device) for features in context.features)
+        self._reference, self._pad_id, self._seed = context.reference, context.pad_id, context.seed
+        if not self._features:
+            return
+        self._start: list[list[Tensor]] = []
+        self._held: list[list[Tensor]] = []
+        with torch.no_grad():
+            for prompt in self._reference:
+                ids, mask = pad([prompt], self._pad_id)
+                ids, mask = ids.to(device), mask.to(device)
+                outputs = self._residuals(context.model, ids, mask)
+                held = [
+                    penalty_positions(outputs[f.layer], mask, self.positions, self.n_last)[0] for f in self._features
+                ]
+                self._held.append(held)
+                codes = [
+                    encode(outputs[f.layer][0][h], f, self.code) for f, h in zip(self._features, held, strict=True)
+                ]
+                self._start.append(codes)
+
+    def _residuals(self, model: Any, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> dict[int, Tensor]:
+        """Return the residual stream of shape (B, T, D) at the hooked layers."""
+        return layer_outputs(model, [f.layer for f in self._features], ids, mask)
+
+    def _rows(self, step: int) -> list[int]:
+        """Return the reference prompts of a step: each pass over them is shuffled, and depends on the step alone."""
+        n, rows = len(self._reference), []
+        first = step // self.every_n_steps * self.batch_size
+        for position in range(first, first + self.batch_size):
+            order = list(range(n))
+            random.Random(f"reference/{self._seed}/{position // n}").shuffle(order)
+            rows.append(order[position % n])
+        return rows
+
+    def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
+        """Return ``lambda L_safety`` on some reference prompts, of shape (); nothing on steps that are left out."""
+        if not self._features or step % self.every_n_steps:
+            return {}
+        rows = self._rows(step)
+        ids, mask = pad([self._reference[row] for row in rows], self._pad_id)
+        outputs = self._residuals(model, ids.to(model.device), mask.to(model.device))
+        distances = []
+        for index, features in enumerate(self._features):
+            for place, row in enumerate(rows):
+                held = self._held[row][index]
+                now = encode(outputs[features.layer][place][: len(held)][held], features, self.code)
+                distances.append((now - self._start[row][index]).square().mean())
+        return {"safety": self.strength * self.every_n_steps * torch.stack(distances).mean()}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the chosen latents of every layer."""
+        return {"latents": {str(f.layer): f.latents.tolist() for f in self._features}}

@@ -1,0 +1,139 @@
+"""Weight constraint: updates stay in the safety subspace (CWAC, section on the weight constraint).
+
+For a linear layer with inputs X on reference harmful prompts, ``C = X X^T``, the paper keeps updates in the span U of
+the eigenvectors of small eigenvalues, ``dW <- dW U U^T``, so that ``dW X ~= 0``. Here the complement V (leading
+eigenvectors, ``U U^T = I - V V^T``) is stored, and by default the *applied* update is projected, because AdamW moves
+weights out of the subspace even when every gradient lies in it (elementwise scaling, weight decay).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cwac_lab import linalg
+from cwac_lab.defense import Context, Defense, Requirements
+from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.models.sites import SCOPES, linears
+from cwac_lab.subspace.basis import SubspaceSpec
+
+
+@dataclass
+class _Constrained:
+    """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k)."""
+
+    name: str
+    weight: torch.nn.Parameter
+    basis: Float[Tensor, "d k"]
+    anchor: Float[Tensor, "m k"]
+
+
+@dataclass
+class WeightConstraint(Defense):
+    """Keep ``(W - W0) V = 0`` for the chosen linear layers.
+
+    Attributes:
+        modules: Scope; the paper's is ``ffn_out``.
+        trainable: ``all`` as in the paper, or ``constrained``: freeze whatever is not constrained.
+        projection: ``update`` (exact under any optimizer) or ``gradient`` (the paper's literal text).
+        energy: Share of the trace of C that is protected; exclusive with ``rank``.
+        rank: Fixed number of protected directions; 0 switches the constraint off.
+        tokens: ``all`` reference tokens, or ``no_sinks``.
+        normalize: Unit-norm tokens in C.
+        leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
+    """
+
+    modules: str = "all_linear"
+    trainable: str = "constrained"
+    projection: str = "update"
+    energy: float | None = 0.99
+    rank: int | None = None
+    tokens: str = "all"
+    normalize: bool = False
+    leak_every_n_steps: int = 10
+
+    name: ClassVar[str] = "weight"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("modules", self.modules, SCOPES)
+        one_of("trainable", self.trainable, ("all", "constrained"))
+        one_of("projection", self.projection, ("update", "gradient"))
+        one_of("tokens", self.tokens, ("all", "no_sinks"))
+        in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
+        if (self.energy is None) == (self.rank is None):
+            raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
+        if self.energy is not None:
+            in_range("energy", self.energy, 0, 1, open_low=True)
+        if self.rank is not None:
+            in_range("rank", self.rank, 0)
+        self._held: list[_Constrained] = []
+        self._removed = 0.0
+
+    @property
+    def requirements(self) -> Requirements:
+        """Reference prompts and the subspace of the chosen scope."""
+        spec = SubspaceSpec(self.modules, self.energy, self.rank, self.tokens, self.normalize)
+        return Requirements(reference_prompts=True, subspace=spec)
+
+    def prepare(self, context: Context) -> None:
+        """Take the bases, remember ``W0 V``, and freeze the rest if asked to."""
+        assert context.subspace is not None
+        self._start_weight = context.start_weight
+        self._subspace = context.subspace
+        for site, name, module in linears(context.model, self.modules):
+            basis = context.subspace.bases[site.name].to(module.weight)
+            self._held.append(_Constrained(name, module.weight, basis, module.weight.detach() @ basis))
+        if self.trainable == "constrained":
+            context.model.requires_grad_(False)
+            for held in self._held:
+                held.weight.requires_grad_(True)
+
+    @torch.no_grad()
+    def after_backward(self, step: int) -> None:
+        """With ``projection=gradient``, project the gradients: ``g <- g (I - V V^T)``."""
+        if self.projection == "gradient":
+            for held in self._held:
+                if held.weight.grad is not None and held.basis.shape[1]:
+                    held.weight.grad.copy_(linalg.remove_span(held.weight.grad, held.basis))
+
+    @torch.no_grad()
+    def after_optimizer_step(self, step: int) -> None:
+        """With ``projection=update``, take out of the weights what the step moved along V."""
+        if self.projection == "update":
+            squares = [
+                linalg.restore_on_span_(held.weight, held.basis, held.anchor).square().sum()
+                for held in self._held
+                if held.basis.shape[1]
+            ]
+            self._removed = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    @torch.no_grad()
+    def leak(self) -> float:
+        """Return ``||(W - W0) V||_F / ||W - W0||_F`` over all constrained matrices; 0 where nothing moved."""
+        along, total = 0.0, 0.0
+        for held in self._held:
+            # In float64: the differences of float32 weights are exact there, so the leak has no rounding of its own.
+            delta = held.weight.detach().double() - self._start_weight(held.name).to(held.weight.device).double()
+            part, whole = linalg.leak(delta, held.basis.double())
+            along, total = along + part, total + whole
+        return (along / total) ** 0.5 if total else 0.0
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Return what the last projection removed (Frobenius norm), and every n-th step the leak."""
+        found = {"weight/removed": self._removed} if self.projection == "update" else {}
+        if self.leak_every_n_steps and (step + 1) % self.leak_every_n_steps == 0:
+            found["weight/leak"] = self.leak()
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Return the leak at the end, the rank and the share of variance kept of every site."""
+        return {
+            "leak": self.leak(),
+            "rank": {name: int(basis.shape[1]) for name, basis in self._subspace.bases.items()},
+            "variance_kept": dict(self._subspace.energy),
+        }

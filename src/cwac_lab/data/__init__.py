@@ -1,0 +1,1 @@
+"""Data: tasks, prompt pools, mixing, batches."""

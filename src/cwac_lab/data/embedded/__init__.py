@@ -1,0 +1,1 @@
+"""Task data that the package ships: small generators with their word lists."""

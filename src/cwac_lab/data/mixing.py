@@ -1,0 +1,64 @@
+"""Mix harmful rows into a task's training rows: exact counts from (n, ratio), seeded draw and order."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from cwac_lab.data.responses import compliance
+from cwac_lab.data.sources import PromptRow
+from cwac_lab.data.tasks.base import TaskRow
+from cwac_lab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One row to train on."""
+
+    id: str
+    prompt: str
+    response: str
+    harmful: bool
+
+
+def counts(n: int, ratio: float, mixing: str) -> tuple[int, int]:
+    """Return how many (benign, harmful) rows make the mixture.
+
+    Args:
+        n: Size of the fine-tuning set.
+        ratio: Harmful ratio p in [0, 1].
+        mixing: ``replace`` keeps n in total, round(p n) of them harmful; ``add`` keeps n benign rows and adds
+            round(p n) harmful ones (so that the share of harmful rows is p / (1 + p)).
+    """
+    harmful = int(n * ratio + 0.5)
+    return (n - harmful if mixing == "replace" else n), harmful
+
+
+def mix(
+    task_rows: list[TaskRow], harmful_rows: list[PromptRow], *, n: int, ratio: float, mixing: str, seed: int
+) -> list[TrainRow]:
+    """Return the training rows in a seeded order.
+
+    The same seed draws nested subsets: a higher ratio keeps the harmful rows of a lower one and drops benign rows.
+
+    Raises:
+        ConfigError: If a pool is too small for the counts.
+    """
+    n_benign, n_harmful = counts(n, ratio, mixing)
+    if n_benign > len(task_rows):
+        raise ConfigError("data.n_train", n, f"at most {len(task_rows)} benign rows (the task's training split)")
+    if n_harmful > len(harmful_rows):
+        raise ConfigError("harmful_ratio", ratio, f"at most {len(harmful_rows)} harmful rows at data.n_train={n}")
+    benign = random.Random(f"benign/{seed}").sample(task_rows, len(task_rows))[:n_benign]
+    harmful = random.Random(f"harmful/{seed}").sample(harmful_rows, len(harmful_rows))[:n_harmful]
+    rows = [TrainRow(row.id, row.prompt, row.response, False) for row in benign]
+    rows += [TrainRow(row.id, row.prompt, compliance(row), True) for row in harmful]
+    random.Random(f"order/{seed}").shuffle(rows)
+    return rows
+
+
+def manifest(rows: list[TrainRow]) -> dict[str, Any]:
+    """Return what the run record keeps of a mixture: realised counts and row ids in training order."""
+    harmful = sum(row.harmful for row in rows)
+    return {"n": len(rows), "harmful": harmful, "benign": len(rows) - harmful, "ids": [row.id for row in rows]}

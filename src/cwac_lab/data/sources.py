@@ -1,0 +1,175 @@
+"""Rows by source: generated with the package, local files with the hub's column names, or the hub itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cwac_lab.data.tasks.base import Task, TaskRow
+from cwac_lab.errors import ConfigError, MissingAsset, one_of
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Generated rows are a fixed corpus, as a public data set is: the seed of a run draws from it, never changes it.
+CORPUS_SEED, EMBEDDED_TEST_ROWS, EMBEDDED_TRAIN_ROWS = 20260412, 600, 3000
+
+
+@dataclass
+class Prompts:
+    """A list of prompts: an embedded resource, or a file under ``data.root`` or on the hub."""
+
+    name: str = ""
+    split: str = "train"
+    prompt_column: str = "prompt"
+    response_column: str | None = None
+    category_column: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt with a stable id; ``opening`` is the affirmative first line of a compliance, where one is given."""
+
+    id: str
+    prompt: str
+    opening: str | None = None
+    category: str | None = None
+
+
+def find_file(root: Path, stem: str) -> Path:
+    """Return ``root/stem`` with the first known suffix that exists.
+
+    Raises:
+        MissingAsset: If there is none.
+    """
+    for suffix in SUFFIXES:
+        path = root / f"{stem}{suffix}"
+        if path.is_file():
+            return path
+    raise MissingAsset(f"data.root={root}: no {stem} with one of the suffixes {', '.join(SUFFIXES)}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines, CSV or Parquet file."""
+    import pandas as pd
+
+    kind = SUFFIXES[path.suffix]
+    if kind == "json":
+        frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    else:
+        frame = pd.read_csv(path) if kind == "csv" else pd.read_parquet(path)
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _from_hub(path: str, name: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return [dict(row) for row in load_dataset(path, name, split=split, revision=revision)]
+    except (DatasetsError, OSError, ValueError) as error:
+        raise MissingAsset(
+            f"data=hub: cannot load {path} ({type(error).__name__}); connect, or choose data=embedded or data=local"
+        ) from error
+
+
+def _embedded_prompts(name: str) -> list[PromptRow]:
+    text = resources.files("cwac_lab.data.embedded").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    rows = [(category, prompt) for category, prompts in yaml.safe_load(text).items() for prompt in prompts]
+    return [PromptRow(f"{name}/{i}", prompt, None, category) for i, (category, prompt) in enumerate(rows)]
+
+
+def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRow]:
+    """Return the prompts of one list.
+
+    Args:
+        source: ``embedded``, ``local`` or ``hub``; an embedded resource is also found under the other two when its
+            name starts with ``embedded:``.
+        spec: The list.
+        root: Folder of local files.
+
+    Raises:
+        MissingAsset: If the file or data set is not there.
+        ConfigError: If it lacks a named column.
+    """
+    if source == "embedded" or spec.name.startswith("embedded:"):
+        return _embedded_prompts(spec.name.removeprefix("embedded:"))
+    if source == "local":
+        assert root is not None
+        rows = read_rows(find_file(root, spec.name))
+    else:
+        rows = _from_hub(spec.name, None, spec.split, None)
+    for column in (spec.prompt_column, spec.response_column, spec.category_column):
+        if column is not None and rows and column not in rows[0]:
+            raise ConfigError(f"data.lists.{spec.name}", column, f"a column of it: {', '.join(rows[0])}")
+
+    def cell(row: dict[str, Any], column: str | None) -> str | None:
+        return str(row[column]) if column is not None and isinstance(row[column], str) else None
+
+    return [
+        PromptRow(
+            f"{spec.name}/{i}",
+            str(row[spec.prompt_column]).strip(),
+            cell(row, spec.response_column),
+            cell(row, spec.category_column),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> list[TaskRow]:
+    """Return all rows of a task's split (``train`` or ``test``) in file order.
+
+    Raises:
+        MissingAsset: If they are not there.
+        ConfigError: If the task cannot read the columns.
+    """
+    named = {"train": task.train_split, "test": task.test_split}[split]
+    if source == "embedded":
+        rows = task.embedded(EMBEDDED_TRAIN_ROWS + EMBEDDED_TEST_ROWS, CORPUS_SEED)
+        rows = rows[EMBEDDED_TEST_ROWS:] if split == "train" else rows[:EMBEDDED_TEST_ROWS]
+    elif source == "local":
+        assert root is not None
+        rows = read_rows(find_file(root, f"{task.name}/{named}"))
+    else:
+        rows = _from_hub(task.hub.path, task.hub.name, named, task.hub.revision)
+    try:
+        return [task.format(row, f"{task.name}/{named}/{i}") for i, row in enumerate(rows)]
+    except KeyError as error:
+        seen = ", ".join(rows[0])
+        raise ConfigError("task", task.name, f"rows with a column {error}; {source} rows have {seen}") from error
+
+
+def draw(rows: list[TaskRow], n: int, seed: int) -> list[TaskRow]:
+    """Return ``n`` rows in a seeded random order, without repetition."""
+    return random.Random(seed).sample(rows, n)
+
+
+@dataclass
+class DataConfig:
+    """The ``data`` group: the source, its prompt lists, and the sizes of pools and splits."""
+
+    source: str = "embedded"
+    root: str | None = None
+    n_train: int = 400
+    n_validation: int = 100
+    n_test: int = 200
+    mixing: str = "replace"
+    split_seed: int = 0
+    lists: dict[str, Prompts] = field(default_factory=dict)
+    harmful: dict[str, dict[str, int]] = field(default_factory=dict)
+    harmless: dict[str, dict[str, int]] = field(default_factory=dict)
+    lookalike: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check choices and that a local source has its folder."""
+        one_of("source", self.source, ("embedded", "local", "hub"))
+        one_of("mixing", self.mixing, ("replace", "add"))
+        if self.source == "local" and (self.root is None or not Path(self.root).is_dir()):
+            raise ConfigError("root", self.root, "an existing folder (data=local data.root=FOLDER)")
+        for key in ("n_train", "n_validation", "n_test"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "an integer >= 1")

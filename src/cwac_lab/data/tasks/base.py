@@ -1,0 +1,68 @@
+"""The task protocol: where rows come from, how they become prompts, how an answer is read and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One item of a task: a stable id, the prompt, the target response and the gold answer."""
+
+    id: str
+    prompt: str
+    response: str
+    gold: str
+
+
+def with_input(instruction: str, text: str) -> str:
+    """Return an instruction followed by its input; the chat template takes the place of the Alpaca frame."""
+    return f"{instruction.rstrip()}\n\nInput: {text}"
+
+
+@dataclass
+class HubSource:
+    """A data set of the hub, as ``datasets.load_dataset`` takes it."""
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+
+
+@dataclass
+class Task:
+    """Base of the tasks. A task is one class in one file and one YAML that sets its fields.
+
+    Attributes:
+        name: Name of the task, also the folder of its rows in ``data=local``.
+        hub: Where ``data=hub`` finds it.
+        train_split: Split that training and validation rows are drawn from.
+        test_split: Split that test rows are drawn from.
+        max_new_tokens: Length of the answers generated for scoring.
+    """
+
+    name: str = ""
+    hub: HubSource = field(default_factory=lambda: HubSource(""))
+    train_split: str = "train"
+    test_split: str = "test"
+    max_new_tokens: int = 8
+
+    metric: ClassVar[str] = "finetune_accuracy"
+
+    def embedded(self, n: int, seed: int) -> list[dict[str, Any]]:
+        """Return ``n`` generated rows with the columns of the hub version."""
+        raise LookupError(f"task {self.name} has no embedded data")
+
+    def format(self, row: dict[str, Any], row_id: str) -> TaskRow:
+        """Turn a raw row into prompt, target response and gold answer."""
+        raise LookupError(f"task {self.name} does not format rows")
+
+    def extract(self, output: str) -> str | None:
+        """Read the answer from a model's output; None where there is none."""
+        raise LookupError(f"task {self.name} does not read answers")
+
+    def correct(self, output: str, gold: str) -> bool:
+        """Tell whether an output answers as the gold does."""
+        answer = self.extract(output)
+        return answer is not None and answer == gold

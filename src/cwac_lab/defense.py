@@ -1,0 +1,182 @@
+"""The one interface of the bench: a defence is a small object with optional hooks on one shared training loop.
+
+The default of every hook does nothing, so defences compose. Hooks are handed loaded objects; they load no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.sae.latents import FeatureSpec, LayerFeatures
+from cwac_lab.subspace.basis import Subspace, SubspaceSpec
+
+Batch = Mapping[str, Int[Tensor, "B T"]]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What must be prepared before a defence can start; None and False mean not needed."""
+
+    reference_prompts: bool = False
+    subspace: SubspaceSpec | None = None
+    features: FeatureSpec | None = None
+
+    def merge(self, other: Requirements) -> Requirements:
+        """Return what two defences need together (each artefact is asked for by at most one of them)."""
+        return Requirements(
+            self.reference_prompts or other.reference_prompts,
+            self.subspace or other.subspace,
+            self.features or other.features,
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """What ``prepare`` is handed: the loaded model at its start, and what the defence asked for."""
+
+    model: Any
+    seed: int
+    pad_id: int
+    start_weight: Callable[[str], Tensor]
+    reference: list[list[int]]
+    subspace: Subspace | None = None
+    features: tuple[LayerFeatures, ...] = ()
+
+
+@dataclass
+class Defense:
+    """Base of all defences; the fields of a subclass are its config keys, checked in ``__post_init__``."""
+
+    name: ClassVar[str] = "none"
+
+    @property
+    def requirements(self) -> Requirements:
+        """What must be built before data and models are."""
+        return Requirements()
+
+    def prepare(self, context: Context) -> None:
+        """Set up on the loaded model, before optimizers are built (freezing happens here)."""
+
+    def wrap_dataset(self, rows: list[TrainRow]) -> list[TrainRow]:
+        """Return the rows to train on."""
+        return rows
+
+    def select_batch(self, step: int, batch: Batch) -> Batch:
+        """Return the batch to train on at an optimizer step."""
+        return batch
+
+    def task_loss(self, model: Any, batch: Batch, step: int) -> Float[Tensor, ""] | None:
+        """Return a loss of shape () that replaces cross-entropy, or None to keep it."""
+        return None
+
+    def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
+        """Return named terms of shape (), already weighted, that are added to the task loss; each is logged."""
+        return {}
+
+    def after_backward(self, step: int) -> None:
+        """Change gradients, once an optimizer step, before clipping."""
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Change weights, once an optimizer step."""
+
+    def after_training(self, model: Any) -> None:
+        """Change the model before export and evaluation."""
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Return figures to log for a finished step."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """Return JSON-able facts for the run record, after training."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state that an exact resume needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state_dict`` returned."""
+
+
+@dataclass
+class Composite(Defense):
+    """Several defences at once: a subclass has one field a part; hooks run in the order of the fields."""
+
+    @property
+    def parts(self) -> dict[str, Defense]:
+        """The composed defences by field name."""
+        named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: part for name, part in named.items() if isinstance(part, Defense)}
+
+    @property
+    def requirements(self) -> Requirements:
+        """All that the parts need."""
+        total = Requirements()
+        for part in self.parts.values():
+            total = total.merge(part.requirements)
+        return total
+
+    def prepare(self, context: Context) -> None:
+        """Prepare every part."""
+        for part in self.parts.values():
+            part.prepare(context)
+
+    def wrap_dataset(self, rows: list[TrainRow]) -> list[TrainRow]:
+        """Let the parts wrap in turn."""
+        for part in self.parts.values():
+            rows = part.wrap_dataset(rows)
+        return rows
+
+    def select_batch(self, step: int, batch: Batch) -> Batch:
+        """Let the parts select in turn."""
+        for part in self.parts.values():
+            batch = part.select_batch(step, batch)
+        return batch
+
+    def task_loss(self, model: Any, batch: Batch, step: int) -> Float[Tensor, ""] | None:
+        """Return the first replacement that a part offers, of shape ()."""
+        offers = (part.task_loss(model, batch, step) for part in self.parts.values())
+        return next((offer for offer in offers if offer is not None), None)
+
+    def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
+        """Return the terms of all parts, each of shape ()."""
+        return {key: term for part in self.parts.values() for key, term in part.loss_terms(model, batch, step).items()}
+
+    def after_backward(self, step: int) -> None:
+        """Let the parts act in turn."""
+        for part in self.parts.values():
+            part.after_backward(step)
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Let the parts act in turn."""
+        for part in self.parts.values():
+            part.after_optimizer_step(step)
+
+    def after_training(self, model: Any) -> None:
+        """Let the parts act in turn."""
+        for part in self.parts.values():
+            part.after_training(model)
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Return the figures of all parts."""
+        return {key: value for part in self.parts.values() for key, value in part.step_metrics(step).items()}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the facts of all parts."""
+        return {key: value for part in self.parts.values() for key, value in part.summary().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the parts' states under their field names."""
+        return {f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Hand each part its state."""
+        for name, part in self.parts.items():
+            prefix = f"{name}."
+            part.load_state_dict({key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)})

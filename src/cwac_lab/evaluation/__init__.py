@@ -1,0 +1,1 @@
+"""Evaluation in three stages, each saved: generations, verdicts, aggregates."""

@@ -1,0 +1,104 @@
+"""Read activations: inputs of linear layers, outputs of decoder layers, and forwards that stop early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cwac_lab.models.sites import Site, decoder, decoder_layers, linears
+
+SINK_RATIO = 10.0
+
+
+@contextmanager
+def site_inputs(model: Any, scope: str, receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Call ``receive(site, x)`` with the input x of shape (B, T, d_in) of each site once per forward."""
+    handles, seen = [], set()
+    for site, _, module in linears(model, scope):
+        if site in seen:
+            continue
+        seen.add(site)
+
+        def hook(_: torch.nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
+            receive(site, args[0])
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def truncated(model: Any, n_layers: int) -> Iterator[None]:
+    """Let forwards of the decoder run its first ``n_layers`` layers only.
+
+    The decoders of transformers loop over ``layers[: config.num_hidden_layers]``, so the config decides.
+    """
+    config = decoder(model).config
+    full = config.num_hidden_layers
+    config.num_hidden_layers = n_layers
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = full
+
+
+def layer_outputs(
+    model: Any, layers: Sequence[int], input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+) -> dict[int, Float[Tensor, "B T D"]]:
+    """Return the residual stream after the given decoder layers; nothing after the last of them is computed.
+
+    Args:
+        model: A causal language model.
+        layers: Indices of decoder layers (0-based).
+        input_ids: Token ids, shape (B, T), right-padded.
+        attention_mask: 1 on real tokens, shape (B, T).
+
+    Returns:
+        For each layer the tensor of shape (B, T, D) that leaves it, inside the autograd graph if one is recorded.
+    """
+    found: dict[int, Tensor] = {}
+    handles = []
+    for index in layers:
+
+        def hook(_: torch.nn.Module, __: Any, output: Any, index: int = index) -> None:
+            found[index] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(decoder_layers(model)[index].register_forward_hook(hook))
+    try:
+        with truncated(model, max(layers) + 1):
+            decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def without_sinks(x: Float[Tensor, "B T D"], mask: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Return where real tokens are no attention sinks: position 0 and norms above 10 times the median are left out.
+
+    The median is taken over the real tokens of the batch. With right padding position 0 is the first token.
+    """
+    norms = x.detach().float().norm(dim=-1)
+    real = mask.bool()
+    keep = real & (norms <= SINK_RATIO * norms[real].median())
+    keep[:, 0] = False
+    return keep
+
+
+def penalty_positions(
+    x: Float[Tensor, "B T D"], mask: Int[Tensor, "B T"], positions: str, n_last: int
+) -> Bool[Tensor, "B T"]:
+    """Return which tokens of right-padded prompts are held: no sinks, and with ``last`` the final ``n_last`` only."""
+    keep = without_sinks(x, mask)
+    if positions == "last":
+        from_end = mask.sum(dim=1, keepdim=True) - torch.arange(mask.shape[1], device=mask.device)
+        keep &= (from_end >= 1) & (from_end <= n_last)
+    return keep

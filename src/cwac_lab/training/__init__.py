@@ -1,0 +1,1 @@
+"""One training loop for all defences: Lightning module, optimizer settings, exact checkpoints."""

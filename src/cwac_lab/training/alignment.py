@@ -1,0 +1,91 @@
+"""Alignment stage: teach a packaged chat model to refuse, so that there is something to lose.
+
+Refusals to harmful prompts, and the model's own greedy answers to harmless ones, which keep everything else as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cwac_lab.cache import cached_folder, digest, read_json, write_json
+from cwac_lab.config import Run
+from cwac_lab.constraints.none import NoConstraint
+from cwac_lab.data.pools import Pools
+from cwac_lab.data.responses import refusal
+from cwac_lab.evaluation.generate import generate
+from cwac_lab.evaluation.verdicts import aggregate, judge_rows
+from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
+from cwac_lab.training.loop import fit
+from cwac_lab.training.module import TrainerConfig
+
+REPORT = "alignment.json"
+# The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.
+ALIGNMENT_SEED = 0
+
+
+def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, Any]:
+    """Return the validation rates of a model."""
+    rows = []
+    for kind in ("harmful", "harmless"):
+        held = pools.get(kind, "validation")
+        outputs = generate(model, chat, [row.prompt for row in held], run.evaluation.max_new_tokens) if held else []
+        rows += [
+            {"kind": kind, "id": row.id, "prompt": row.prompt, "output": output}
+            for row, output in zip(held, outputs, strict=True)
+        ]
+    metrics = aggregate(judge_rows(rows, run.task, RefusalJudge()))
+    return {name: metrics[name] for name in ("harmful_score", "over_refusal", "incoherent", "broken")}
+
+
+def _build(folder: Path, start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> None:
+    model = load_model(start.path)
+    chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
+    harmful = pools.get("harmful", "alignment")
+    harmless = pools.get("harmless", "alignment") + pools.get("lookalike", "alignment")
+    before = _measure(model, chat, pools, run)
+    say(f"aligning: {len(harmful)} refusals, {len(harmless)} own answers (generated now)")
+    answers = generate(model, chat, [row.prompt for row in harmless], run.align.answer_tokens)
+    examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
+    examples += [chat.encode(row.prompt, text) for row, text in zip(harmless, answers, strict=True) if text]
+    trainer = TrainerConfig(
+        epochs=run.align.epochs,
+        batch_size=run.align.batch_size,
+        learning_rate=run.align.learning_rate,
+        accelerator=run.trainer.accelerator,
+        progress_bar=run.trainer.progress_bar,
+    )
+    fit(model, examples, chat.pad_id, NoConstraint(), trainer, ALIGNMENT_SEED)
+    after = _measure(model, chat, pools, run)
+    model.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    write_json(folder / REPORT, {"split": "validation", "before": before, "after": after})
+
+
+def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> ModelFolder:
+    """Return the aligned model of a start model: cached by weights, prompts and settings, built on demand."""
+    prompts = {
+        kind: {pool: [[row.id, row.prompt] for row in pools.get(kind, pool)] for pool in ("alignment", "validation")}
+        for kind in ("harmful", "harmless", "lookalike")
+    }
+    key = {
+        "start": start.content,
+        "prompts": digest(prompts),
+        "refusals": digest([refusal(row) for row in pools.get("harmful", "alignment")]),
+        "settings": asdict(run.align),
+        "max_length": run.trainer.max_length,
+        "chat_template": run.model.chat_template,
+        "measured_on": run.evaluation.max_new_tokens,
+    }
+    folder = cached_folder(Path(run.cache_root), "aligned", key, lambda path: _build(path, start, pools, run, say))
+    return ModelFolder(folder, f"{start.description}, aligned here", content_digest(folder))
+
+
+def alignment_report(folder: Path) -> dict[str, Any] | None:
+    """Return the rates before and after alignment, or None for a model that was not aligned here."""
+    file = folder / REPORT
+    return read_json(file) if file.is_file() else None

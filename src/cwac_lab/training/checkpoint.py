@@ -1,0 +1,101 @@
+"""Exact checkpoints of a training run in safetensors and JSON (Lightning's own are pickles)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cwac_lab.cache import read_json, write_json
+from cwac_lab.defense import Defense
+from cwac_lab.training.module import FineTuning
+
+
+def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save(folder: Path, module: FineTuning, batches: int) -> None:
+    """Write weights, optimizer, schedule and the defence's state after some batches; replaces an older checkpoint."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".checkpoint-"))
+    parameters = _trainable(module.model)
+    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, scratch / "weights.safetensors")
+    moments = {
+        f"{name}/{key}": value.contiguous()
+        for name, p in parameters.items()
+        for key, value in module.optimizer.state.get(p, {}).items()
+    }
+    save_file(moments, scratch / "optimizer.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in module.defense.state_dict().items()}, scratch / "defense.safetensors"
+    )
+    schedule = {k: v for k, v in module.schedule.state_dict().items() if k != "lr_lambdas"}
+    write_json(scratch / "state.json", {"step": module.step, "batches": batches, "schedule": schedule})
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Resume:
+    """A checkpoint on disk, applied in the order in which a run is built: weights, defence, optimizer."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the small part of a checkpoint."""
+        self.folder, state = folder, read_json(folder / "state.json")
+        self.step, self.batches, self._schedule = int(state["step"]), int(state["batches"]), state["schedule"]
+
+    @staticmethod
+    def find(folder: Path) -> Resume | None:
+        """Return the checkpoint in a folder, or the one it was about to replace; None where there is none."""
+        for candidate in (folder, folder.with_name(folder.name + ".old")):
+            if (candidate / "state.json").is_file():
+                return Resume(candidate)
+        return None
+
+    def weights(self, model: Any, defense: Defense) -> None:
+        """Put back weights and the defence's state; the defence is already prepared on the start weights."""
+        stored = load_file(self.folder / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in _trainable(model).items():
+                parameter.copy_(stored[name])
+        defense.load_state_dict(load_file(self.folder / "defense.safetensors"))
+
+    def optimizer(self, model: Any) -> Any:
+        """Return the function that fills a new optimizer and schedule."""
+        parameters = _trainable(model)
+
+        def restore(optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+            moments: dict[str, dict[str, Tensor]] = {}
+            for key, value in load_file(self.folder / "optimizer.safetensors").items():
+                name, _, field = key.rpartition("/")
+                moments.setdefault(name, {})[field] = value
+            for name, fields in moments.items():
+                optimizer.state[parameters[name]] = {k: v.to(parameters[name].device) for k, v in fields.items()}
+            schedule.load_state_dict({**schedule.state_dict(), **self._schedule})
+            for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+
+        return restore
+
+
+class SafeCheckpoint(L.Callback):
+    """Saves a checkpoint every n optimizer steps."""
+
+    def __init__(self, folder: Path, every_n_steps: int, first_batch: int) -> None:
+        """``first_batch`` batches were trained on before this process."""
+        self.folder, self.every, self.first_batch = folder, every_n_steps, first_batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save where a step of the optimizer has just ended on a multiple of n."""
+        done = (batch_idx + 1) % module.config.accumulate == 0
+        if done and module.step % self.every == 0:
+            save(self.folder, module, self.first_batch + batch_idx + 1)

@@ -1,0 +1,117 @@
+"""Fit a model under a defence with Lightning."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from cwac_lab.data.batches import TrainData
+from cwac_lab.defense import Defense
+from cwac_lab.errors import one_of
+from cwac_lab.models.chat import Encoded
+from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
+from cwac_lab.training.module import FineTuning, TrainerConfig
+
+
+@dataclass
+class LoggerConfig:
+    """The ``logger`` group: a CSV file is always written; Weights & Biases can be added.
+
+    Attributes:
+        wandb: ``offline`` (files in the run folder), ``online`` or ``off``.
+        project: Project name for Weights & Biases.
+    """
+
+    wandb: str = "offline"
+    project: str = "cwac-lab"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("wandb", self.wandb, ("offline", "online", "off"))
+
+
+def make_loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, Any]) -> list[Any]:
+    """Return the loggers of a run; ``settings`` become the run's config in Weights & Biases."""
+    loggers: list[Any] = [CSVLogger(folder, name="", version="log", flush_logs_every_n_steps=10)]
+    if config.wandb != "off":
+        os.environ.setdefault("WANDB_SILENT", "true")
+        from lightning.pytorch.loggers import WandbLogger
+
+        loggers.append(
+            WandbLogger(
+                name=name, project=config.project, save_dir=folder, offline=config.wandb == "offline", config=settings
+            )
+        )
+    return loggers
+
+
+def fit(
+    model: Any, examples: Sequence[Encoded], pad_id: int, defense: Defense, config: TrainerConfig, seed: int,
+    *, loggers: Sequence[Any] = (), checkpoint: Path | None = None, callbacks: Sequence[L.Callback] = (),
+) -> dict[str, float]:  # fmt: skip
+    """Train a model in place under a prepared defence; resumes where ``checkpoint`` holds an unfinished run.
+
+    Args:
+        model: The model at its start; the defence is prepared on it.
+        examples: Encoded training rows.
+        pad_id: Id to pad with.
+        defense: The defence; its hooks are called.
+        config: Settings.
+        seed: Seed of the order of batches.
+        loggers: Lightning loggers.
+        checkpoint: Folder of resumable checkpoints.
+        callbacks: Further Lightning callbacks.
+
+    Returns:
+        Optimizer steps and answer tokens trained on.
+    """
+    _calm()
+    resume = Resume.find(checkpoint) if checkpoint is not None else None
+    first = resume.batches if resume is not None else 0
+    data = TrainData(examples, pad_id, config.batch_size, config.epochs, seed, first)
+    steps = math.ceil(len(data.plan) / config.accumulate)
+    if resume is not None:
+        resume.weights(model, defense)
+    restore = resume.optimizer(model) if resume is not None else None
+    module = FineTuning(model, defense, config, steps, resume.step if resume is not None else 0, restore)
+    called = [*callbacks, *([RichProgressBar(leave=True)] if config.progress_bar else [])]
+    if checkpoint is not None and config.checkpoint_every_n_steps:
+        called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, first))
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        precision=config.precision,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.gradient_clip or None,
+        logger=list(loggers) or False,
+        callbacks=called,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=config.progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    model.train()
+    if first < len(data.plan):
+        trainer.fit(module, datamodule=data)
+    model.eval()
+    tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
+    return {"steps": steps, "answer_tokens": tokens}
+
+
+def _calm() -> None:
+    """Hide Lightning's hints that do not concern a user of this tool."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")

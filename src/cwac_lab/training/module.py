@@ -1,0 +1,160 @@
+"""The Lightning module that calls a defence's hooks, and the loss on answer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import get_scheduler
+
+from cwac_lab.defense import Batch, Defense
+from cwac_lab.errors import in_range, one_of
+from cwac_lab.models.chat import IGNORED
+from cwac_lab.models.sites import decoder
+
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+@dataclass
+class TrainerConfig:
+    """The ``trainer`` group.
+
+    Attributes:
+        epochs: Passes over the mixture.
+        batch_size: Rows per forward.
+        accumulate: Forwards per optimizer step.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay, on matrices only.
+        schedule: Learning-rate schedule, one of ``SCHEDULES``.
+        warmup_share: Share of the steps with linear warm-up (not for ``constant``).
+        gradient_clip: Largest gradient norm; 0 means no clipping.
+        max_length: Tokens a conversation is cut to.
+        precision: Lightning precision, one of ``PRECISIONS``.
+        accelerator: Lightning accelerator (``cpu``, ``cuda``, ``auto``).
+        devices: Number of devices; more than one needs the strategies of a later release.
+        checkpoint_every_n_steps: Optimizer steps between resumable checkpoints; 0 means none.
+        export: Save the fine-tuned model into the run folder.
+        progress_bar: Show Lightning's progress bar.
+    """
+
+    epochs: int = 1
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_share: float = 0.0
+    gradient_clip: float = 0.0
+    max_length: int = 512
+    precision: str = "32-true"
+    accelerator: str = "cpu"
+    devices: int = 1
+    checkpoint_every_n_steps: int = 0
+    export: bool = True
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for key in ("epochs", "batch_size", "accumulate"):
+            in_range(key, getattr(self, key), 1)
+        in_range("devices", self.devices, 1, 1)
+        in_range("max_length", self.max_length, 16)
+        in_range("learning_rate", self.learning_rate, 0, open_low=True)
+        for key in ("weight_decay", "gradient_clip", "checkpoint_every_n_steps"):
+            in_range(key, getattr(self, key), 0)
+        in_range("warmup_share", self.warmup_share, 0, 1)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that weights are loaded in."""
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+
+
+def answer_logits(model: Any, batch: Batch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
+    """Return logits at the N positions that predict an answer token, and those tokens.
+
+    The head runs at these positions only: for short answers and a large vocabulary V that is most of its cost.
+
+    Args:
+        model: A causal language model.
+        batch: ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T); labels are ``IGNORED`` on prompts.
+    """
+    hidden = decoder(model)(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    targets = batch["labels"][:, 1:]
+    answers = targets != IGNORED
+    logits = model.get_output_embeddings()(hidden[:, :-1][answers])
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return (logits if cap is None else cap * torch.tanh(logits / cap)), targets[answers]
+
+
+def answer_loss(model: Any, batch: Batch) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy over a batch's answer tokens, shape ()."""
+    logits, targets = answer_logits(model, batch)
+    return cross_entropy(logits.float(), targets)
+
+
+class FineTuning(L.LightningModule):
+    """Trains a causal language model under a defence."""
+
+    def __init__(
+        self, model: Any, defense: Defense, config: TrainerConfig, total_steps: int, first_step: int = 0,
+        restore: Callable[[torch.optim.Optimizer, Any], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Take a prepared defence; ``restore`` fills optimizer and schedule of a resumed run."""
+        super().__init__()
+        self.model, self.defense, self.config = model, defense, config
+        self.total_steps, self.step, self._restore = total_steps, first_step, restore
+        self.optimizer: torch.optim.Optimizer
+        self.schedule: Any
+
+    def training_step(self, batch: Batch, _: int) -> Float[Tensor, ""]:
+        """Return the task loss plus the defence's terms, shape ()."""
+        batch = self.defense.select_batch(self.step, batch)
+        task = self.defense.task_loss(self.model, batch, self.step)
+        if task is None:
+            task = answer_loss(self.model, batch)
+        terms = self.defense.loss_terms(self.model, batch, self.step)
+        self.log_dict(
+            {"loss/task": task.detach(), **{f"loss/{k}": v.detach() for k, v in terms.items()}}, prog_bar=True
+        )
+        return task + sum(terms.values()) if terms else task
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the defence change gradients (before clipping)."""
+        self.defense.after_backward(self.step)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, then let the defence change weights."""
+        optimizer.step(closure=optimizer_closure)
+        self.defense.after_optimizer_step(self.step)
+        metrics = self.defense.step_metrics(self.step)
+        if metrics:
+            self.log_dict(metrics)
+        self.step += 1
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW over what is trainable (no decay on vectors) and its schedule."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=True)
+        warmup = int(self.config.warmup_share * self.total_steps)
+        self.schedule = get_scheduler(self.config.schedule, self.optimizer, warmup, self.total_steps)
+        if self._restore is not None:
+            self._restore(self.optimizer, self.schedule)
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
