@@ -42,7 +42,8 @@ def main(config: DictConfig) -> None:
     from cwac_lab.results.console import Screen
     from cwac_lab.training.loop import fit
 
-    screen, steps = Screen(), {}
+    screen = Screen()
+    steps: dict[str, list[float]] = {}
     for turn in range(ROUNDS):
         for label in ("none", "weight", "activation", "coupled"):
             run = read(config)
@@ -64,7 +65,9 @@ def main(config: DictConfig) -> None:
             fit(model, examples, chat.pad_id, defense, run.trainer, 0, callbacks=[clock])
             taken = [later - earlier for earlier, later in pairwise(clock.ticks)]
             steps.setdefault(label, []).extend(taken)
-            screen.say(f"round {turn + 1}, {label}: median {statistics.median(taken):.2f} s a step over {len(taken)} steps")
+            screen.say(
+                f"round {turn + 1}, {label}: median {statistics.median(taken):.2f} s a step over {len(taken)} steps"
+            )
     base = statistics.median(steps["none"])
     for label, taken in steps.items():
         median = statistics.median(taken)

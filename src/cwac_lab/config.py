@@ -103,17 +103,21 @@ class Run:
     cache_root: str
     resolved: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def method(self) -> str:
+        """The name of the row in tables: the constraint, or ``start`` where nothing is fine-tuned."""
+        return self.constraint_name if self.finetune else "start"
+
 
 def _construct(key: str, cls: type[T], node: DictConfig) -> T:
     values: dict[str, Any] = {}
     for name in node:
-        child = node._get_node(name)
-        kind = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
-        if kind is not None and is_dataclass(kind) and not child._is_none():
-            values[str(name)] = _construct(f"{key}.{name}", kind, child)
+        part, field_name = node[name], str(name)
+        kind = OmegaConf.get_type(node, field_name) if isinstance(part, DictConfig) else None
+        if isinstance(part, DictConfig) and kind is not None and is_dataclass(kind):
+            values[field_name] = _construct(f"{key}.{field_name}", kind, part)
         else:
-            part = node[name]
-            values[str(name)] = OmegaConf.to_object(part) if OmegaConf.is_config(part) else part
+            values[field_name] = OmegaConf.to_object(part) if OmegaConf.is_config(part) else part
     try:
         return cls(**values)
     except ConfigError as error:
@@ -140,6 +144,7 @@ def bind(key: str, cls: type[T], node: Any) -> T:
         raise ConfigError(
             f"{key}.{inner}".rstrip("."), OmegaConf.select(node, inner), f"a value that fits ({first})"
         ) from None
+    assert isinstance(merged, DictConfig)
     return _construct(key, cls, merged)
 
 

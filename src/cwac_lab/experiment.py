@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cwac_lab.data import mixing
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import draw, load_task_rows
 from cwac_lab.data.tasks.base import TaskRow
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge
@@ -37,9 +37,8 @@ class TaskData:
 
 def folder_of(run: Run) -> RunFolder:
     """Return the folder of a run: readable name and the hash of its configuration."""
-    method = run.constraint_name if run.finetune else "start"
     key = store.run_key(run.resolved, INCIDENTAL)[:8]
-    name = f"{run.model.name}-{run.task.name}-{method}-p{run.harmful_ratio:g}-s{run.seed}-{key}"
+    name = f"{run.model.name}-{run.task.name}-{run.method}-p{run.harmful_ratio:g}-s{run.seed}-{key}"
     return RunFolder(Path(run.output_root) / "runs" / name)
 
 
@@ -60,35 +59,59 @@ def task_data(run: Run) -> TaskData:
     return TaskData(train, shuffled[: run.data.n_validation], draw(test, run.data.n_test, run.data.split_seed))
 
 
-def _fine_tune(run: Run, begin: Start, data: TaskData, model: Any, chat: ChatFormat, folder: RunFolder, meter: provenance.StageMeter, screen: Screen) -> dict[str, Any]:  # fmt: skip  # noqa: E501
-    rows = mixing.mix(
-        data.train,
-        begin.pools.get("harmful", "finetune"),
-        n=run.data.n_train,
-        ratio=run.harmful_ratio,
-        mixing=run.data.mixing,
-        seed=run.seed,
-    )
-    with meter.stage("prepare"):
-        context, prepared = artefacts(run, begin, model, chat, screen.say)
-        run.constraint.prepare(context)
-    rows = run.constraint.wrap_dataset(rows)
-    folder.write(store.MANIFEST, {"mixture": mixing.manifest(rows), "pools": begin.pools.manifest()})
-    screen.say(f"fine-tuning: {len(rows)} rows ({sum(row.harmful for row in rows)} harmful), {run.constraint_name}")
-    loggers = make_loggers(run.logger, folder.path, folder.path.name, run.resolved)
-    with meter.stage("train"):
-        trained = fit(
-            model,
-            [chat.encode(row.prompt, row.response) for row in rows],
-            chat.pad_id,
-            run.constraint,
-            run.trainer,
-            run.seed,
-            loggers=loggers,
-            checkpoint=folder.path / store.CHECKPOINT,
+@dataclass
+class _Stage:
+    """What the stages of one run share."""
+
+    run: Run
+    folder: RunFolder
+    screen: Screen
+    meter: provenance.StageMeter
+    begin: Start
+    data: TaskData
+    model: Any
+    chat: ChatFormat
+
+    def fine_tune(self) -> dict[str, Any]:
+        """Prepare the constraint, mix the rows, train; returns facts for the record."""
+        run, defense = self.run, self.run.constraint
+        harmful = self.begin.pools.get("harmful", "finetune")
+        rows = mixing.mix(
+            self.data.train, harmful, run.data.n_train, run.harmful_ratio, mixing=run.data.mixing, seed=run.seed
         )
-        run.constraint.after_training(model)
-    return {"training": trained, "constraint": run.constraint.summary(), "prepared": prepared}
+        with self.meter.stage("prepare"):
+            context, prepared = artefacts(run, self.begin, self.model, self.chat, self.screen.say)
+            defense.prepare(context)
+        rows = defense.wrap_dataset(rows)
+        manifest = {"mixture": mixing.manifest(rows), "pools": self.begin.pools.manifest()}
+        self.folder.write(store.MANIFEST, manifest)
+        bad = sum(row.harmful for row in rows)
+        self.screen.say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")
+        examples = [self.chat.encode(row.prompt, row.response) for row in rows]
+        loggers = make_loggers(run.logger, self.folder.path, self.folder.path.name, run.resolved)
+        checkpoint = self.folder.path / store.CHECKPOINT
+        with self.meter.stage("train"):
+            trained = fit(
+                self.model, examples, self.chat.pad_id, defense, run.trainer, run.seed,
+                loggers=loggers, checkpoint=checkpoint,
+            )  # fmt: skip
+            defense.after_training(self.model)
+        return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
+
+    def export(self) -> None:
+        """Save the fine-tuned model so that plain ``AutoModelForCausalLM.from_pretrained`` loads it."""
+        with self.meter.stage("export"):
+            self.model.save_pretrained(self.folder.path / store.MODEL)
+            self.chat.tokenizer.save_pretrained(self.folder.path / store.MODEL)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Answer, judge and aggregate; every stage is saved before the next."""
+        run = self.run
+        self.screen.say(f"evaluating on the {run.evaluation.split} split")
+        with self.meter.stage("evaluate"):
+            rows = evaluation_rows(run, self.begin.pools, self.data)
+            self.folder.write(store.GENERATIONS, _answers(run, rows, self.model, self.chat))
+            return judge(run, self.folder)
 
 
 def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
@@ -137,62 +160,57 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     """Carry a run out and write its record; a finished run is not repeated unless ``force`` is set.
 
     Raises:
-        LabError: If weights, data or an artefact are missing or too poor; the run is marked as failed.
+        LabError: If weights, data or an artefact are missing or too poor; a run that raises is marked as failed.
     """
     folder = folder_of(run)
     if folder.status == "ok" and not run.force:
         metrics = folder.read(store.METRICS)
         screen.say(f"already done: {folder.path} (force=true repeats it)")
-        screen.result(metrics["weights"], metrics)
+        screen.result(title(metrics), metrics)
         return folder
     folder.mark("running")
     folder.write(store.CONFIG, run.resolved)
     try:
         _execute(run, folder, screen)
-    except LabError as error:
-        folder.mark("failed", str(error))
+    except BaseException as error:
+        folder.mark("failed", " ".join(f"{type(error).__name__}: {error}".split()))
         raise
     folder.mark("ok")
     return folder
 
 
-def _execute(run: Run, folder: RunFolder, screen: Screen) -> None:
-    meter = provenance.StageMeter()
-    with meter.stage("start"):
-        begin = start(run, screen.say)
-        data = task_data(run)
-        model = load_model(begin.folder.path, run.trainer.dtype)
-        chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
-    method = run.constraint_name if run.finetune else "aligned start, not fine-tuned"
-    facts = {
+def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
+    return {
         "task": f"{run.task.name}, {run.data.source} data",
-        "constraint": method,
-        "harmful ratio": run.harmful_ratio,
+        "constraint": run.method,
+        "harmful ratio": f"{run.harmful_ratio:g}" if run.finetune else "-",
         "seed": run.seed,
         "evaluated on": run.evaluation.split,
         "record": folder.path,
     }
-    screen.banner(begin.folder.description, facts)
+
+
+def _execute(run: Run, folder: RunFolder, screen: Screen) -> None:
+    meter = provenance.StageMeter()
+    with meter.stage("start"):
+        begin, data = start(run, screen.say), task_data(run)
+        model = load_model(begin.folder.path, run.trainer.dtype)
+        chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
+    screen.banner(begin.folder.description, _banner(run, folder))
     folder.write(store.PROVENANCE, _provenance(run, begin, data))
-    extra: dict[str, Any] = {}
-    if run.finetune:
-        extra = _fine_tune(run, begin, data, model, chat, folder, meter, screen)
-        if run.trainer.export:
-            with meter.stage("export"):
-                model.save_pretrained(folder.path / "model")
-                chat.tokenizer.save_pretrained(folder.path / "model")
-    screen.say(f"evaluating on the {run.evaluation.split} split")
-    with meter.stage("evaluate"):
-        folder.write(store.GENERATIONS, _answers(run, evaluation_rows(run, begin.pools, data), model, chat))
-        metrics = judge(run, folder)
-    leak = extra.get("constraint", {}).get("leak")
+    stage = _Stage(run, folder, screen, meter, begin, data, model, chat)
+    extra = stage.fine_tune() if run.finetune else {}
+    if run.finetune and run.trainer.export:
+        stage.export()
+    metrics = stage.evaluate()
+    leak = extra.get("constraint_summary", {}).get("leak")
     record = {
         "weights": begin.folder.description,
         "model": run.model.name,
         "task": run.task.name,
         "data": run.data.source,
-        "constraint": run.constraint_name if run.finetune else "start",
-        "harmful_ratio": run.harmful_ratio,
+        "constraint": run.method,
+        "harmful_ratio": run.harmful_ratio if run.finetune else None,
         "seed": run.seed,
         "split": run.evaluation.split,
         **metrics,
@@ -201,4 +219,24 @@ def _execute(run: Run, folder: RunFolder, screen: Screen) -> None:
         **extra,
     }
     folder.write(store.METRICS, record)
-    screen.result(f"{begin.folder.description} | {method} | p = {run.harmful_ratio:g}", record)
+    screen.result(title(record), record)
+
+
+def title(record: dict[str, Any]) -> str:
+    """Return one line that says which weights ran and how."""
+    mixture = "" if record["harmful_ratio"] is None else f" | harmful ratio {record['harmful_ratio']:g}"
+    return f"{record['weights']} | {record['task']} | {record['constraint']}{mixture} | {record['split']} split"
+
+
+def rejudge(run: Run, folder: RunFolder, screen: Screen) -> None:
+    """Judge a finished run's saved answers again and rewrite its metrics; nothing is generated.
+
+    Raises:
+        MissingAsset: If the folder holds no finished run.
+    """
+    for name in (store.GENERATIONS, store.METRICS):
+        if not folder.has(name):
+            raise MissingAsset(f"run={folder.path}: no {name} there; let the run finish first")
+    record = {**folder.read(store.METRICS), **judge(run, folder)}
+    folder.write(store.METRICS, record)
+    screen.result(title(record), record)

@@ -1,4 +1,4 @@
-"""What a defence needs before training: start model, subspace and autoencoder, built on demand and cached by content."""
+"""What a defence needs before training: start model, subspace, autoencoder; built on demand, cached by content."""
 
 from __future__ import annotations
 

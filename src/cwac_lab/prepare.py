@@ -27,7 +27,8 @@ def main(config: DictConfig) -> None:
         quality = facts["features"][f"layer{features.layer}"]["quality"]
         screen.say(
             f"autoencoder of layer {features.layer}: {quality['explained_variance']:.2f} of the held-out variance "
-            f"explained, L0 {quality['l0']:.0f}, {quality['dead_share']:.0%} dead, {len(features.latents)} latents chosen"
+            f"explained, L0 {quality['l0']:.0f}, {quality['dead_share']:.0%} dead; "
+            f"{len(features.latents)} safety latents chosen"
         )
 
 

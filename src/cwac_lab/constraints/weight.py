@@ -27,7 +27,7 @@ class _Constrained:
     """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k)."""
 
     name: str
-    weight: torch.nn.Parameter
+    weight: Tensor
     basis: Float[Tensor, "d k"]
     anchor: Float[Tensor, "m k"]
 

@@ -36,7 +36,7 @@ def counts(n: int, ratio: float, mixing: str) -> tuple[int, int]:
 
 
 def mix(
-    task_rows: list[TaskRow], harmful_rows: list[PromptRow], *, n: int, ratio: float, mixing: str, seed: int
+    task_rows: list[TaskRow], harmful_rows: list[PromptRow], n: int, ratio: float, *, mixing: str, seed: int
 ) -> list[TrainRow]:
     """Return the training rows in a seeded order.
 

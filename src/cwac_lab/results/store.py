@@ -11,7 +11,8 @@ from typing import Any
 from cwac_lab.cache import digest, read_json, read_jsonl, write_json, write_jsonl
 
 STATUS, METRICS, GENERATIONS, VERDICTS = "status.json", "metrics.json", "generations.jsonl", "verdicts.jsonl"
-CONFIG, PROVENANCE, MANIFEST, CHECKPOINT = "config.json", "provenance.json", "manifest.json", "checkpoint"
+CONFIG, PROVENANCE, MANIFEST = "config.json", "provenance.json", "manifest.json"
+CHECKPOINT, MODEL = "checkpoint", "model"
 
 
 def run_key(resolved: dict[str, Any], incidental: Iterable[str]) -> str:

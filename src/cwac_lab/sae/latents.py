@@ -87,8 +87,8 @@ def residuals(
 
 
 def attribution(
-    model: Any, layer: int, prompts: Sequence[Sequence[int]], spec: FeatureSpec, pad_id: int, refusal_ids: Sequence[int],
-    encoder: tuple[Tensor, Tensor, int], decoder_weight: Float[Tensor, "F D"],
+    model: Any, layer: int, prompts: Sequence[Sequence[int]], spec: FeatureSpec, pad_id: int,
+    refusal_ids: Sequence[int], encoder: tuple[Tensor, Tensor, int], decoder_weight: Float[Tensor, "F D"],
 ) -> Float[Tensor, " F"]:  # fmt: skip
     """Return activation times gradient of the refusal log-probability, averaged over positions, shape (F,).
 

@@ -1,8 +1,9 @@
 """Train, save and read TopK autoencoders with sae-lens, which is imported here only, and lazily (it is slow to import).
 
 Recipe: activations come from our own iterator; the scale is normalised to sqrt(D) and folded back at the end; the
-decoder bias starts at the mean (the library leaves it 0, which leaves most latents dead in a short run); dead latents are
-counted over a window that fits the run. Architecture: Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
+decoder bias starts at the mean (the library leaves it 0, which leaves most latents dead in a short run); dead latents
+are counted over a window that fits the run. Architecture: Gao et al. 2024, "Scaling and evaluating sparse
+autoencoders".
 """
 
 from __future__ import annotations

