@@ -11,7 +11,7 @@ import torch
 from cwac_lab.cache import file_digest
 from cwac_lab.errors import ConfigError, MissingAsset, one_of
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.models.packaged import PACKAGES, installed_folder
+from cwac_lab.models.packaged import PACKAGES, auto_classes, installed_folder
 
 ARCHITECTURE_NAMES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma3_text": "Gemma 3"}
 
@@ -122,10 +122,8 @@ def find(config: ModelConfig, profile: str, cache_root: Path) -> ModelFolder:
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a causal language model from a folder (safetensors only, no remote code), in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    return model.eval()
+    models, _ = auto_classes()
+    return models.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
 
 
 def load_chat(folder: Path, max_length: int, chat_template: str | None = None) -> ChatFormat:
@@ -134,9 +132,7 @@ def load_chat(folder: Path, max_length: int, chat_template: str | None = None) -
     Raises:
         MissingAsset: If neither the tokenizer nor the configuration has a chat template.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = auto_classes()[1].from_pretrained(folder, local_files_only=True)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:

@@ -55,6 +55,15 @@ PACKAGES = {
 }
 
 
+def auto_classes() -> tuple[Any, Any]:
+    """Return AutoModelForCausalLM and AutoTokenizer, with the library's own progress bars switched off."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return AutoModelForCausalLM, AutoTokenizer
+
+
 def _config_for(architecture: str, source: Any) -> Any:
     from transformers import AutoConfig
 
@@ -114,12 +123,13 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
     key = {"package": package, "version": version, "architecture": architecture}
 
     def build(folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import GgufConfig
 
+        models, tokenizers = auto_classes()
         file = known.gguf(folder)
         where = {"gguf_file": file.name}
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer = tokenizers.from_pretrained(file.parent, **where)
+        model = models.from_pretrained(
             file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         carry(model, architecture).save_pretrained(folder)

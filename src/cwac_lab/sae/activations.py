@@ -56,7 +56,7 @@ def blend(
     for kind, part in ((harmful, share), (benign, 1 - share)):
         held = 0
         for conversation in random.Random(f"sae/{seed}").sample(kind, len(kind)):
-            if held >= part * n_tokens:
+            if held >= round(part * n_tokens):
                 break
             chosen.append(conversation)
             held += len(conversation)

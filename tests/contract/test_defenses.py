@@ -1,0 +1,238 @@
+"""One table over all defences: what each must hold on a tiny model. A new defence is one row."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from cwac_lab.constraints.activation import ActivationConstraint
+from cwac_lab.constraints.coupled import CoupledConstraint
+from cwac_lab.constraints.none import NoConstraint
+from cwac_lab.constraints.weight import WeightConstraint
+from cwac_lab.defense import Context
+from cwac_lab.linalg import leading_eigenbasis
+from cwac_lab.sae.latents import LayerFeatures
+from cwac_lab.subspace.basis import Subspace, SubspaceSpec, second_moments
+from cwac_lab.training.checkpoint import Resume
+from cwac_lab.training.loop import fit
+from cwac_lab.training.module import TrainerConfig
+
+FREE = {"energy": None, "rank": 0, "trainable": "all"}
+ZERO = {
+    "none": lambda: NoConstraint(),
+    "weight": lambda: WeightConstraint(**FREE),
+    "weight_gradient": lambda: WeightConstraint(**FREE, projection="gradient"),
+    "activation": lambda: ActivationConstraint(strength=0),
+    "coupled": lambda: CoupledConstraint(WeightConstraint(**FREE), ActivationConstraint(strength=0)),
+}
+ACTIVE = {
+    "none": lambda: NoConstraint(),
+    "weight": lambda: WeightConstraint(energy=0.9),
+    "weight_gradient": lambda: WeightConstraint(energy=0.9, projection="gradient"),
+    "activation": lambda: ActivationConstraint(strength=2.0, depths=[0.5], n_latents=4, every_n_steps=2, batch_size=3),
+    "coupled": lambda: CoupledConstraint(
+        WeightConstraint(energy=0.9), ActivationConstraint(strength=2.0, depths=[0.5], n_latents=4, batch_size=3)
+    ),
+}
+ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in range(24)]
+PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
+
+
+def context(model, defense):
+    chat, needs = tiny.chat(), defense.requirements
+    reference = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    subspace = None
+    if needs.subspace is not None:
+        bases, kept = {}, {}
+        for name, moment in second_moments(model, reference, needs.subspace, chat.pad_id).items():
+            basis, kept[name] = leading_eigenbasis(moment, energy=needs.subspace.energy, rank=needs.subspace.rank)
+            bases[name] = basis.float()
+        subspace = Subspace(bases, kept)
+    features = ()
+    if needs.features is not None:
+        source = torch.Generator().manual_seed(1)
+        weight = torch.randn(32, 12, generator=source)
+        latents = torch.arange(needs.features.n_latents)
+        features = (LayerFeatures(1, weight, torch.zeros(12), 6, latents, torch.ones(len(latents))),)
+    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return Context(model, 0, chat.pad_id, start.__getitem__, reference, subspace, features)
+
+
+def train(defense, *, architecture="llama", rows=ROWS, **settings):
+    model, chat = tiny.model(architecture), tiny.chat()
+    prepared = context(model, defense)
+    defense.prepare(prepared)
+    options = {"batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "progress_bar": False} | settings
+    checkpoint = options.pop("checkpoint", None)
+    callbacks = options.pop("callbacks", ())
+    examples = [chat.encode(*row) for row in rows]
+    fit(model, examples, chat.pad_id, defense, TrainerConfig(**options), 0, checkpoint=checkpoint, callbacks=callbacks)
+    return model, prepared
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return weights(train(NoConstraint())[0])
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, plain):
+    trained = weights(train(ZERO[name]())[0])
+    assert same(trained, plain)
+    assert not same(trained, weights(tiny.model()))
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVE if name != "none"])
+def test_an_active_constraint_changes_the_outcome(name, plain):
+    assert not same(weights(train(ACTIVE[name]())[0]), plain)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_resumed_run_continues_exactly(name, tmp_path):
+    import lightning as L
+
+    class Killed(Exception):
+        pass
+
+    class Kill(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if module.step == 8:
+                raise Killed
+
+    settings = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
+    whole = weights(train(ACTIVE[name](), **settings)[0])
+    folder = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        train(ACTIVE[name](), **settings, checkpoint=folder, callbacks=[Kill()])
+    assert Resume.find(folder).step == 6
+    assert same(weights(train(ACTIVE[name](), **settings, checkpoint=folder)[0]), whole)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_update_projection_leaks_nothing_under_adamw_with_weight_decay(architecture):
+    leaks = {}
+    for projection in ("update", "gradient"):
+        defense = WeightConstraint(energy=0.9, projection=projection)
+        train(defense, architecture=architecture, rows=ROWS * 9, learning_rate=1e-3)  # 54 steps
+        leaks[projection] = defense.summary()["leak"]
+    assert leaks["update"] < 1e-5
+    assert leaks["gradient"] > 1000 * leaks["update"]
+
+
+def test_dense_projection_gives_the_same_weights():
+    defense = WeightConstraint(energy=0.9)
+    low_rank, prepared = train(defense, rows=ROWS[:4])
+    model, chat = tiny.model(), tiny.chat()
+    dense = WeightConstraint(energy=0.9)
+    dense.prepare(context(model, dense))
+    dense.after_optimizer_step = lambda step: None
+    examples = [chat.encode(*row) for row in ROWS[:4]]
+    options = TrainerConfig(batch_size=4, learning_rate=1e-2, weight_decay=0.1, progress_bar=False)
+    fit(model, examples, chat.pad_id, dense, options, 0)
+    start, site = tiny.model().state_dict(), "model.layers.1.mlp.down_proj.weight"
+    basis = prepared.subspace.bases["layers.1.ffn_out"]
+    projector = torch.eye(len(basis)) - basis @ basis.T
+    expected = start[site] + (model.state_dict()[site] - start[site]) @ projector
+    torch.testing.assert_close(low_rank.state_dict()[site], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_full_protection_keeps_the_reference_answers():
+    """At energy 1 over all linear layers the model's output on the reference prompts cannot change."""
+    chat, start = tiny.chat(), tiny.model()
+    tuned, prepared = train(WeightConstraint(energy=1.0), learning_rate=1e-2)
+    free, _ = train(NoConstraint(), learning_rate=1e-2)
+    for prompt in prepared.reference:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            before, after, drifted = (m(ids).logits for m in (start, tuned, free))
+        torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
+        assert (drifted - before).abs().max() > 0.1
+    with torch.no_grad():
+        other = torch.tensor([chat.prompt_ids("quite another sentence")])
+        assert (tuned(other).logits - start(other).logits).abs().max() > 1e-3
+
+
+def test_the_penalty_holds_the_latents():
+    drift = {}
+    for strength in (0.0, 50.0):
+        defense = ActivationConstraint(strength=strength, depths=[0.5], n_latents=4)
+        model, _ = train(defense, rows=ROWS * 4, learning_rate=3e-3)
+        watched = ActivationConstraint(strength=1.0, depths=[0.5], n_latents=4, batch_size=7)
+        watched.prepare(context(tiny.model(), watched))
+        drift[strength] = float(watched.loss_terms(model, {}, 0)["safety"])
+    assert drift[50.0] < 0.1 * drift[0.0]
+
+
+def test_the_penalty_is_the_formula_and_scaled_by_its_period():
+    model, other = tiny.model(), tiny.model(seed=1)
+    defense = ActivationConstraint(
+        strength=3.0, depths=[0.5], n_latents=4, positions="last", n_last=2, batch_size=7, every_n_steps=4
+    )
+    prepared = context(model, defense)
+    defense.prepare(prepared)
+    features, expected = prepared.features[0], []
+    for prompt in prepared.reference:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            x, y = (m.get_decoder()(ids, output_hidden_states=True) for m in (model, other))
+        # The last layer's output before the final norm is not among the hidden states: take it from the norm's input.
+        moved = [captured(m, ids)[0, -2:] for m in (model, other)]
+        z = [(rows @ features.weight + features.bias)[:, features.latents] / features.scale for rows in moved]
+        expected.append((z[1] - z[0]).square().mean())
+        assert x is not y
+    found = defense.loss_terms(other, {}, 0)["safety"]
+    torch.testing.assert_close(found, 3.0 * 4 * torch.stack(expected).mean())
+    assert all(defense.loss_terms(other, {}, step) == {} for step in (1, 2, 3))
+    assert "safety" in defense.loss_terms(other, {}, 4)
+
+
+def captured(model, ids):
+    seen = []
+    handle = model.get_decoder().norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return seen[0]
+
+
+def test_every_pass_over_the_reference_covers_it():
+    defense = ActivationConstraint(strength=1.0, depths=[0.5], n_latents=4, batch_size=3)
+    defense.prepare(context(tiny.model(), defense))
+    seen = [row for step in range(7) for row in defense._rows(step)]
+    assert sorted(seen) == sorted(list(range(7)) * 3)
+
+
+def test_only_constrained_weights_move_where_the_rest_is_frozen():
+    model, _ = train(WeightConstraint(modules="ffn_out", energy=0.5))
+    start = tiny.model().state_dict()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert moved == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+
+
+def test_second_moments_equal_the_plain_product():
+    model, chat = tiny.model(), tiny.chat()
+    prompts = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    for normalize, tokens in ((False, "all"), (True, "all"), (False, "no_sinks")):
+        spec = SubspaceSpec("ffn_out", 0.9, None, tokens, normalize)
+        found = second_moments(model, prompts, spec, chat.pad_id, batch_size=7)["layers.0.ffn_out"]
+        rows = []
+        for prompt in prompts:
+            seen = []
+            module = model.get_decoder().layers[0].mlp.down_proj
+            handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+            with torch.no_grad():
+                model(torch.tensor([prompt]))
+            handle.remove()
+            rows.append(seen[0][1:] if tokens == "no_sinks" else seen[0])
+        x = torch.cat(rows).double()
+        x = x / x.norm(dim=-1, keepdim=True) if normalize else x
+        torch.testing.assert_close(found, x.T @ x, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,135 @@
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+
+from cwac_lab.data.batches import collate, pad
+from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.evaluation.generate import generate
+from cwac_lab.models.capture import layer_outputs, penalty_positions, site_inputs, without_sinks
+from cwac_lab.models.chat import IGNORED
+from cwac_lab.models.loading import ModelConfig, content_digest, find, load_model
+from cwac_lab.models.packaged import carry
+from cwac_lab.models.sites import SCOPES, depth_to_layer, linears
+from cwac_lab.training.module import answer_logits, answer_loss
+
+IDS = torch.tensor([[3, 9, 27, 81, 243, 100], [7, 14, 28, 56, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral"])
+def test_carried_weights_give_the_same_logits(architecture):
+    source = tiny.model("llama", sliding_window=None)
+    target = carry(source, architecture)
+    assert target.config.model_type == architecture
+    with torch.no_grad():
+        expected, found = source(IDS, attention_mask=MASK).logits, target(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(found[MASK.bool()], expected[MASK.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_carry_refuses_what_does_not_fit():
+    with pytest.raises(ConfigError, match="architecture"):
+        carry(tiny.model(), "gemma3_text")
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_head_at_labelled_positions_equals_the_full_head(architecture):
+    model, chat = tiny.model(architecture), tiny.chat()
+    batch = collate([chat.encode("is it good", "positive"), chat.encode("a longer question, is it", "no")], chat.pad_id)
+    with torch.no_grad():
+        full = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits, targets = answer_logits(model, batch)
+    wanted = batch["labels"][:, 1:]
+    torch.testing.assert_close(logits, full[:, :-1][wanted != IGNORED])
+    expected = cross_entropy(full[:, :-1].reshape(-1, full.shape[-1]), wanted.reshape(-1), ignore_index=IGNORED)
+    torch.testing.assert_close(answer_loss(model, batch), expected, check_dtype=False)
+    assert targets.tolist() == wanted[wanted != IGNORED].tolist()
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_batched_generation_equals_batch_size_one(architecture):
+    model, chat = tiny.model(architecture), tiny.chat()
+    prompts = ["short", "a prompt that is quite a bit longer than the others, so that it pads", "middle one here"]
+    assert generate(model, chat, prompts, 12, batch_size=3) == generate(model, chat, prompts, 12, batch_size=1)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_truncated_forward_gives_the_layers_output(architecture):
+    model = tiny.model(architecture)
+    with torch.no_grad():
+        states = model.get_decoder()(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
+        found = layer_outputs(model, [0], IDS, MASK)
+    torch.testing.assert_close(found[0], states[1])
+    assert model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_scopes_name_the_weights_they_yield(scope):
+    model = tiny.model()
+    found = list(linears(model, scope))
+    assert all(model.get_parameter(name) is module.weight for _, name, module in found)
+    seen = {}
+    with site_inputs(model, scope, lambda site, x: seen.setdefault(site.name, x)):
+        model(IDS, attention_mask=MASK)
+    assert set(seen) == {site.name for site, _, _ in found}
+    assert all(seen[site.name].shape[-1] == module.in_features for site, _, module in found)
+    counts = {"ffn_out": 1, "ffn": 3, "attention": 4, "all_linear": 7}
+    assert len(found) == 2 * counts[scope]
+
+
+def test_sinks_and_padding_are_no_penalty_positions():
+    x = torch.ones(2, 6, 4)
+    x[0, 3] *= 100
+    keep = without_sinks(x, MASK)
+    assert keep.tolist() == [[False, True, True, False, True, True], [False, True, True, True, False, False]]
+    last = penalty_positions(x, MASK, "last", 2)
+    assert last.tolist() == [[False, False, False, False, True, True], [False, False, True, True, False, False]]
+
+
+@pytest.mark.parametrize(("depth", "n", "layer"), [(0, 30, 0), (0.6, 30, 18), (0.94, 30, 28), (0.999, 2, 1)])
+def test_depth_to_layer(depth, n, layer):
+    assert depth_to_layer(depth, n) == layer
+
+
+def test_chat_boundaries_and_labels():
+    chat = tiny.chat()
+    row = chat.encode("question one", "an answer")
+    prompt = chat.prompt_ids("question one")
+    assert row.input_ids[: len(prompt)] == prompt
+    assert row.labels[: len(prompt)] == [IGNORED] * len(prompt)
+    assert row.labels[len(prompt) :] == row.input_ids[len(prompt) :]
+    assert row.labels[-1] == chat.end_id == tiny.tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert chat.decode(row.input_ids[len(prompt) :]) == "an answer"
+
+
+def test_long_prompts_are_cut_from_the_left():
+    row = tiny.chat(max_length=20).encode("word " * 60, "yes")
+    whole = tiny.chat().encode("word " * 60, "yes")
+    assert row.input_ids == whole.input_ids[-20:]
+
+
+def test_pad_id_does_not_change_the_hidden_states():
+    model = tiny.model()
+    left, mask = pad([[5, 6, 7, 8], [9, 10]], 0, left=True)
+    with torch.no_grad():
+        alone = model(torch.tensor([[9, 10]])).logits[0, -1]
+        other = left.clone()
+        other[mask == 0] = 77
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        found = [model(ids, attention_mask=mask, position_ids=position).logits[1, -1] for ids in (left, other)]
+    for logits in found:
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_local_folder_round_trip(tiny_folder, tmp_path):
+    found = find(ModelConfig("mine", str(tiny_folder), align="none"), "embedded", tmp_path)
+    assert found.content == content_digest(tiny_folder)
+    assert "mine: local folder" in found.description
+    assert load_model(found.path).config.num_hidden_layers == 2
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(MissingAsset, match="pickled"):
+        content_digest(tmp_path)

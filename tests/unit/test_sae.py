@@ -1,0 +1,119 @@
+import pytest
+import tiny
+import torch
+
+from cwac_lab.constraints.activation import encode
+from cwac_lab.errors import QualityError
+from cwac_lab.sae import activations, latents
+from cwac_lab.sae import train as sae_train
+from cwac_lab.sae.latents import FeatureSpec
+
+CONFIG = sae_train.SAEConfig(n_latents=128, k=8, steps=60, batch_size=256, min_explained_variance=-10)
+
+
+@pytest.fixture(scope="module")
+def data():
+    source = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(40, 32, generator=source), dim=-1)
+    active = (torch.rand(4000, 40, generator=source) < 0.08).float() * torch.rand(4000, 40, generator=source)
+    return 10 * (active @ directions) + 3 + 0.1 * torch.randn(4000, 32, generator=source)
+
+
+@pytest.fixture(scope="module")
+def folder(data, tmp_path_factory):
+    where = tmp_path_factory.mktemp("sae")
+    sae_train.train(data, CONFIG, "model.layers.0", where)
+    return where
+
+
+def test_affine_encoder_equals_the_librarys(data, folder):
+    weight, bias, k = sae_train.encoder(folder)
+    codes = latents.topk_codes(data[:200], weight, bias, k)
+    expected = sae_train.load(folder).encode(data[:200])
+    torch.testing.assert_close(codes, expected, atol=1e-4, rtol=1e-4)
+    assert sae_train.decoder_directions(folder).shape == (128, 32)
+
+
+def test_quality_is_that_of_the_definition(data, folder):
+    sae, x = sae_train.load(folder), data[:500]
+    report = sae_train.quality(sae, x)
+    codes = sae.encode(x)
+    unexplained = ((x - sae.decode(codes)) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert report["fraction_variance_unexplained"] == pytest.approx(float(unexplained), rel=1e-5)
+    assert report["explained_variance"] > 0.2
+    assert 0 < report["l0"] <= CONFIG.k
+    assert report["dead_share"] == pytest.approx(float((codes <= 0).all(0).float().mean()))
+
+
+def test_a_poor_autoencoder_is_an_error(data, tmp_path):
+    config = sae_train.SAEConfig(n_latents=16, k=1, steps=2, batch_size=64, min_explained_variance=0.9)
+    with pytest.raises(QualityError, match="min_explained_variance"):
+        sae_train.train(data, config, "model.layers.0", tmp_path)
+
+
+def test_export_and_load_keep_what_a_penalty_needs(data, folder, tmp_path):
+    encoder = sae_train.encoder(folder)
+    scores = torch.arange(128.0)
+    chosen = scores.topk(5).indices
+    scale = torch.full((5,), 2.0)
+    latents.export(tmp_path, 0, encoder, chosen, scores, scale, {})
+    (features,) = latents.load(tmp_path)
+    full = data[:50] @ encoder[0] + encoder[1]
+    torch.testing.assert_close(encode(data[:50], features, "pre"), full[:, chosen] / 2)
+    topk = latents.topk_codes(data[:50], *encoder)[:, chosen] / 2
+    torch.testing.assert_close(encode(data[:50], features, "topk"), topk)
+
+
+@pytest.mark.parametrize("selection", ["mean_difference", "frequency_difference"])
+def test_scores_find_the_planted_latent(selection):
+    harmful, benign = torch.rand(100, 6) * 0.1, torch.rand(100, 6) * 0.1
+    harmful[:, 4] += 1.0
+    benign[:, 4] = 0.0
+    assert int(latents.score(selection, harmful, benign, None, 0).argmax()) == 4
+
+
+def test_random_scores_are_a_control_among_firing_latents():
+    harmful = torch.zeros(10, 6)
+    harmful[:, :3] = 1
+    scores = latents.score("random", harmful, harmful, None, 0)
+    assert (scores[:3] > 0).all()
+    assert (scores[3:] == 0).all()
+
+
+def test_attribution_equals_a_finite_difference():
+    model, chat = tiny.model().double(), tiny.chat()
+    prompt = chat.prompt_ids("how do I do this")
+    spec = FeatureSpec((0.0,), 2, "attribution", "last", 1)
+    source = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 6, generator=source)
+    encoder, directions = (weight, torch.ones(6) * 50, 6), torch.randn(6, 32, generator=source)
+    found = latents.attribution(model, 0, [prompt], spec, chat.pad_id, [40, 41], encoder, directions)
+    x = latents.residuals(model, 0, [prompt], spec, chat.pad_id)
+    codes = latents.topk_codes(x, *encoder)
+
+    def log_probability(shift):
+        def hook(_, __, output):
+            moved = (output[0] if isinstance(output, tuple) else output).clone()
+            moved[:, -1] += shift
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        handle = model.get_decoder().layers[0].register_forward_hook(hook)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, -1]
+        handle.remove()
+        return float(logits.log_softmax(-1)[[40, 41]].logsumexp(-1))
+
+    for latent in range(6):
+        step = 1e-4 * directions[latent].double()
+        slope = (log_probability(step) - log_probability(-step)) / 2e-4
+        assert float(found[latent]) == pytest.approx(float(codes[0, latent]) * slope, rel=2e-3, abs=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_collected_activations_leave_sinks_out_and_blend_keeps_shares():
+    model = tiny.model()
+    conversations = [[3, 4, 5, 6], [7, 8, 9]]
+    assert activations.collect(model, 1, conversations, 0).shape == (5, 32)
+    chosen = activations.blend([[1] * 10] * 50, [[2] * 10] * 50, 200, 0.7, 0)
+    assert sum(len(c) for c in chosen if c[0] == 1) == 140
+    assert sum(len(c) for c in chosen if c[0] == 2) == 60

@@ -1,0 +1,39 @@
+import math
+
+import numpy as np
+import pytest
+
+from cwac_lab import stats
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (8, 100), (150, 300)])
+def test_wilson_equals_the_textbook_formula(hits, n):
+    z, p = 1.959963984540054, hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    rate = stats.wilson(hits, n)
+    assert (rate.low, rate.high) == (
+        pytest.approx(100 * (centre - half), abs=1e-9),
+        pytest.approx(100 * (centre + half)),
+    )
+    assert rate.value == pytest.approx(100 * p)
+
+
+def test_no_observation_is_no_rate():
+    assert stats.wilson(0, 0) == stats.Rate(None, None, None, 0)
+    assert "n/a" in str(stats.wilson(0, 0))
+
+
+def test_hits_out_of_range():
+    with pytest.raises(ValueError, match="hits"):
+        stats.wilson(3, 2)
+
+
+def test_seed_mean_covers_at_the_nominal_rate():
+    draws = np.random.default_rng(0).normal(5.0, 2.0, size=(4000, 3))
+    inside = 0
+    for values in draws:
+        centre, half = stats.seed_mean(values.tolist())
+        inside += abs(centre - 5.0) <= half
+    assert inside / len(draws) == pytest.approx(0.95, abs=0.012)
+    assert stats.seed_mean([4.0]) == (4.0, None)
