@@ -30,17 +30,34 @@ def _one_line(error: Exception) -> str:
 
 
 def launch(task: Callable[[DictConfig], None], config_name: str = "config") -> None:
-    """Run a task function under Hydra; exits with 2 on a user's error, printed as one line without a traceback."""
+    """Run a task function under Hydra; exits with 2 on a user's error, printed as one line without a traceback.
+
+    In a multirun the jobs after a failed one still run.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing and exiting by itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)
+    failures = []
+
+    def report(error: Exception) -> None:
+        failures.append(error)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+
+    def job(config: DictConfig) -> None:
+        # Caught here, before Hydra adds a line of its own.
+        try:
+            task(config)
+        except (LabError, OmegaConfBaseException) as error:
+            report(error)
+
+    decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)
     try:
         decorated()
-    except (LabError, HydraException, OmegaConfBaseException, OverrideParseException) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    except (HydraException, OmegaConfBaseException, OverrideParseException) as error:
+        report(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if failures:
+        sys.exit(2)

@@ -29,8 +29,13 @@ class Rate:
         return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}] (n={self.n})"
 
 
-def wilson(hits: int, n: int, confidence: float = 0.95) -> Rate:
+def wilson(hits: float, n: int, confidence: float = 0.95) -> Rate:
     """Return the proportion ``hits / n`` in percent with its Wilson score interval (Wilson 1927).
+
+    Args:
+        hits: Successes among n; a fraction where it is a mean over runs on the same n items.
+        n: Items.
+        confidence: Coverage of the interval.
 
     Raises:
         ValueError: If ``hits`` is not within ``0..n``.
@@ -39,8 +44,11 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> Rate:
         raise ValueError(f"hits={hits} must lie in 0..n={n}")
     if n == 0:
         return Rate(None, None, None, 0)
-    interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
-    return Rate(100 * hits / n, 100 * interval.low, 100 * interval.high, n)
+    share, z = hits / n, float(stats.norm.ppf((1 + confidence) / 2))
+    centre = share + z**2 / (2 * n)
+    half = z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
+    low, high = ((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n))
+    return Rate(100 * share, 100 * max(0.0, low), 100 * min(1.0, high), n)
 
 
 def seed_mean(values: Sequence[float]) -> tuple[float, float | None]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.coupled import CoupledConstraint
 from cwac_lab.constraints.none import NoConstraint

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pandas as pd
 import pytest
-import tiny
 
+import tiny
 from cwac_lab.config import bind
 from cwac_lab.data import mixing
 from cwac_lab.data.batches import TrainData, collate, pad, plan_batches

@@ -73,5 +73,5 @@ def angle_between(a, angle):
 
 @pytest.mark.parametrize("arguments", [{}, {"energy": 0.5, "rank": 1}, {"energy": 0.0}, {"energy": 1.1}, {"rank": 4}])
 def test_arguments_out_of_range_are_errors(arguments):
-    with pytest.raises(ValueError, match="energy|rank"):
+    with pytest.raises(ValueError, match=r"energy|rank"):
         linalg.leading_eigenbasis(torch.eye(3), **arguments)

@@ -1,8 +1,8 @@
 import pytest
-import tiny
 import torch
 from torch.nn.functional import cross_entropy
 
+import tiny
 from cwac_lab.data.batches import collate, pad
 from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.generate import generate

@@ -1,7 +1,7 @@
 import pytest
-import tiny
 import torch
 
+import tiny
 from cwac_lab.constraints.activation import encode
 from cwac_lab.errors import QualityError
 from cwac_lab.sae import activations, latents

@@ -1,0 +1,1 @@
+"""Tables over recorded runs; they read the store only."""

@@ -1,0 +1,114 @@
+"""Summarise recorded runs: one row a method and harmful ratio, means over seeds with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import mean
+from typing import Any
+
+import pandas as pd
+
+from cwac_lab.results import store
+from cwac_lab.results.store import RunFolder
+from cwac_lab.stats import wilson
+
+SETTING = ["weights", "task", "data", "split"]
+ROW = ["harmful_ratio", "constraint", "variant"]
+RATES = {
+    "harmful_score": "HS",
+    "finetune_accuracy": "FA",
+    "over_refusal": "over-refusal",
+    "over_refusal_lookalike": "over-refusal (look-alikes)",
+    "incoherent": "incoherent",
+}
+_ORDER = ("start", "none", "weight", "activation", "coupled")
+_CONFIGURED = ("constraint", "trainer", "data", "align", "evaluation", "sae")
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def records(runs: Iterable[RunFolder]) -> list[dict[str, Any]]:
+    """Return the metrics of finished runs, each with its flattened configuration under ``config``."""
+    found = []
+    for run in runs:
+        if run.status == "ok":
+            config = run.read(store.CONFIG)
+            kept = {group: config.get(group) for group in _CONFIGURED}
+            found.append({**run.read(store.METRICS), "config": _flat(kept), "folder": run.path.name})
+    return found
+
+
+def _variants(rows: list[dict[str, Any]]) -> list[str]:
+    """Name, for each row, the settings in which rows of one constraint differ, so that no two settings share a mean."""
+    names = []
+    for row in rows:
+        peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*SETTING, "constraint"])]
+        keys = [
+            key
+            for key in row["config"]
+            if len({repr(peer.get(key)) for peer in peers}) > 1 and not key.startswith("trainer.progress")
+        ]
+        names.append(", ".join(f"{key.removeprefix('constraint.')}={row['config'][key]}" for key in keys))
+    return names
+
+
+def cell(rates: list[dict[str, Any]]) -> str:
+    """Return the mean over seeds of one rate, its interval and its spread.
+
+    Seeds are judged on the same prompts, so more seeds do not make the prompts more: the interval is Wilson's at the
+    number of prompts of a single run, around the mean over seeds. The range over seeds stands beside it.
+    """
+    known = [rate for rate in rates if rate["value"] is not None]
+    if not known:
+        return "n/a (n=0)"
+    centre, n = mean(rate["value"] for rate in known), min(rate["n"] for rate in known)
+    interval = wilson(centre / 100 * n, n)
+    text = f"{centre:.1f} [{interval.low:.1f}, {interval.high:.1f}] (n={n})"
+    if len(known) > 1:
+        text += f" {min(r['value'] for r in known):.0f}..{max(r['value'] for r in known):.0f}"
+    return text
+
+
+def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row a setting, harmful ratio, constraint and variant; rates as text, seeds counted."""
+    for row, variant in zip(rows, _variants(rows), strict=True):
+        row["variant"] = variant
+    frame = pd.DataFrame(rows)
+    table = []
+    for key, group in frame.groupby([*SETTING, *ROW], dropna=False, sort=False):
+        entry = dict(zip([*SETTING, *ROW], key, strict=True))
+        entry["seeds"] = len(group)
+        entry |= {title: cell(group[name].tolist()) for name, title in RATES.items()}
+        leaks = group["leak"].dropna().tolist() if "leak" in group else []
+        entry["leak"] = f"{max(leaks):.1e}" if leaks else ""
+        entry["broken"] = f"{int(group['broken'].sum())} of {len(group)}" if group["broken"].any() else ""
+        table.append(entry)
+    order = {name: place for place, name in enumerate(_ORDER)}
+    table.sort(
+        key=lambda e: (
+            *(str(e[k]) for k in SETTING),
+            -1.0 if e["constraint"] == "start" else e["harmful_ratio"],
+            order.get(str(e["constraint"]), len(order)),
+            str(e["variant"]),
+        )
+    )
+    return pd.DataFrame(table)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return the summary as Markdown: one table a setting, headed by what really ran."""
+    parts = []
+    for key, group in table.groupby(SETTING, sort=False):
+        weights, task, data, split = key
+        columns = [name for name in [*ROW, "seeds", *RATES.values(), "leak", "broken"] if group[name].ne("").any()]
+        lines = [f"### {weights} | {task}, {data} data, {split} split", "", "| " + " | ".join(columns) + " |"]
+        lines.append("|" + " --- |" * len(columns))
+        for _, row in group.iterrows():
+            cells = ["" if pd.isna(row[name]) else f"{row[name]}" for name in columns]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"

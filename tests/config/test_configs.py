@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tiny
+from cwac_lab import align, cli, evaluate, prepare, tables, train
+from cwac_lab.config import read
+from cwac_lab.paths import conf_dir
+
+GROUPS = ("model", "task", "data", "constraint", "sae", "trainer", "logger", "profile", "experiment")
+OPTIONS = [
+    (group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))
+]  # fmt: skip
+LOCAL = f"data.root={Path(__file__).parent}"
+
+
+def overrides(group, option):
+    chosen = [f"{group}={option}" if group != "experiment" else f"+{group}={option}"]
+    if (group, option) == ("data", "local"):
+        chosen.append(LOCAL)
+    return chosen
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
+def test_every_yaml_composes_and_binds(group, option):
+    run = read(tiny.config(*overrides(group, option)))
+    assert run.model.name
+
+
+@pytest.mark.parametrize("profile", ["embedded", "small", "paper"])
+@pytest.mark.parametrize("model", ["llama2", "llama3", "mistral", "gemma", "qwen", "smollm"])
+def test_models_compose_with_profiles(model, profile):
+    config = tiny.config(f"model={model}", f"profile={profile}")
+    if (model, profile) == ("mistral", "small"):
+        pytest.skip("no small Mistral on the hub: an error, tested with the bad inputs")
+    run = read(config)
+    assert (run.model.align == "none") == (profile != "embedded")
+
+
+def test_the_papers_profile_is_the_papers_setting():
+    run = read(tiny.config("profile=paper", "model=llama2"))
+    assert (run.data.n_train, run.trainer.epochs, run.trainer.learning_rate) == (5000, 3, 2e-5)
+    assert (run.trainer.max_length, run.trainer.precision, run.trainer.batch_size) == (512, "bf16-true", 1)
+    hubs = {name: yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text())["weights"]["paper"]["hub"]
+            for name in ("llama2", "llama3", "mistral", "gemma", "qwen")}  # fmt: skip
+    assert hubs == {
+        "llama2": "meta-llama/Llama-2-7b-chat-hf",
+        "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
+        "mistral": "mistralai/Mistral-7B-Instruct-v0.2",
+        "gemma": "google/gemma-2-9b-it",
+        "qwen": "Qwen/Qwen2.5-7B-Instruct",
+    }
+
+
+BAD = [
+    (["harmful_ratio=1.5"], "harmful_ratio=1.5: accepted: a number in [0, 1]"),
+    (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
+    (["seed=-1"], "seed=-1: accepted"),
+    (["task=imdb"], "task=imdb: accepted: agnews | gsm8k | sst2"),
+    (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
+    (["constraint=magic"], "constraint=magic: accepted: activation | coupled | none | weight"),
+    (["no_such_key=1"], "no_such_key: no such key; accepted: "),
+    (["trainer.lr=1"], "trainer.lr: no such key; accepted: accelerator, "),
+    (["+trainer.lr=1"], "trainer.lr=1: accepted: one of the keys "),
+    (["trainer.learning_rate=0"], "trainer.learning_rate=0"),
+    (["trainer.learning_rate=fast"], "trainer.learning_rate=fast: accepted"),
+    (["trainer.schedule=zigzag"], "trainer.schedule=zigzag: accepted: constant | "),
+    (["constraint.weight.modules=heads"], "constraint.weight.modules=heads: accepted: ffn_out | "),
+    (["constraint.weight.rank=3"], "constraint.weight.rank=3: accepted: exactly one of"),
+    (["constraint.activation.depths=[1.0]"], "constraint.activation.depths=[1.0]: accepted"),
+    (["constraint.activation.n_latents=9999"], "n_latents=9999: accepted: at most sae.n_latents"),
+    (["constraint._target_=os.system"], "constraint._target_=os.system: accepted: the path of a Defense"),
+    (["constraint=weight", "data.harmful.reference.requests=0"], "data.harmful.reference=0: accepted: >= 1"),
+    (["constraint=activation", "data.harmless.reference.instructions=0"], "data.harmless.reference=0"),
+    (["harmful_ratio=1", "data.n_train=1000"], "harmful_ratio=1.0: accepted: at most"),
+    (["data.harmful.test={nolist: 3}"], "data.harmful.test"),
+    (["data=local"], "data.root=None: accepted: an existing folder"),
+    (["model.path=/nowhere"], "model.path=/nowhere: accepted: a folder with config.json"),
+    (["model=mistral", "profile=small"], "profile=small: accepted: for model=mistral: embedded | paper"),
+    (["seed="], "seed"),
+    (["evaluation.split=train"], "evaluation.split=train: accepted: test | validation"),
+    (["'bad override"], "bad override"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+@pytest.mark.parametrize("entry", [train, prepare], ids=["train", "prepare"])
+def test_bad_input_is_one_line_and_exit_code_2(entry, arguments, expected, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, err = call(entry.main, "config", arguments, monkeypatch, capsys)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def call(main, name, arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cwac_lab", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.launch(main, name)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
+    import importlib.metadata
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("cwac_lab.models.packaged.importlib.metadata.version", absent)
+    code, err = call(align.main, "config", [f"output_root={tmp_path}"], monkeypatch, capsys)
+    assert code == 2
+    assert "make setup" in err
+    assert err.count("\n") == 1
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    code, err = call(
+        align.main,
+        "config",
+        ["profile=small", "data=embedded", "data.n_train=50", f"output_root={tmp_path}"],
+        monkeypatch,
+        capsys,
+    )
+    assert code == 2
+    assert "cannot fetch HuggingFaceTB/SmolLM2-135M-Instruct from the hub" in err
+    assert err.count("\n") == 1
+
+
+def test_evaluate_needs_a_run(monkeypatch, capsys, tmp_path):
+    code, err = call(evaluate.main, "evaluate", [f"run={tmp_path}"], monkeypatch, capsys)
+    assert code == 2
+    assert "config.json" in err
+    code, err = call(evaluate.main, "evaluate", [], monkeypatch, capsys)
+    assert code == 2
+    assert "run" in err
+
+
+def test_tables_need_runs(monkeypatch, capsys, tmp_path):
+    code, err = call(tables.main, "tables", [f"output_root={tmp_path}"], monkeypatch, capsys)
+    assert code == 2
+    assert err.count("\n") == 1

@@ -1,0 +1,170 @@
+"""The whole way on a tiny model: compose, prepare, fine-tune, evaluate, record, judge again, tabulate."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from cwac_lab import cli, evaluate, tables, train
+from cwac_lab.cache import read_json, read_jsonl
+
+CONSTRAINTS = ("none", "weight", "activation", "coupled")
+RATES = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike", "incoherent")
+
+
+def launch(main, arguments, name="config"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["cwac_lab", *arguments])
+        cli.launch(main, name)
+
+
+@pytest.fixture(scope="module")
+def output(tiny_folder, tmp_path_factory):
+    where = tmp_path_factory.mktemp("output")
+    shared = tiny.small_run(tiny_folder, where)
+    for constraint in CONSTRAINTS:
+        launch(train.main, [*shared, f"constraint={constraint}", *extra(constraint)])
+    launch(train.main, [*shared, "finetune=false"])
+    return where
+
+
+def extra(constraint):
+    prefix = {"activation": "constraint", "coupled": "constraint.activation"}.get(constraint)
+    return [f"{prefix}.n_latents=8", f"{prefix}.depths=[0.5]"] if prefix else []
+
+
+def folder_of(output, method):
+    (found,) = (output / "runs").glob(f"smollm-sst2-{method}-*")
+    return found
+
+
+@pytest.mark.parametrize("method", [*CONSTRAINTS, "start"])
+def test_the_record_is_complete(output, method):
+    folder = folder_of(output, method)
+    metrics = read_json(folder / "metrics.json")
+    assert read_json(folder / "status.json") == {"status": "ok"}
+    assert {"config.json", "provenance.json", "generations.jsonl", "verdicts.jsonl"} <= {
+        f.name for f in folder.iterdir()
+    }
+    for rate in RATES:
+        assert set(metrics[rate]) == {"value", "low", "high", "n"}
+    assert metrics["constraint"] == method
+    assert metrics["finetune_accuracy"]["n"] == 4
+    assert all(stage["seconds"] >= 0 and stage["peak_memory_gb"] > 0 for stage in metrics["stages"].values())
+    assert "local folder" in metrics["weights"]
+    provenance = read_json(folder / "provenance.json")
+    assert {
+        "packages",
+        "git_commit",
+        "git_dirty",
+        "weights_content",
+        "task_data_sha256",
+        "pools_sha256",
+        "seed",
+    } <= set(provenance)
+    kinds = [row["kind"] for row in read_jsonl(folder / "generations.jsonl")]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"harmful": 3, "harmless": 3, "lookalike": 3, "task": 4}
+
+
+def test_what_a_constraint_reports(output):
+    metrics = {name: read_json(folder_of(output, name) / "metrics.json") for name in CONSTRAINTS}
+    assert metrics["weight"]["leak"] < 1e-3
+    assert metrics["coupled"]["leak"] < 1e-3
+    assert "leak" not in metrics["none"]
+    weight = metrics["weight"]["constraint_summary"]
+    assert set(weight["rank"]) == set(weight["variance_kept"]) == {
+        f"layers.{i}.{kind}" for i in range(2) for kind in ("attn_in", "attn_out", "ffn_in", "ffn_out")
+    }  # fmt: skip
+    layer = metrics["coupled"]["prepared"]["features"]["layer1"]
+    assert {"fraction_variance_unexplained", "l0", "dead_share"} <= set(layer["quality"])
+    assert len(layer["scores"]) == 8
+    assert [int(i) for i in layer["scores"]] == metrics["coupled"]["constraint_summary"]["activation"]["latents"]["1"]
+
+
+def test_steps_are_logged(output):
+    import pandas as pd
+
+    log = pd.read_csv(folder_of(output, "coupled") / "log" / "metrics.csv")
+    assert {"loss/task", "loss/activation/safety", "weight/weight/removed"} <= set(log.columns) or {
+        "loss/task", "loss/safety", "weight/removed"} <= set(log.columns)  # fmt: skip
+    assert log["step"].max() == 3
+
+
+def test_the_manifest_shows_the_mixture(output):
+    manifest = read_json(folder_of(output, "coupled") / "manifest.json")
+    mixture, pools = manifest["mixture"], manifest["pools"]
+    assert (mixture["n"], mixture["harmful"]) == (16, 3)
+    assert sum(i in set(pools["harmful"]["finetune"]) for i in mixture["ids"]) == 3
+    held = [i for pool in pools["harmful"].values() for i in pool]
+    assert len(held) == len(set(held))
+
+
+def test_plain_transformers_loads_the_export(output):
+    folder = folder_of(output, "none") / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    start = tiny.model()
+    assert tokenizer.chat_template == tiny.TEMPLATE
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+def test_a_finished_run_is_not_repeated(output, tiny_folder, capsys):
+    before = (folder_of(output, "none") / "metrics.json").stat().st_mtime_ns
+    launch(train.main, [*tiny.small_run(tiny_folder, output), "constraint=none"])
+    assert "already done" in capsys.readouterr().out
+    assert (folder_of(output, "none") / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_judging_again_needs_no_model(output):
+    folder = folder_of(output, "start")
+    rows = read_jsonl(folder / "generations.jsonl")
+    before = read_json(folder / "metrics.json")
+    for row in rows:
+        if row["kind"] == "harmful":
+            row["output"] = "I'm sorry, but I can't help with that."
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    original = (folder / "generations.jsonl").read_text()
+    (folder / "generations.jsonl").write_text(text)
+    launch(evaluate.main, [f"run={folder}"], "evaluate")
+    after = read_json(folder / "metrics.json")
+    (folder / "generations.jsonl").write_text(original)
+    launch(evaluate.main, [f"run={folder}"], "evaluate")
+    assert after["harmful_score"]["value"] == 0.0
+    assert after["stages"] == before["stages"]
+    assert read_json(folder / "metrics.json") == before
+
+
+def test_tables_read_the_store(output, capsys):
+    launch(tables.main, [f"output_root={output}"], "tables")
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(CONSTRAINTS) + 1
+    assert " start " in rows[1]
+    assert (output / "tables" / "summary.csv").is_file()
+
+
+def test_a_failed_run_is_marked_with_its_reason(tiny_folder, tmp_path, capsys):
+    shared = [*tiny.small_run(tiny_folder, tmp_path), "sae.min_explained_variance=2", *extra("coupled")]
+    with pytest.raises(SystemExit) as stopped:
+        launch(train.main, shared)
+    assert stopped.value.code == 2
+    assert "min_explained_variance" in capsys.readouterr().err
+    status = read_json(folder_of(tmp_path, "coupled") / "status.json")
+    assert status["status"] == "failed"
+    assert "QualityError" in status["reason"]
+
+
+def test_pools_that_overlap_stop_the_run(tiny_folder, tmp_path, monkeypatch, capsys):
+    from cwac_lab.data import pools
+
+    def careless(kind, plan, lists, seed):
+        (rows,) = lists.values() if len(lists) == 1 else (next(iter(lists.values())),)
+        return {pool: rows[: sum(parts.values())] for pool, parts in plan.items()}
+
+    monkeypatch.setattr(pools, "_draw", careless)
+    with pytest.raises(SystemExit):
+        launch(train.main, tiny.small_run(tiny_folder, tmp_path))
+    error = capsys.readouterr().err
+    assert "prompt harm" in error
+    assert "is also" in error
