@@ -16,7 +16,7 @@ LOCAL = f"data.root={Path(__file__).parent}"
 
 
 def overrides(group, option):
-    chosen = [f"{group}={option}" if group != "experiment" else f"+{group}={option}"]
+    chosen = [f"{group}={option}"]
     if (group, option) == ("data", "local"):
         chosen.append(LOCAL)
     return chosen
