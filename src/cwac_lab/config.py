@@ -245,7 +245,7 @@ def _cross_check(run: Run) -> None:
         raise ConfigError(
             "data.harmless.reference", 0, f">= 1 prompts: constraint={run.constraint_name} scores latents on them"
         )
-    if needs.features is not None and needs.features.n_latents > run.sae.n_latents:
+    if run.finetune and needs.features is not None and needs.features.n_latents > run.sae.n_latents:
         raise ConfigError(
             "constraint.n_latents", needs.features.n_latents, f"at most sae.n_latents={run.sae.n_latents}"
         )

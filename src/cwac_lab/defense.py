@@ -5,9 +5,9 @@ The default of every hook does nothing, so defences compose. Hooks are handed lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +16,7 @@ from cwac_lab.data.mixing import TrainRow
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.subspace.basis import Subspace, SubspaceSpec
 
+T = TypeVar("T")
 Batch = Mapping[str, Int[Tensor, "B T"]]
 
 
@@ -104,6 +105,17 @@ class Defense:
         """Take back what ``state_dict`` returned."""
 
 
+def _joined(parts: Iterable[dict[str, T]]) -> dict[str, T]:
+    """Return one dict of several; two parts that use one name would hide each other, so that is an error."""
+    total: dict[str, T] = {}
+    for part in parts:
+        shared = total.keys() & part.keys()
+        if shared:
+            raise ValueError(f"two parts of a composite defence both report {', '.join(sorted(shared))}")
+        total |= part
+    return total
+
+
 @dataclass
 class Composite(Defense):
     """Several defences at once: a subclass has one field a part; hooks run in the order of the fields."""
@@ -146,7 +158,7 @@ class Composite(Defense):
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return the terms of all parts, each of shape ()."""
-        return {key: term for part in self.parts.values() for key, term in part.loss_terms(model, batch, step).items()}
+        return _joined(part.loss_terms(model, batch, step) for part in self.parts.values())
 
     def after_backward(self, step: int) -> None:
         """Let the parts act in turn."""
@@ -165,11 +177,11 @@ class Composite(Defense):
 
     def step_metrics(self, step: int) -> dict[str, float]:
         """Return the figures of all parts."""
-        return {key: value for part in self.parts.values() for key, value in part.step_metrics(step).items()}
+        return _joined(part.step_metrics(step) for part in self.parts.values())
 
     def summary(self) -> dict[str, Any]:
         """Return the facts of all parts."""
-        return {key: value for part in self.parts.values() for key, value in part.summary().items()}
+        return _joined(part.summary() for part in self.parts.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the parts' states under their field names."""

@@ -38,7 +38,8 @@ class TaskData:
 def folder_of(run: Run) -> RunFolder:
     """Return the folder of a run: readable name and the hash of its configuration."""
     key = store.run_key(run.resolved, INCIDENTAL)[:8]
-    name = f"{run.model.name}-{run.task.name}-{run.method}-p{run.harmful_ratio:g}-s{run.seed}-{key}"
+    mixture = f"-p{run.harmful_ratio:g}-s{run.seed}" if run.finetune else ""
+    name = f"{run.model.name}-{run.task.name}-{run.method}{mixture}-{key}"
     return RunFolder(Path(run.output_root) / "runs" / name)
 
 

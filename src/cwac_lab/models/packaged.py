@@ -6,8 +6,10 @@ weights of a Llama model run unchanged in their code paths: biases zero, window 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +131,10 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
         file = known.gguf(folder)
         where = {"gguf_file": file.name}
         tokenizer = tokenizers.from_pretrained(file.parent, **where)
-        model = models.from_pretrained(
-            file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
+            model = models.from_pretrained(
+                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
         carry(model, architecture).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if file.parent == folder:
