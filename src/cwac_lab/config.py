@@ -42,15 +42,15 @@ class AlignConfig:
 
     Attributes:
         epochs: Passes over refusals and own answers.
-        learning_rate: Of AdamW, constant.
+        learning_rate: Peak of AdamW's; linear warm-up and decay.
         batch_size: Rows per step.
         answer_tokens: Length of the model's own answers to harmless prompts.
     """
 
-    epochs: int = 2
-    learning_rate: float = 3e-5
+    epochs: int = 3
+    learning_rate: float = 6e-5
     batch_size: int = 8
-    answer_tokens: int = 64
+    answer_tokens: int = 32
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -61,7 +61,7 @@ class ActivationConstraint(Defense):
     positions: str = "last"
     n_last: int = 5
     batch_size: int = 4
-    every_n_steps: int = 1
+    every_n_steps: int = 4
 
     name: ClassVar[str] = "activation"
 

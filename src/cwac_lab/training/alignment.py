@@ -56,6 +56,8 @@ def _build(folder: Path, start: ModelFolder, pools: Pools, run: Run, say: Callab
         epochs=run.align.epochs,
         batch_size=run.align.batch_size,
         learning_rate=run.align.learning_rate,
+        schedule="linear",
+        warmup_share=0.05,
         accelerator=run.trainer.accelerator,
         progress_bar=run.trainer.progress_bar,
     )
