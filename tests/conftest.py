@@ -11,8 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
-import tiny
 import torch
+
+import tiny
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
 

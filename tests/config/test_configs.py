@@ -17,7 +17,7 @@ LOCAL = f"data.root={Path(__file__).parent}"
 
 def overrides(group, option):
     chosen = [f"{group}={option}"]
-    if (group, option) == ("data", "local"):
+    if option in ("local", "sst2_drift"):
         chosen.append(LOCAL)
     return chosen
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from cwac_lab.config import INCIDENTAL
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.stats import wilson
@@ -48,9 +49,7 @@ def _variants(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*SETTING, "constraint"])]
         keys = [
-            key
-            for key in row["config"]
-            if len({repr(peer.get(key)) for peer in peers}) > 1 and not key.startswith("trainer.progress")
+            key for key in row["config"] if key not in INCIDENTAL and len({repr(peer.get(key)) for peer in peers}) > 1
         ]
         names.append(", ".join(f"{key.removeprefix('constraint.')}={row['config'][key]}" for key in keys))
     return names

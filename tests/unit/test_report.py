@@ -1,0 +1,79 @@
+import pytest
+
+import tiny
+from cwac_lab.cache import cached_folder, digest, write_json
+from cwac_lab.report.tables import cell, markdown, records, summary
+from cwac_lab.results.store import RunFolder, run_key, runs
+from cwac_lab.stats import wilson
+
+
+def rate(hits, n):
+    return wilson(hits, n).to_dict()
+
+
+def record(folder, constraint, ratio, seed, hits, **config):
+    run = RunFolder(folder / "runs" / f"{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
+    run.write("config.json", {"constraint": {"label": constraint, **config}, "trainer": {"learning_rate": 1}})
+    rates = {"harmful_score": rate(hits, 100), "finetune_accuracy": rate(80, 100), "over_refusal": rate(2, 100),
+             "over_refusal_lookalike": rate(5, 100), "incoherent": rate(0, 300)}  # fmt: skip
+    settings = {"weights": "w", "task": "sst2", "data": "local", "split": "test", "constraint": constraint}
+    run.write("metrics.json", {**settings, "harmful_ratio": ratio, "seed": seed, "broken": False, **rates})
+    run.mark("ok")
+    return run
+
+
+def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
+    for seed, hits in enumerate((10, 20, 30)):
+        record(tmp_path, "coupled", 0.2, seed, hits)
+    record(tmp_path, "none", 0.2, 0, 90)
+    record(tmp_path, "start", None, 0, 5)
+    table = summary(records(runs(tmp_path)))
+    assert table["constraint"].tolist() == ["start", "none", "coupled"]
+    assert table["seeds"].tolist() == [1, 1, 3]
+    assert table["HS"][2].startswith("20.0 [13.3, 28.9] (n=100) 10..30")
+    assert "w | sst2, local data, test split" in markdown(table)
+
+
+def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
+    record(tmp_path, "weight", 0.2, 0, 10, energy=0.9)
+    record(tmp_path, "weight", 0.2, 1, 40, energy=0.99)
+    table = summary(records(runs(tmp_path)))
+    assert table["variant"].tolist() == ["energy=0.9", "energy=0.99"]
+
+
+def test_more_seeds_do_not_narrow_the_interval_over_prompts():
+    one, three = cell([rate(20, 100)]), cell([rate(20, 100)] * 3)
+    assert three.startswith(one)
+    assert cell([rate(0, 0)]) == "n/a (n=0)"
+
+
+def test_unfinished_runs_are_left_out(tmp_path):
+    record(tmp_path, "none", 0.2, 0, 90).mark("failed", "stopped")
+    assert records(runs(tmp_path)) == []
+
+
+def test_the_key_of_a_run_ignores_what_changes_no_result():
+    def key(*overrides):
+        from omegaconf import OmegaConf
+
+        from cwac_lab.config import INCIDENTAL
+
+        return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL)
+
+    assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
+    assert len({key(), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 4
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path):
+    def broken(folder):
+        (folder / "half").write_text("x")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        cached_folder(tmp_path, "kind", {"a": 1}, broken)
+    assert list((tmp_path / "kind").iterdir()) == []
+    built = []
+    for _ in range(2):
+        folder = cached_folder(tmp_path, "kind", {"a": 1}, lambda f: built.append(write_json(f / "x.json", {})))
+    assert (folder / "x.json").is_file()
+    assert len(built) == 1
