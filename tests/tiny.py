@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from cwac_lab import cli
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.paths import conf_dir
 
@@ -75,6 +78,13 @@ def config(*overrides: str, name: str = "config") -> DictConfig:
     """Compose the real configuration with overrides, without Hydra's own keys."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose(config_name=name, overrides=list(overrides))
+
+
+def launch(main: Callable[[DictConfig], None], arguments: Sequence[str], name: str = "config") -> None:
+    """Call an entry point as the command line does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["cwac_lab", *arguments])
+        cli.launch(main, name)
 
 
 def small_run(folder: Path, output: Path) -> list[str]:

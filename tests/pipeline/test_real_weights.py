@@ -4,7 +4,6 @@ import importlib.util
 
 import pytest
 import torch
-from tests.pipeline.test_run import launch
 
 import tiny
 from cwac_lab import train
@@ -49,7 +48,7 @@ def test_all_architectures_answer_alike(cache):
 def test_a_short_coupled_run_on_real_weights(cache, tmp_path):
     folder = smollm2("qwen2", cache).path
     small = [o for o in tiny.small_run(folder, tmp_path) if not o.startswith("sae.min")]
-    launch(train.main, [*small, "model=qwen", "constraint=coupled", "harmful_ratio=0.2", "sae.n_latents=512",
+    tiny.launch(train.main, [*small, "model=qwen", "constraint=coupled", "harmful_ratio=0.2", "sae.n_latents=512",
                         "sae.k=16", "sae.steps=40", "sae.min_explained_variance=0.1"])  # fmt: skip
     (run,) = (tmp_path / "runs").iterdir()
     metrics = read_json(run / "metrics.json")

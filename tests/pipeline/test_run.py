@@ -7,17 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from cwac_lab import cli, evaluate, tables, train
+from cwac_lab import evaluate, tables, train
 from cwac_lab.cache import read_json, read_jsonl
 
 CONSTRAINTS = ("none", "weight", "activation", "coupled")
 RATES = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike", "incoherent")
-
-
-def launch(main, arguments, name="config"):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["cwac_lab", *arguments])
-        cli.launch(main, name)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +19,8 @@ def output(tiny_folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("output")
     shared = tiny.small_run(tiny_folder, where)
     for constraint in CONSTRAINTS:
-        launch(train.main, [*shared, f"constraint={constraint}", *extra(constraint)])
-    launch(train.main, [*shared, "finetune=false"])
+        tiny.launch(train.main, [*shared, f"constraint={constraint}", *extra(constraint)])
+    tiny.launch(train.main, [*shared, "finetune=false"])
     return where
 
 
@@ -110,7 +104,7 @@ def test_plain_transformers_loads_the_export(output):
 
 def test_a_finished_run_is_not_repeated(output, tiny_folder, capsys):
     before = (folder_of(output, "none") / "metrics.json").stat().st_mtime_ns
-    launch(train.main, [*tiny.small_run(tiny_folder, output), "constraint=none"])
+    tiny.launch(train.main, [*tiny.small_run(tiny_folder, output), "constraint=none"])
     assert "already done" in capsys.readouterr().out
     assert (folder_of(output, "none") / "metrics.json").stat().st_mtime_ns == before
 
@@ -125,17 +119,17 @@ def test_judging_again_needs_no_model(output):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     original = (folder / "generations.jsonl").read_text()
     (folder / "generations.jsonl").write_text(text)
-    launch(evaluate.main, [f"run={folder}"], "evaluate")
+    tiny.launch(evaluate.main, [f"run={folder}"], "evaluate")
     after = read_json(folder / "metrics.json")
     (folder / "generations.jsonl").write_text(original)
-    launch(evaluate.main, [f"run={folder}"], "evaluate")
+    tiny.launch(evaluate.main, [f"run={folder}"], "evaluate")
     assert after["harmful_score"]["value"] == 0.0
     assert after["stages"] == before["stages"]
     assert read_json(folder / "metrics.json") == before
 
 
 def test_tables_read_the_store(output, capsys):
-    launch(tables.main, [f"output_root={output}"], "tables")
+    tiny.launch(tables.main, [f"output_root={output}"], "tables")
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(CONSTRAINTS) + 1  # header, rule, start first
@@ -146,7 +140,7 @@ def test_tables_read_the_store(output, capsys):
 def test_a_failed_run_is_marked_with_its_reason(tiny_folder, tmp_path, capsys):
     shared = [*tiny.small_run(tiny_folder, tmp_path), "sae.min_explained_variance=2", *extra("coupled")]
     with pytest.raises(SystemExit) as stopped:
-        launch(train.main, shared)
+        tiny.launch(train.main, shared)
     assert stopped.value.code == 2
     assert "min_explained_variance" in capsys.readouterr().err
     status = read_json(folder_of(tmp_path, "coupled") / "status.json")
@@ -163,7 +157,7 @@ def test_pools_that_overlap_stop_the_run(tiny_folder, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(pools, "_draw", careless)
     with pytest.raises(SystemExit):
-        launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
+        tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
     error = capsys.readouterr().err
     assert "prompt harm" in error
     assert "is also" in error
