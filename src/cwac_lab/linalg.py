@@ -70,8 +70,3 @@ def restore_on_span_(
 def leak(delta: Float[Tensor, "m d"], basis: Float[Tensor, "d k"]) -> tuple[float, float]:
     """Return ``||dW V||_F^2`` and ``||dW||_F^2``; the leak of several matrices is the root of the ratio of sums."""
     return float((delta @ basis).double().square().sum()), float(delta.double().square().sum())
-
-
-def principal_angles(a: Float[Tensor, "d j"], b: Float[Tensor, "d k"]) -> Float[Tensor, " min_jk"]:
-    """Return the principal angles (radians, ascending) between the spans of two orthonormal bases of one space."""
-    return torch.linalg.svdvals(a.double().T @ b.double()).clamp(-1, 1).arccos()

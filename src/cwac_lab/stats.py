@@ -1,10 +1,8 @@
-"""Interval estimates for proportions and seed means."""
+"""Interval estimates for proportions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import mean
 
 from scipy import stats
 
@@ -49,10 +47,3 @@ def wilson(hits: float, n: int, confidence: float = 0.95) -> Rate:
     half = z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
     low, high = ((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n))
     return Rate(100 * share, 100 * max(0.0, low), 100 * min(1.0, high), n)
-
-
-def seed_mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean over seeds and the half width of its 95 % t interval (None with fewer than two seeds)."""
-    if len(values) < 2:
-        return mean(values), None
-    return mean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))

@@ -60,17 +60,6 @@ def test_energy_one_keeps_the_support_only():
     torch.testing.assert_close(x @ basis @ basis.T, x)
 
 
-def test_principal_angles_between_known_planes():
-    angle = 0.3
-    a = torch.eye(4, dtype=torch.float64)[:, :2]
-    b = torch.stack([a[:, 0], angle_between(a, angle)], dim=1)
-    torch.testing.assert_close(linalg.principal_angles(a, b), torch.tensor([0.0, angle]).double(), atol=1e-7, rtol=0)
-
-
-def angle_between(a, angle):
-    return np.cos(angle) * a[:, 1] + np.sin(angle) * torch.eye(4, dtype=torch.float64)[:, 2]
-
-
 @pytest.mark.parametrize("arguments", [{}, {"energy": 0.5, "rank": 1}, {"energy": 0.0}, {"energy": 1.1}, {"rank": 4}])
 def test_arguments_out_of_range_are_errors(arguments):
     with pytest.raises(ValueError, match=r"energy|rank"):

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -21,13 +20,3 @@ def test_no_observation_is_no_rate():
 def test_hits_out_of_range():
     with pytest.raises(ValueError, match="hits"):
         stats.wilson(3, 2)
-
-
-def test_seed_mean_covers_at_the_nominal_rate():
-    draws = np.random.default_rng(0).normal(5.0, 2.0, size=(4000, 3))
-    inside = 0
-    for values in draws:
-        centre, half = stats.seed_mean(values.tolist())
-        inside += abs(centre - 5.0) <= half
-    assert inside / len(draws) == pytest.approx(0.95, abs=0.012)
-    assert stats.seed_mean([4.0]) == (4.0, None)

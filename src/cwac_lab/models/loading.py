@@ -138,10 +138,3 @@ def load_chat(folder: Path, max_length: int, chat_template: str | None = None) -
     if not tokenizer.chat_template:
         raise MissingAsset(f"the tokenizer in {folder.name} has no chat template: set model.chat_template")
     return ChatFormat(tokenizer, max_length)
-
-
-def layer_count(folder: Path) -> int:
-    """Return the number of decoder layers from a folder's config, without loading weights."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(folder, local_files_only=True).num_hidden_layers)

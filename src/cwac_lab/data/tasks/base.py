@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,6 @@ class Task:
     train_split: str = "train"
     test_split: str = "test"
     max_new_tokens: int = 8
-
-    metric: ClassVar[str] = "finetune_accuracy"
 
     def embedded(self, n: int, seed: int) -> list[dict[str, Any]]:
         """Return ``n`` generated rows with the columns of the hub version."""
