@@ -36,8 +36,8 @@ def main(config: DictConfig) -> None:
     from cwac_lab.constraints.coupled import CoupledConstraint
     from cwac_lab.constraints.none import NoConstraint
     from cwac_lab.data import mixing
+    from cwac_lab.data.sources import split_task
     from cwac_lab.errors import ConfigError
-    from cwac_lab.experiment import task_data
     from cwac_lab.models.loading import load_chat, load_model
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
@@ -55,10 +55,12 @@ def main(config: DictConfig) -> None:
             defense = parts.get(label, NoConstraint())
             begin = start(run, screen.say)
             chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
-            model = load_model(begin.folder.path, run.trainer.dtype)
+            model = load_model(begin.folder.path, run.trainer.dtype, run.trainer.device)
             n = run.trainer.batch_size * (WARM_UP + STEPS)
             harmful = begin.pools.get("harmful", "finetune")
-            rows = mixing.mix(task_data(run).train, harmful, n, run.harmful_ratio, mixing="replace", seed=0)
+            rows = mixing.mix(
+                split_task(run.data, run.task).train, harmful, n, run.harmful_ratio, mixing="replace", seed=0
+            )
             context, _ = artefacts(run, begin, model, chat, screen.say)
             defense.prepare(context)
             clock = _Clock()

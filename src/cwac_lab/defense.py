@@ -25,6 +25,7 @@ class Requirements:
     """What must be prepared before a defence can start; None and False mean not needed."""
 
     reference_prompts: bool = False
+    exact_projection: bool = False
     subspace: SubspaceSpec | None = None
     features: FeatureSpec | None = None
 
@@ -32,6 +33,7 @@ class Requirements:
         """Return what two defences need together (each artefact is asked for by at most one of them)."""
         return Requirements(
             self.reference_prompts or other.reference_prompts,
+            self.exact_projection or other.exact_projection,
             self.subspace or other.subspace,
             self.features or other.features,
         )

@@ -11,9 +11,8 @@ from cwac_lab.cache import digest
 from cwac_lab.config import INCIDENTAL, Run
 from cwac_lab.data import mixing
 from cwac_lab.data.pools import Pools
-from cwac_lab.data.sources import draw, load_task_rows
-from cwac_lab.data.tasks.base import TaskRow
-from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.data.sources import TaskData, split_task
+from cwac_lab.errors import MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge
@@ -26,15 +25,6 @@ from cwac_lab.results.store import RunFolder
 from cwac_lab.training.loop import fit, make_loggers
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """Rows of the task, disjoint: to train on, to tune on, to report on."""
-
-    train: list[TaskRow]
-    validation: list[TaskRow]
-    test: list[TaskRow]
-
-
 def folder_of(run: Run) -> RunFolder:
     """Return the folder of a run: readable name and the hash of its configuration."""
     key = store.run_key(run.resolved, INCIDENTAL)[:8]
@@ -43,21 +33,8 @@ def folder_of(run: Run) -> RunFolder:
     return RunFolder(Path(run.output_root) / "runs" / name)
 
 
-def task_data(run: Run) -> TaskData:
-    """Load and split the task's rows; validation and test do not depend on the run's seed."""
-    root = Path(run.data.root) if run.data.root is not None else None
-    held = load_task_rows(run.data.source, run.task, "train", root)
-    test = load_task_rows(run.data.source, run.task, "test", root)
-    for key, n, most in (
-        ("n_validation", run.data.n_validation, len(held) - 1),
-        ("n_test", run.data.n_test, len(test)),
-    ):
-        if n > most:
-            raise ConfigError(f"data.{key}", n, f"at most {most} rows of task={run.task.name}")
-    shuffled = draw(held, len(held), run.data.split_seed)
-    tested = {row.prompt for row in test}
-    train = [row for row in shuffled[run.data.n_validation :] if row.prompt not in tested]
-    return TaskData(train, shuffled[: run.data.n_validation], draw(test, run.data.n_test, run.data.split_seed))
+# What a record must share with a run to stand for it, beside the configuration.
+_CONTENT = ("weights_content", "task_data_sha256", "pools_sha256")
 
 
 @dataclass
@@ -164,18 +141,27 @@ def execute(run: Run, screen: Screen) -> RunFolder:
         LabError: If weights, data or an artefact are missing or too poor; a run that raises is marked as failed.
     """
     folder = folder_of(run)
+    begin, data = start(run, screen.say), split_task(run.data, run.task)
+    facts = _provenance(run, begin, data)
     if folder.status == "ok" and not run.force:
-        metrics = folder.read(store.METRICS)
-        screen.say(f"already done: {folder.path} (force=true repeats it)")
-        screen.result(title(metrics), metrics)
-        return folder
+        before = folder.read(store.PROVENANCE)
+        if all(before[key] == facts[key] for key in _CONTENT):
+            metrics = folder.read(store.METRICS)
+            screen.say(f"already done: {folder.path} (force=true repeats it)")
+            screen.result(title(metrics), metrics)
+            return folder
+        screen.say("recorded with other weights or data under the same configuration: repeating it")
+    if run.force:
+        folder.remove(store.CHECKPOINT)
     folder.mark("running")
     folder.write(store.CONFIG, run.resolved)
+    folder.write(store.PROVENANCE, facts)
     try:
-        _execute(run, folder, screen)
+        _execute(run, folder, begin, data, screen)
     except BaseException as error:
         folder.mark("failed", " ".join(f"{type(error).__name__}: {error}".split()))
         raise
+    folder.remove(store.CHECKPOINT)
     folder.mark("ok")
     return folder
 
@@ -191,14 +177,12 @@ def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _execute(run: Run, folder: RunFolder, screen: Screen) -> None:
+def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, screen: Screen) -> None:
     meter = provenance.StageMeter()
-    with meter.stage("start"):
-        begin, data = start(run, screen.say), task_data(run)
-        model = load_model(begin.folder.path, run.trainer.dtype)
+    with meter.stage("load"):
+        model = load_model(begin.folder.path, run.trainer.dtype, run.trainer.device)
         chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
     screen.banner(begin.folder.description, _banner(run, folder))
-    folder.write(store.PROVENANCE, _provenance(run, begin, data))
     stage = _Stage(run, folder, screen, meter, begin, data, model, chat)
     extra = stage.fine_tune() if run.finetune else {}
     if run.finetune and run.trainer.export:
@@ -207,6 +191,7 @@ def _execute(run: Run, folder: RunFolder, screen: Screen) -> None:
     leak = extra.get("constraint_summary", {}).get("leak")
     record = {
         "weights": begin.folder.description,
+        "weights_content": begin.folder.content,
         "model": run.model.name,
         "task": run.task.name,
         "data": run.data.source,

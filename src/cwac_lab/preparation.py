@@ -14,7 +14,7 @@ from cwac_lab.cache import cached_folder, digest, read_json
 from cwac_lab.config import Run
 from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.data.responses import REFUSALS, refusal
-from cwac_lab.data.sources import load_task_rows
+from cwac_lab.data.sources import split_task
 from cwac_lab.defense import Context, Requirements
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import ModelFolder, find
@@ -73,7 +73,7 @@ def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
 def _subspace(run: Run, needs: Requirements, begin: Start, model: Any, chat: ChatFormat, say: Say) -> Path:
     assert needs.subspace is not None
     spec, prompts = needs.subspace, reference_ids(begin.pools, chat)
-    key = {"model": begin.folder.content, "prompts": digest(prompts), **asdict(spec)}
+    key = {"model": begin.folder.content, "dtype": str(model.dtype), "prompts": digest(prompts), **asdict(spec)}
 
     def build(folder: Path) -> None:
         say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
@@ -88,20 +88,27 @@ def _conversations(run: Run, pools: Pools, chat: ChatFormat) -> list[Sequence[in
         chat.encode(r.prompt, refusal(r)).input_ids for p in ("reference", "alignment") for r in pools.get("harmful", p)
     ]
     benign = [chat.prompt_ids(row.prompt) for pool in ("reference", "alignment") for row in pools.get("harmless", pool)]
-    root = Path(run.data.root) if run.data.root is not None else None
-    rows = load_task_rows(run.data.source, run.task, "train", root)
-    benign += [chat.encode(row.prompt, row.response).input_ids for row in rows[: run.data.n_train]]
+    rows = split_task(run.data, run.task).train[: run.data.n_train]
+    benign += [chat.encode(row.prompt, row.response).input_ids for row in rows]
     return activations.blend(harmful, benign, run.sae.n_tokens, run.sae.harmful_share, run.sae.seed)
 
 
 def _autoencoder(run: Run, layer: int, begin: Start, model: Any, chat: ChatFormat, say: Say) -> Path:
     conversations = _conversations(run, begin.pools, chat)
-    key = {"model": begin.folder.content, "layer": layer, "texts": digest(conversations), **asdict(run.sae)}
+    key = {
+        "model": begin.folder.content,
+        "dtype": str(model.dtype),
+        "layer": layer,
+        "texts": digest(conversations),
+        **asdict(run.sae),
+    }
 
     def build(folder: Path) -> None:
-        x = activations.collect(model, layer, conversations, chat.pad_id)
+        data, held_out = activations.split(conversations, run.sae.held_out, run.sae.seed)
+        x = activations.collect(model, layer, data, chat.pad_id)
+        y = activations.collect(model, layer, held_out, chat.pad_id, unlike=data)
         say(f"training the autoencoder: layer {layer}, {len(x)} activations, {run.sae.n_latents} latents")
-        sae_train.train(x, run.sae, f"model.layers.{layer}", folder)
+        sae_train.train(x, y, run.sae, f"model.layers.{layer}", folder)
 
     return cached_folder(Path(run.cache_root), "sae", key, build)
 

@@ -16,7 +16,7 @@ def main(config: DictConfig) -> None:
 
     screen, run = Screen(), read(config)
     begin = start(run, screen.say)
-    model = load_model(begin.folder.path, run.trainer.dtype)
+    model = load_model(begin.folder.path, run.trainer.dtype, run.trainer.device)
     chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
     context, facts = artefacts(run, begin, model, chat, screen.say)
     screen.say(f"start: {begin.folder.description}")

@@ -41,7 +41,7 @@ def test_models_compose_with_profiles(model, profile):
 def test_the_papers_profile_is_the_papers_setting():
     run = read(tiny.config("profile=paper", "model=llama2"))
     assert (run.data.n_train, run.trainer.epochs, run.trainer.learning_rate) == (5000, 3, 2e-5)
-    assert (run.trainer.max_length, run.trainer.precision, run.trainer.batch_size) == (512, "bf16-true", 1)
+    assert (run.trainer.max_length, run.trainer.precision, run.trainer.batch_size) == (512, "bf16-mixed", 1)
     hubs = {name: yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text())["weights"]["paper"]["hub"]
             for name in ("llama2", "llama3", "mistral", "gemma", "qwen")}  # fmt: skip
     assert hubs == {
@@ -79,6 +79,7 @@ BAD = [
     (["model.path=/nowhere"], "model.path=/nowhere: accepted: a folder with config.json"),
     (["model=mistral", "profile=small"], "profile=small: accepted: for model=mistral: embedded | paper"),
     (["seed="], "seed"),
+    (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: accepted: 32-true"),
     (["evaluation.split=train"], "evaluation.split=train: accepted: test | validation"),
     (["'bad override"], "bad override"),
 ]

@@ -22,7 +22,7 @@ def data():
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
     where = tmp_path_factory.mktemp("sae")
-    sae_train.train(data, CONFIG, "model.layers.0", where)
+    sae_train.train(data[800:], data[:800], CONFIG, "model.layers.0", where)
     return where
 
 
@@ -48,7 +48,7 @@ def test_quality_is_that_of_the_definition(data, folder):
 def test_a_poor_autoencoder_is_an_error(data, tmp_path):
     config = sae_train.SAEConfig(n_latents=16, k=1, steps=2, batch_size=64, min_explained_variance=0.9)
     with pytest.raises(QualityError, match="min_explained_variance"):
-        sae_train.train(data, config, "model.layers.0", tmp_path)
+        sae_train.train(data[800:], data[:800], config, "model.layers.0", tmp_path)
 
 
 def test_export_and_load_keep_what_a_penalty_needs(data, folder, tmp_path):
@@ -59,8 +59,8 @@ def test_export_and_load_keep_what_a_penalty_needs(data, folder, tmp_path):
     latents.export(tmp_path, 0, encoder, chosen, scores, scale, {})
     (features,) = latents.load(tmp_path)
     full = data[:50] @ encoder[0] + encoder[1]
-    torch.testing.assert_close(encode(data[:50], features, "pre"), full[:, chosen] / 2)
-    topk = latents.topk_codes(data[:50], *encoder)[:, chosen] / 2
+    torch.testing.assert_close(encode(data[:50], features, "pre"), full[:, chosen])
+    topk = latents.topk_codes(data[:50], *encoder)[:, chosen]
     torch.testing.assert_close(encode(data[:50], features, "topk"), topk)
 
 
@@ -117,3 +117,19 @@ def test_collected_activations_leave_sinks_out_and_blend_keeps_shares():
     chosen = activations.blend([[1] * 10] * 50, [[2] * 10] * 50, 200, 0.7, 0)
     assert sum(len(c) for c in chosen if c[0] == 1) == 140
     assert sum(len(c) for c in chosen if c[0] == 2) == 60
+
+
+def test_a_kind_that_is_used_up_shrinks_the_total():
+    chosen = activations.blend([[1] * 10] * 7, [[2] * 10] * 50, 200, 0.7, 0)
+    assert [sum(len(c) for c in chosen if c[0] == kind) for kind in (1, 2)] == [70, 30]
+
+
+def test_held_out_tokens_share_no_context_with_training():
+    model = tiny.model()
+    data, held_out = [[3, 4, 5, 6], [3, 4, 9]], [[3, 4, 5, 7, 8]]
+    x, y = activations.collect(model, 0, data, 0), activations.collect(model, 0, held_out, 0, unlike=data)
+    assert y.shape == (2, 32)
+    assert torch.cdist(y, x).min() > 1e-3
+    parts = activations.split([[i] for i in range(10)], 0.2, 0)
+    assert [len(part) for part in parts] == [8, 2]
+    assert sorted(parts[0] + parts[1]) == [[i] for i in range(10)]

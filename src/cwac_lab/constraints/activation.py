@@ -5,8 +5,9 @@
 With ``code=pre`` (default) z is the pre-activation of the chosen latents, which is affine in the residual x:
 ``z - z_0 = (x - x_0) W_enc[:, S]``. So the autoencoder chooses directions, and the penalty is a quadratic form of rank
 at most ``|S|`` on the residual; it holds these directions also where the latent is silent. ``code=topk`` is the paper's
-literal TopK-masked activation, which has no gradient for a latent that fell out of the top k. Each latent is divided
-by its standard deviation at the start, and the squares are averaged over latents, positions and prompts.
+literal TopK-masked activation, which has no gradient for a latent that fell out of the top k. By default each latent
+is divided by its standard deviation at the start, and the squares are averaged over latents, positions and prompts;
+``scale=none reduction=sum`` is the paper's squared norm.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from cwac_lab.data.batches import pad
 from cwac_lab.defense import Batch, Context, Defense, Requirements
-from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures, topk_codes
 
@@ -29,12 +30,11 @@ SELECTIONS = ("mean_difference", "frequency_difference", "attribution", "random"
 
 
 def encode(x: Float[Tensor, "N D"], features: LayerFeatures, code: str) -> Float[Tensor, "N S"]:
-    """Return the chosen latents of residuals, in units of their standard deviation before fine-tuning."""
-    if code == "pre":
-        chosen = x.float() @ features.weight[:, features.latents] + features.bias[features.latents]
-    else:
-        chosen = topk_codes(x.float(), features.weight, features.bias, features.k)[:, features.latents]
-    return chosen / features.scale
+    """Return the chosen latents of residuals, in float32, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        if code == "pre":
+            return x.float() @ features.weight[:, features.latents] + features.bias[features.latents]
+        return topk_codes(x.float(), features.weight, features.bias, features.k)[:, features.latents]
 
 
 @dataclass
@@ -49,6 +49,8 @@ class ActivationConstraint(Defense):
         code: ``pre`` or ``topk`` (the paper's literal).
         positions: ``all`` prompt tokens but sinks, or the ``last`` ``n_last``.
         n_last: How many last tokens.
+        scale: ``std`` divides each latent by its standard deviation before fine-tuning; ``none`` is the paper's.
+        reduction: ``mean`` over the latents, or their ``sum`` (the paper's squared norm).
         batch_size: Reference prompts per penalty.
         every_n_steps: The penalty is computed every n-th step and multiplied by n, which keeps its expectation.
     """
@@ -60,6 +62,8 @@ class ActivationConstraint(Defense):
     code: str = "pre"
     positions: str = "last"
     n_last: int = 5
+    scale: str = "std"
+    reduction: str = "mean"
     batch_size: int = 4
     every_n_steps: int = 4
 
@@ -72,6 +76,8 @@ class ActivationConstraint(Defense):
             raise ConfigError("depths", list(self.depths), "a list of relative depths in [0, 1)")
         one_of("selection", self.selection, SELECTIONS)
         one_of("code", self.code, ("pre", "topk"))
+        one_of("scale", self.scale, ("std", "none"))
+        one_of("reduction", self.reduction, ("mean", "sum"))
         one_of("positions", self.positions, ("all", "last"))
         for key in ("n_latents", "n_last", "batch_size", "every_n_steps"):
             in_range(key, getattr(self, key), 1)
@@ -102,6 +108,8 @@ class ActivationConstraint(Defense):
                 held = [
                     penalty_positions(outputs[f.layer], mask, self.positions, self.n_last)[0] for f in self._features
                 ]
+                if not all(positions.any() for positions in held):
+                    raise LabError(f"a reference prompt of {len(prompt)} tokens has no position to hold latents at")
                 self._held.append(held)
                 codes = [
                     encode(outputs[f.layer][0][h], f, self.code) for f, h in zip(self._features, held, strict=True)
@@ -134,8 +142,13 @@ class ActivationConstraint(Defense):
             for place, row in enumerate(rows):
                 held = self._held[row][index]
                 now = encode(outputs[features.layer][place][: len(held)][held], features, self.code)
-                distances.append((now - self._start[row][index]).square().mean())
+                distances.append(self._distance(now - self._start[row][index], features))
         return {"safety": self.strength * self.every_n_steps * torch.stack(distances).mean()}
+
+    def _distance(self, moved: Float[Tensor, "N S"], features: LayerFeatures) -> Float[Tensor, ""]:
+        """Return the squared distance of one prompt's latents to their start: mean over its N positions, shape ()."""
+        squares = (moved / features.scale if self.scale == "std" else moved).square()
+        return squares.mean() if self.reduction == "mean" else squares.sum(-1).mean()
 
     def summary(self) -> dict[str, Any]:
         """Return the chosen latents of every layer."""

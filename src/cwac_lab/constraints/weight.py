@@ -78,7 +78,7 @@ class WeightConstraint(Defense):
     def requirements(self) -> Requirements:
         """Reference prompts and the subspace of the chosen scope."""
         spec = SubspaceSpec(self.modules, self.energy, self.rank, self.tokens, self.normalize)
-        return Requirements(reference_prompts=True, subspace=spec)
+        return Requirements(True, exact_projection=self.projection == "update", subspace=spec)
 
     def prepare(self, context: Context) -> None:
         """Take the bases, remember ``W0 V``, and freeze the rest if asked to."""

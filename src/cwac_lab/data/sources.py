@@ -39,6 +39,15 @@ class PromptRow:
     category: str | None = None
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """Rows of a task, disjoint: to train on, to tune on, to report on."""
+
+    train: list[TaskRow]
+    validation: list[TaskRow]
+    test: list[TaskRow]
+
+
 def find_file(root: Path, stem: str) -> Path:
     """Return ``root/stem`` with the first known suffix that exists.
 
@@ -143,9 +152,34 @@ def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> li
         raise ConfigError("task", task.name, f"rows with a column {error}; {source} rows have {seen}") from error
 
 
-def draw(rows: list[TaskRow], n: int, seed: int) -> list[TaskRow]:
-    """Return ``n`` rows in a seeded random order, without repetition."""
-    return random.Random(seed).sample(rows, n)
+def _new(rows: list[TaskRow], seen: set[str]) -> list[TaskRow]:
+    """Return the rows whose prompt was not seen before, each prompt once; adds them to ``seen``."""
+    kept = []
+    for row in rows:
+        if row.prompt not in seen:
+            seen.add(row.prompt)
+            kept.append(row)
+    return kept
+
+
+def split_task(data: DataConfig, task: Task) -> TaskData:
+    """Load a task's rows and split them; nothing depends on the run's seed, and no prompt is in two parts.
+
+    Raises:
+        ConfigError: If the task has fewer rows than asked for.
+    """
+    root = Path(data.root) if data.root is not None else None
+    seen: set[str] = set()
+
+    def shuffled(split: str) -> list[TaskRow]:
+        rows = load_task_rows(data.source, task, split, root)
+        return _new(random.Random(data.split_seed).sample(rows, len(rows)), seen)
+
+    test, held = shuffled("test"), shuffled("train")
+    for key, most in (("n_validation", len(held) - 1), ("n_test", len(test))):
+        if getattr(data, key) > most:
+            raise ConfigError(f"data.{key}", getattr(data, key), f"at most {most} rows of task={task.name}")
+    return TaskData(held[data.n_validation :], held[: data.n_validation], test[: data.n_test])
 
 
 @dataclass

@@ -42,6 +42,7 @@ def generate(
             temperature=None,
             top_p=None,
             top_k=None,
+            repetition_penalty=1.0,
             pad_token_id=chat.pad_id,
             eos_token_id=chat.end_id,
         )

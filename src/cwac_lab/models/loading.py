@@ -13,6 +13,7 @@ from cwac_lab.errors import ConfigError, MissingAsset, one_of
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.packaged import PACKAGES, auto_classes, installed_folder
 
+_IDENTITY = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 ARCHITECTURE_NAMES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma3_text": "Gemma 3"}
 
 
@@ -70,7 +71,7 @@ def choose_weights(config: ModelConfig, profile: str) -> Weights | None:
 
 
 def content_digest(folder: Path) -> str:
-    """Return the SHA-256 over config and safetensors files of a model folder.
+    """Return the SHA-256 over config, tokenizer and safetensors files of a model folder.
 
     Raises:
         MissingAsset: If there is no safetensors file (pickled weights are never loaded).
@@ -78,7 +79,7 @@ def content_digest(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise MissingAsset(f"no *.safetensors in {folder}: pickled weights are not loaded; convert them first")
-    return file_digest([*files, folder / "config.json"])
+    return file_digest([*files, *(folder / name for name in _IDENTITY if (folder / name).is_file())])
 
 
 def _from_hub(weights: Weights, model: str, profile: str) -> ModelFolder:
@@ -120,10 +121,11 @@ def find(config: ModelConfig, profile: str, cache_root: Path) -> ModelFolder:
     return ModelFolder(folder, words, content_digest(folder))
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     """Load a causal language model from a folder (safetensors only, no remote code), in evaluation mode."""
     models, _ = auto_classes()
-    return models.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
+    model = models.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    return model.to(device).eval()
 
 
 def load_chat(folder: Path, max_length: int, chat_template: str | None = None) -> ChatFormat:

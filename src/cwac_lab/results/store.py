@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ class RunFolder:
     def read(self, name: str) -> Any:
         """Read a file that ``write`` wrote."""
         return read_jsonl(self.path / name) if name.endswith(".jsonl") else read_json(self.path / name)
+
+    def remove(self, name: str) -> None:
+        """Remove a folder of the run, where it is there."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
 
     def has(self, name: str) -> bool:
         """Tell whether a file or folder of the run is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,35 +16,60 @@ from cwac_lab.models.capture import layer_outputs, without_sinks
 
 @torch.no_grad()
 def collect(
-    model: object, layer: int, conversations: Sequence[Sequence[int]], pad_id: int, batch_size: int = 16
+    model: Any,
+    layer: int,
+    conversations: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    unlike: Sequence[Sequence[int]] = (),
+    batch_size: int = 16,
 ) -> Float[Tensor, "N D"]:
     """Return the activations after a layer at all tokens of some conversations, without sink tokens.
+
+    In a causal model a token's activation is a function of the tokens up to it, so conversations that open alike (chat
+    templates do) share activations exactly: ``unlike`` leaves those out.
 
     Args:
         model: The aligned model, in evaluation mode.
         layer: Index of the decoder layer.
         conversations: Token ids.
         pad_id: Id to pad with.
+        unlike: Conversations; tokens whose whole context opens one of them are left out.
         batch_size: Conversations per forward.
 
     Returns:
         Activations of shape (N, D) in float32 on the CPU.
     """
     rows = []
+    seen = {tuple(other[: end + 1]) for other in unlike for end in range(len(other))}
     ordered = sorted(conversations, key=len)
     for begin in range(0, len(ordered), batch_size):
-        ids, mask = pad(ordered[begin : begin + batch_size], pad_id)
-        device = model.device  # type: ignore[attr-defined]
-        ids, mask = ids.to(device), mask.to(device)
+        batch = ordered[begin : begin + batch_size]
+        ids, mask = pad(batch, pad_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
         x = layer_outputs(model, [layer], ids, mask)[layer]
-        rows.append(x[without_sinks(x, mask)].float().cpu())
+        keep = without_sinks(x, mask)
+        for place, tokens in enumerate(batch if seen else ()):
+            for end in range(len(tokens)):
+                if tuple(tokens[: end + 1]) in seen:
+                    keep[place, end] = False
+        rows.append(x[keep].float().cpu())
     return torch.cat(rows)
+
+
+def split(
+    conversations: Sequence[Sequence[int]], held_out: float, seed: int
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Return conversations to train on and a share ``held_out`` of them to measure quality on, at least one."""
+    shuffled = random.Random(f"split/{seed}").sample(conversations, len(conversations))
+    n_held = max(1, round(held_out * len(shuffled)))
+    return shuffled[n_held:], shuffled[:n_held]
 
 
 def blend(
     harmful: Sequence[Sequence[int]], benign: Sequence[Sequence[int]], n_tokens: int, share: float, seed: int
 ) -> list[Sequence[int]]:
-    """Draw conversations until both kinds reach their part of ``n_tokens``, or are used up.
+    """Draw conversations until both kinds reach their part of ``n_tokens``; a kind that is used up shrinks the total.
 
     Args:
         harmful: Harmful prompts with refusals, as token ids.
@@ -52,6 +78,9 @@ def blend(
         share: Share of harmful tokens, in [0, 1].
         seed: Seed of the draw.
     """
+    for kind, part in ((harmful, share), (benign, 1 - share)):
+        if part > 0:
+            n_tokens = min(n_tokens, round(sum(map(len, kind)) / part))
     chosen: list[Sequence[int]] = []
     for kind, part in ((harmful, share), (benign, 1 - share)):
         held = 0

@@ -37,7 +37,7 @@ class SAEConfig:
         steps: Optimizer steps.
         batch_size: Activations per step.
         learning_rate: Peak of Adam's learning rate; it decays to a tenth over the last fifth.
-        held_out: Share of activations kept for measuring quality.
+        held_out: Share of conversations kept for measuring quality.
         min_explained_variance: Held-out explained variance under which a run stops with an error.
         seed: Seed of the draw, the initial weights and the order.
     """
@@ -93,11 +93,14 @@ def quality(sae: Any, x: Float[Tensor, "N D"]) -> dict[str, float]:
     }
 
 
-def train(x: Float[Tensor, "N D"], config: SAEConfig, hook_name: str, folder: Path) -> dict[str, float]:
+def train(
+    data: Float[Tensor, "N D"], held_out: Float[Tensor, "M D"], config: SAEConfig, hook_name: str, folder: Path
+) -> dict[str, float]:
     """Train a TopK autoencoder on activations and save it for inference.
 
     Args:
-        x: Activations of shape (N, D) without sink tokens.
+        data: Activations of shape (N, D) without sink tokens.
+        held_out: Activations of shape (M, D) of other conversations.
         config: Settings.
         hook_name: Name of the hooked module, for the file's metadata.
         folder: Where sae-lens writes ``cfg.json`` and ``sae_weights.safetensors``.
@@ -113,10 +116,6 @@ def train(x: Float[Tensor, "N D"], config: SAEConfig, hook_name: str, folder: Pa
         from sae_lens.config import SAETrainerConfig
         from sae_lens.saes.sae import SAEMetadata
 
-    source = torch.Generator().manual_seed(config.seed)
-    x = x[torch.randperm(len(x), generator=source)]
-    n_held = max(1, int(len(x) * config.held_out))
-    held_out, data = x[:n_held], x[n_held:]
     width, mean = data.shape[1], data.mean(0)
     scale = width**0.5 / data.norm(dim=-1).mean()
     batch_size = min(config.batch_size, len(data))

@@ -67,10 +67,10 @@ def second_moments(
 
     def receive(site: Site, x: Float[Tensor, "B T d"]) -> None:
         keep = without_sinks(x, counted) if spec.tokens == "no_sinks" else counted.bool()
-        rows = x[keep].float()
+        rows = x[keep].double()  # in float32, noise of the product would pass for directions in use
         if spec.normalize:
             rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-        product = (rows.T @ rows).double()
+        product = rows.T @ rows
         moments[site.name] = moments[site.name] + product if site.name in moments else product
 
     ordered = sorted(prompts, key=len)

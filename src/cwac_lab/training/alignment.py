@@ -43,7 +43,7 @@ def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, 
 
 
 def _build(folder: Path, start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> None:
-    model = load_model(start.path)
+    model = load_model(start.path, device=run.trainer.device)
     chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
     harmful = pools.get("harmful", "alignment")
     harmless = pools.get("harmless", "alignment") + pools.get("lookalike", "alignment")

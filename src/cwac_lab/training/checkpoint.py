@@ -21,7 +21,7 @@ def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(folder: Path, module: FineTuning, batches: int) -> None:
+def save(folder: Path, module: FineTuning, batches: int, identity: str) -> None:
     """Write weights, optimizer, schedule and the defence's state after some batches; replaces an older checkpoint."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".checkpoint-"))
@@ -37,9 +37,12 @@ def save(folder: Path, module: FineTuning, batches: int) -> None:
         {key: value.contiguous() for key, value in module.defense.state_dict().items()}, scratch / "defense.safetensors"
     )
     schedule = {k: v for k, v in module.schedule.state_dict().items() if k != "lr_lambdas"}
-    write_json(scratch / "state.json", {"step": module.step, "batches": batches, "schedule": schedule})
+    write_json(
+        scratch / "state.json", {"identity": identity, "step": module.step, "batches": batches, "schedule": schedule}
+    )
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     scratch.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -54,10 +57,14 @@ class Resume:
         self.step, self.batches, self._schedule = int(state["step"]), int(state["batches"]), state["schedule"]
 
     @staticmethod
-    def find(folder: Path) -> Resume | None:
-        """Return the checkpoint in a folder, or the one it was about to replace; None where there is none."""
+    def find(folder: Path, identity: str) -> Resume | None:
+        """Return the checkpoint in a folder, or the one it was about to replace.
+
+        None where there is none, or where it was made with other settings or rows.
+        """
         for candidate in (folder, folder.with_name(folder.name + ".old")):
-            if (candidate / "state.json").is_file():
+            state = candidate / "state.json"
+            if state.is_file() and read_json(state)["identity"] == identity:
                 return Resume(candidate)
         return None
 
@@ -90,12 +97,12 @@ class Resume:
 class SafeCheckpoint(L.Callback):
     """Saves a checkpoint every n optimizer steps."""
 
-    def __init__(self, folder: Path, every_n_steps: int, first_batch: int) -> None:
-        """``first_batch`` batches were trained on before this process."""
-        self.folder, self.every, self.first_batch = folder, every_n_steps, first_batch
+    def __init__(self, folder: Path, every_n_steps: int, first_batch: int, identity: str) -> None:
+        """``first_batch`` batches were trained on before this process; ``identity`` is that of settings and rows."""
+        self.folder, self.every, self.first_batch, self.identity = folder, every_n_steps, first_batch, identity
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where a step of the optimizer has just ended on a multiple of n."""
         done = (batch_idx + 1) % module.config.accumulate == 0
         if done and module.step % self.every == 0:
-            save(self.folder, module, self.first_batch + batch_idx + 1)
+            save(self.folder, module, self.first_batch + batch_idx + 1, self.identity)

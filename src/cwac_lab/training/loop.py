@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
+from cwac_lab.cache import digest
 from cwac_lab.data.batches import TrainData
 from cwac_lab.defense import Defense
 from cwac_lab.errors import one_of
 from cwac_lab.models.chat import Encoded
 from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
 from cwac_lab.training.module import FineTuning, TrainerConfig
+
+_NO_PART_OF_A_RUN = ("progress_bar", "export", "checkpoint_every_n_steps")
 
 
 @dataclass
@@ -42,7 +45,10 @@ class LoggerConfig:
 
 def make_loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, Any]) -> list[Any]:
     """Return the loggers of a run; ``settings`` become the run's config in Weights & Biases."""
-    loggers: list[Any] = [CSVLogger(folder, name="", version="log", flush_logs_every_n_steps=10)]
+    # A resumed run writes a further log; Lightning would empty the one that is there.
+    earlier = len(list(folder.glob("log*"))) if (folder / "checkpoint").is_dir() else 0
+    version = f"log{earlier}" if earlier else "log"
+    loggers: list[Any] = [CSVLogger(folder, name="", version=version, flush_logs_every_n_steps=10)]
     if config.wandb != "off":
         os.environ.setdefault("WANDB_SILENT", "true")
         from lightning.pytorch.loggers import WandbLogger
@@ -76,7 +82,10 @@ def fit(
         Optimizer steps and answer tokens trained on.
     """
     _calm()
-    resume = Resume.find(checkpoint) if checkpoint is not None else None
+    device = model.device
+    settings = {key: value for key, value in asdict(config).items() if key not in _NO_PART_OF_A_RUN}
+    identity = digest([seed, settings, [[e.input_ids, e.labels] for e in examples]])
+    resume = Resume.find(checkpoint, identity) if checkpoint is not None else None
     first = resume.batches if resume is not None else 0
     data = TrainData(examples, pad_id, config.batch_size, config.epochs, seed, first)
     steps = math.ceil(len(data.plan) / config.accumulate)
@@ -86,7 +95,7 @@ def fit(
     module = FineTuning(model, defense, config, steps, resume.step if resume is not None else 0, restore)
     called = [*callbacks, *([RichProgressBar(leave=True)] if config.progress_bar else [])]
     if checkpoint is not None and config.checkpoint_every_n_steps:
-        called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, first))
+        called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, first, identity))
     trainer = L.Trainer(
         max_epochs=1,
         accelerator=config.accelerator,
@@ -105,7 +114,7 @@ def fit(
     model.train()
     if first < len(data.plan):
         trainer.fit(module, datamodule=data)
-    model.eval()
+    model.to(device).eval()  # Lightning leaves it on the CPU
     tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
     return {"steps": steps, "answer_tokens": tokens}
 

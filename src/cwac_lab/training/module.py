@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,13 @@ class TrainerConfig:
         one_of("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
 
     @property
+    def device(self) -> torch.device:
+        """The device that models are prepared, trained and evaluated on."""
+        if self.accelerator != "auto":
+            return torch.device(self.accelerator)
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that weights are loaded in."""
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
@@ -116,6 +124,7 @@ class FineTuning(L.LightningModule):
         super().__init__()
         self.model, self.defense, self.config = model, defense, config
         self.total_steps, self.step, self._restore = total_steps, first_step, restore
+        self._logged: dict[bool, set[str]] = {}
         self.optimizer: torch.optim.Optimizer
         self.schedule: Any
 
@@ -126,9 +135,7 @@ class FineTuning(L.LightningModule):
         if task is None:
             task = answer_loss(self.model, batch)
         terms = self.defense.loss_terms(self.model, batch, self.step)
-        self.log_dict(
-            {"loss/task": task.detach(), **{f"loss/{k}": v.detach() for k, v in terms.items()}}, prog_bar=True
-        )
+        self._log({"loss/task": task.detach(), **{f"loss/{k}": v.detach() for k, v in terms.items()}}, prog_bar=True)
         return task + sum(terms.values()) if terms else task
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -139,10 +146,14 @@ class FineTuning(L.LightningModule):
         """Step, then let the defence change weights."""
         optimizer.step(closure=optimizer_closure)
         self.defense.after_optimizer_step(self.step)
-        metrics = self.defense.step_metrics(self.step)
-        if metrics:
-            self.log_dict(metrics)
+        self._log(self.defense.step_metrics(self.step), prog_bar=False)
         self.step += 1
+
+    def _log(self, values: dict[str, Any], prog_bar: bool) -> None:
+        """Log figures; one that is absent on a step is NaN there, where Lightning would repeat its last value."""
+        known = self._logged.setdefault(prog_bar, set())
+        self.log_dict({**dict.fromkeys(known, math.nan), **values}, prog_bar=prog_bar)
+        known.update(values)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW over what is trainable (no decay on vectors) and its schedule."""
