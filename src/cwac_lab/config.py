@@ -18,11 +18,11 @@ from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
 from cwac_lab.training.loop import LoggerConfig
-from cwac_lab.training.module import TrainerConfig
+from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
 
 T = TypeVar("T")
 # Settings that do not change what a run computes; they are left out of its key.
-INCIDENTAL = ("logger", "output_root", "cache_root", "force", "trainer.progress_bar", "trainer.export")
+INCIDENTAL = ("logger", "output_root", "cache_root", "force", *(f"trainer.{name}" for name in INCIDENTAL_TRAINER))
 
 
 @dataclass

@@ -39,9 +39,9 @@ ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in r
 PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
 
 
-def context(model, defense):
+def context(model, defense, reference=None):
     chat, needs = tiny.chat(), defense.requirements
-    reference = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    reference = reference or [chat.prompt_ids(prompt) for prompt in PROMPTS]
     subspace = None
     if needs.subspace is not None:
         bases, kept = {}, {}
@@ -96,24 +96,25 @@ def test_an_active_constraint_changes_the_outcome(name, plain):
     assert not same(weights(train(ACTIVE[name]())[0]), plain)
 
 
+@pytest.mark.parametrize(("accumulate", "saved"), [(1, 6), (2, 3)])
 @pytest.mark.parametrize("name", ACTIVE)
-def test_a_resumed_run_continues_exactly(name, tmp_path):
+def test_a_resumed_run_continues_exactly(name, accumulate, saved, tmp_path):
     import lightning as L
 
     class Killed(Exception):
         pass
 
     class Kill(L.Callback):
-        def on_train_batch_end(self, trainer, module, *_):
-            if module.step == 8:
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 8:
                 raise Killed
 
-    settings = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
+    settings = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3, "accumulate": accumulate}
     whole = weights(train(ACTIVE[name](), **settings)[0])
     folder = tmp_path / "checkpoint"
     with pytest.raises(Killed):
         train(ACTIVE[name](), **settings, checkpoint=folder, callbacks=[Kill()])
-    assert Resume(folder).step == 6
+    assert Resume(folder).step == saved
     assert same(weights(train(ACTIVE[name](), **settings, checkpoint=folder)[0]), whole)
 
 
@@ -146,19 +147,26 @@ def test_dense_projection_gives_the_same_weights():
 
 
 def test_full_protection_keeps_the_reference_answers():
-    """At energy 1 over all linear layers the model's output on the reference prompts cannot change."""
-    chat, start = tiny.chat(), tiny.model()
-    tuned, prepared = train(WeightConstraint(energy=1.0), learning_rate=1e-2)
-    free, _ = train(NoConstraint(), learning_rate=1e-2)
-    for prompt in prepared.reference:
-        ids = torch.tensor([prompt])
+    """At energy 1 over all linear layers the output on the reference prompt cannot change, whatever is learnt."""
+    wide = {"hidden_size": 128, "intermediate_size": 160, "head_dim": 32}
+    chat, prompt = tiny.chat(), tiny.chat().prompt_ids("one request")
+    examples = [chat.encode(*row) for row in ROWS]
+    options = TrainerConfig(batch_size=4, learning_rate=3e-3, progress_bar=False)
+    outputs, elsewhere = {}, {}
+    for name, defense in (("start", None), ("free", NoConstraint()), ("held", WeightConstraint(energy=1.0))):
+        model = tiny.model(**wide)
+        if defense is not None:
+            prepared = context(model, defense, [prompt])
+            defense.prepare(prepared)
+            fit(model, examples, chat.pad_id, defense, options, 0)
         with torch.no_grad():
-            before, after, drifted = (m(ids).logits for m in (start, tuned, free))
-        torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
-        assert (drifted - before).abs().max() > 0.1
-    with torch.no_grad():
-        other = torch.tensor([chat.prompt_ids("quite another sentence")])
-        assert (tuned(other).logits - start(other).logits).abs().max() > 1e-3
+            outputs[name] = model(torch.tensor([prompt])).logits
+            elsewhere[name] = model(torch.tensor([chat.prompt_ids("quite another sentence")])).logits
+    # The protected span is that of the prompt's tokens: far from the whole space, so there is room to learn.
+    assert all(basis.shape[1] <= len(prompt) < basis.shape[0] / 2 for basis in prepared.subspace.bases.values())
+    torch.testing.assert_close(outputs["held"], outputs["start"], atol=2e-3, rtol=0)
+    assert (outputs["free"] - outputs["start"]).abs().max() > 0.1
+    assert (elsewhere["held"] - elsewhere["start"]).abs().max() > 0.1
 
 
 def test_the_penalty_holds_the_latents():
@@ -202,6 +210,31 @@ def captured(model, ids):
         model(ids)
     handle.remove()
     return seen[0]
+
+
+def test_hooks_are_called_once_an_optimizer_step():
+    from dataclasses import dataclass
+
+    @dataclass
+    class Counted(NoConstraint):
+        def __post_init__(self):
+            self.calls = []
+
+        def loss_terms(self, model, batch, step):
+            self.calls.append(("loss", step))
+            return {}
+
+        def after_backward(self, step):
+            self.calls.append(("backward", step))
+
+        def after_optimizer_step(self, step):
+            self.calls.append(("step", step))
+
+    defense = Counted()
+    train(defense, rows=ROWS[:16], accumulate=2)
+    assert defense.calls == [
+        (hook, step) for step in range(2) for hook in ("loss", "loss", "backward", "step")
+    ]  # fmt: skip
 
 
 def test_every_pass_over_the_reference_covers_it():

@@ -21,7 +21,7 @@ from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
 from cwac_lab.training.loop import fit
-from cwac_lab.training.module import TrainerConfig
+from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
 
 REPORT = "alignment.json"
 # The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.
@@ -42,6 +42,20 @@ def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, 
     return {name: metrics[name] for name in ("harmful_score", "over_refusal", "incoherent", "broken")}
 
 
+def _trainer(run: Run) -> TrainerConfig:
+    return TrainerConfig(
+        epochs=run.align.epochs,
+        batch_size=run.align.batch_size,
+        learning_rate=run.align.learning_rate,
+        schedule="linear",
+        warmup_share=0.05,
+        gradient_clip=0.0,
+        max_length=run.trainer.max_length,
+        accelerator=run.trainer.accelerator,
+        progress_bar=run.trainer.progress_bar,
+    )
+
+
 def _build(folder: Path, start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> None:
     model = load_model(start.path, device=run.trainer.device)
     chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
@@ -52,16 +66,7 @@ def _build(folder: Path, start: ModelFolder, pools: Pools, run: Run, say: Callab
     answers = generate(model, chat, [row.prompt for row in harmless], run.align.answer_tokens)
     examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
     examples += [chat.encode(row.prompt, text) for row, text in zip(harmless, answers, strict=True) if text]
-    trainer = TrainerConfig(
-        epochs=run.align.epochs,
-        batch_size=run.align.batch_size,
-        learning_rate=run.align.learning_rate,
-        schedule="linear",
-        warmup_share=0.05,
-        accelerator=run.trainer.accelerator,
-        progress_bar=run.trainer.progress_bar,
-    )
-    fit(model, examples, chat.pad_id, NoConstraint(), trainer, ALIGNMENT_SEED)
+    fit(model, examples, chat.pad_id, NoConstraint(), _trainer(run), ALIGNMENT_SEED)
     after = _measure(model, chat, pools, run)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
@@ -78,8 +83,8 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         "start": start.content,
         "prompts": digest(prompts),
         "refusals": digest([refusal(row) for row in pools.get("harmful", "alignment")]),
-        "settings": asdict(run.align),
-        "max_length": run.trainer.max_length,
+        "answer_tokens": run.align.answer_tokens,
+        "trainer": {name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
         "chat_template": run.model.chat_template,
         "measured_on": run.evaluation.max_new_tokens,
     }

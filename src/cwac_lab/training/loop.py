@@ -21,9 +21,7 @@ from cwac_lab.defense import Defense
 from cwac_lab.errors import one_of
 from cwac_lab.models.chat import Encoded
 from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
-from cwac_lab.training.module import FineTuning, TrainerConfig
-
-_NO_PART_OF_A_RUN = ("progress_bar", "export", "checkpoint_every_n_steps")
+from cwac_lab.training.module import INCIDENTAL_TRAINER, FineTuning, TrainerConfig
 
 
 @dataclass
@@ -83,7 +81,7 @@ def fit(
     """
     _calm()
     device = model.device
-    settings = {key: value for key, value in asdict(config).items() if key not in _NO_PART_OF_A_RUN}
+    settings = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL_TRAINER}
     identity = digest([seed, settings, [[e.input_ids, e.labels] for e in examples]])
     resume = Resume.find(checkpoint, identity) if checkpoint is not None else None
     first = resume.batches if resume is not None else 0

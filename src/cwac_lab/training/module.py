@@ -20,6 +20,8 @@ from cwac_lab.models.chat import IGNORED
 from cwac_lab.models.sites import decoder
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+# Settings that change nothing of what is computed.
+INCIDENTAL_TRAINER = ("progress_bar", "export", "checkpoint_every_n_steps")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -48,11 +50,11 @@ class TrainerConfig:
     epochs: int = 1
     batch_size: int = 8
     accumulate: int = 1
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_share: float = 0.0
-    gradient_clip: float = 0.0
+    schedule: str = "linear"
+    warmup_share: float = 0.1
+    gradient_clip: float = 1.0
     max_length: int = 512
     precision: str = "32-true"
     accelerator: str = "cpu"
