@@ -55,7 +55,7 @@ class ActivationConstraint(Defense):
         every_n_steps: The penalty is computed every n-th step and multiplied by n, which keeps its expectation.
     """
 
-    strength: float = 3.0
+    strength: float = 10.0
     depths: list[float] = field(default_factory=lambda: [0.94])
     n_latents: int = 100
     selection: str = "mean_difference"

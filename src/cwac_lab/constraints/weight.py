@@ -50,10 +50,10 @@ class WeightConstraint(Defense):
     modules: str = "all_linear"
     trainable: str = "constrained"
     projection: str = "update"
-    energy: float | None = 0.95
+    energy: float | None = 0.97
     rank: int | None = None
     tokens: str = "all"
-    normalize: bool = False
+    normalize: bool = True
     leak_every_n_steps: int = 10
 
     name: ClassVar[str] = "weight"
