@@ -16,7 +16,14 @@ def record(folder, constraint, ratio, seed, hits, **config):
     run.write("config.json", {"constraint": {"label": constraint, **config}, "trainer": {"learning_rate": 1}})
     rates = {"harmful_score": rate(hits, 100), "finetune_accuracy": rate(80, 100), "over_refusal": rate(2, 100),
              "over_refusal_lookalike": rate(5, 100), "incoherent": rate(0, 300)}  # fmt: skip
-    settings = {"weights": "w", "task": "sst2", "data": "local", "split": "test", "constraint": constraint}
+    settings = {
+        "weights": "w",
+        "weights_content": "c0ffee",
+        "task": "sst2",
+        "data": "local",
+        "split": "test",
+        "constraint": constraint,
+    }
     run.write("metrics.json", {**settings, "harmful_ratio": ratio, "seed": seed, "broken": False, **rates})
     run.mark("ok")
     return run
@@ -31,7 +38,7 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     assert table["constraint"].tolist() == ["start", "none", "coupled"]
     assert table["seeds"].tolist() == [1, 1, 3]
     assert table["HS"][2].startswith("20.0 [13.3, 28.9] (n=100) 10..30")
-    assert "w | sst2, local data, test split" in markdown(table)
+    assert "w (c0ffee) | sst2, local data, test split" in markdown(table)
 
 
 def test_two_settings_of_one_constraint_are_two_rows(tmp_path):

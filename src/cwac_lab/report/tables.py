@@ -13,7 +13,7 @@ from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.stats import wilson
 
-SETTING = ["weights", "task", "data", "split"]
+SETTING = ["weights", "weights_content", "task", "data", "split"]
 ROW = ["harmful_ratio", "constraint", "variant"]
 RATES = {
     "harmful_score": "HS",
@@ -102,9 +102,13 @@ def markdown(table: pd.DataFrame) -> str:
     """Return the summary as Markdown: one table a setting, headed by what really ran."""
     parts = []
     for key, group in table.groupby(SETTING, sort=False):
-        weights, task, data, split = key
+        weights, content, task, data, split = key
         columns = [name for name in [*ROW, "seeds", *RATES.values(), "leak", "broken"] if group[name].ne("").any()]
-        lines = [f"### {weights} | {task}, {data} data, {split} split", "", "| " + " | ".join(columns) + " |"]
+        lines = [
+            f"### {weights} ({str(content)[:8]}) | {task}, {data} data, {split} split",
+            "",
+            "| " + " | ".join(columns) + " |",
+        ]
         lines.append("|" + " --- |" * len(columns))
         for _, row in group.iterrows():
             cells = ["" if pd.isna(row[name]) else f"{row[name]}" for name in columns]
