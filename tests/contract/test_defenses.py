@@ -176,7 +176,7 @@ def test_the_penalty_holds_the_latents():
         model, _ = train(defense, rows=ROWS * 4, learning_rate=3e-3)
         watched = ActivationConstraint(strength=1.0, depths=[0.5], n_latents=4, batch_size=7)
         watched.prepare(context(tiny.model(), watched))
-        drift[strength] = float(watched.loss_terms(model, {}, 0)["safety"])
+        drift[strength] = float(watched.loss_terms(model, {}, 0)["safety"].detach())
     assert drift[50.0] < 0.1 * drift[0.0]
 
 

@@ -93,6 +93,25 @@ def quality(sae: Any, x: Float[Tensor, "N D"]) -> dict[str, float]:
     }
 
 
+def _settings(config: SAEConfig, batch_size: int) -> Any:
+    from sae_lens.config import SAETrainerConfig
+
+    return SAETrainerConfig(
+        total_training_samples=config.steps * batch_size,
+        train_batch_size_samples=batch_size,
+        lr=config.learning_rate,
+        lr_end=config.learning_rate / 10,
+        lr_warm_up_steps=min(10, config.steps // 10),
+        lr_decay_steps=config.steps // 5,
+        dead_feature_window=max(2, config.steps // 4),
+        n_batches_for_norm_estimate=min(10, config.steps),
+        n_checkpoints=0,
+        save_final_checkpoint=False,
+        checkpoint_path=None,
+        device="cpu",
+    )
+
+
 def train(
     data: Float[Tensor, "N D"], held_out: Float[Tensor, "M D"], config: SAEConfig, hook_name: str, folder: Path
 ) -> dict[str, float]:
@@ -113,7 +132,6 @@ def train(
     """
     with _quiet():
         from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
-        from sae_lens.config import SAETrainerConfig
         from sae_lens.saes.sae import SAEMetadata
 
     width, mean = data.shape[1], data.mean(0)
@@ -131,22 +149,10 @@ def train(
             )
         )
         sae.b_dec.data.copy_(mean * scale)
-        settings = SAETrainerConfig(
-            total_training_samples=config.steps * batch_size,
-            train_batch_size_samples=batch_size,
-            lr=config.learning_rate,
-            lr_end=config.learning_rate / 10,
-            lr_warm_up_steps=min(10, config.steps // 10),
-            lr_decay_steps=config.steps // 5,
-            dead_feature_window=max(2, config.steps // 4),
-            n_batches_for_norm_estimate=min(10, config.steps),
-            n_checkpoints=0,
-            save_final_checkpoint=False,
-            checkpoint_path=None,
-            device="cpu",
-        )
         with _quiet():
-            sae = SAETrainer(cfg=settings, sae=sae, data_provider=_endless(data, batch_size, config.seed)).fit()
+            sae = SAETrainer(
+                cfg=_settings(config, batch_size), sae=sae, data_provider=_endless(data, batch_size, config.seed)
+            ).fit()
     sae.save_inference_model(str(folder))
     report = quality(load(folder), held_out)
     write_json(folder / REPORT, report)
