@@ -99,7 +99,7 @@ def small_run(folder: Path, output: Path) -> list[str]:
     ]
     return [
         f"model.path={folder}", "model.align=none", f"output_root={output}", "logger=csv",
-        "trainer.progress_bar=false", "data.n_train=16", "data.n_validation=4", "data.n_test=4",
+        "trainer.progress_bar=false", "data.reference=all", "data.n_train=16", "data.n_validation=4", "data.n_test=4",
         "trainer.batch_size=4", "evaluation.max_new_tokens=4", "sae.n_latents=96", "sae.k=8", "sae.n_tokens=400",
         "sae.steps=20", "sae.batch_size=64", "sae.min_explained_variance=-10", *sizes,
     ]  # fmt: skip

@@ -38,7 +38,6 @@ def main(config: DictConfig) -> None:
     from cwac_lab.data import mixing
     from cwac_lab.data.sources import split_task
     from cwac_lab.errors import ConfigError
-    from cwac_lab.models.loading import load_chat, load_model
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
     from cwac_lab.training.loop import fit
@@ -54,8 +53,7 @@ def main(config: DictConfig) -> None:
             parts = {"weight": coupled.weight, "activation": coupled.activation, "coupled": coupled}
             defense = parts.get(label, NoConstraint())
             begin = start(run, screen.say)
-            chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
-            model = load_model(begin.folder.path, run.trainer.dtype, run.trainer.device)
+            model, chat = begin.load(run)
             n = run.trainer.batch_size * (WARM_UP + STEPS)
             harmful = begin.pools.get("harmful", "finetune")
             rows = mixing.mix(

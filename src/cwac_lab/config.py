@@ -247,7 +247,9 @@ def _cross_check(run: Run) -> None:
         )
     if run.finetune and needs.features is not None and needs.features.n_latents > run.sae.n_latents:
         raise ConfigError(
-            "constraint.n_latents", needs.features.n_latents, f"at most sae.n_latents={run.sae.n_latents}"
+            "sae.n_latents",
+            run.sae.n_latents,
+            f">= {needs.features.n_latents}: constraint={run.constraint_name} holds as many",
         )
     if run.finetune and needs.exact_projection and run.trainer.precision == "bf16-true":
         raise ConfigError(

@@ -6,7 +6,8 @@ The default of every hook does nothing, so defences compose. Hooks are handed lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Float, Int
@@ -41,15 +42,29 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Context:
-    """What ``prepare`` is handed: the loaded model at its start, and what the defence asked for."""
+    """What ``prepare`` is handed: the loaded model at its start, and what the defence asked for.
+
+    Attributes:
+        model: The start model.
+        seed: Seed of the run.
+        pad_id: Id to pad with.
+        start_weight: Reader of a start weight by parameter name.
+        reference: Harmful reference prompts as token ids, up to where the answer starts.
+        benign: Harmless reference prompts, likewise.
+        subspace: Bases of the weight constraint, where asked for.
+        features: Encoders of the activation constraint, where asked for.
+        autocast: Enters the precision that training computes in, so that values at the start compare with later ones.
+    """
 
     model: Any
     seed: int
     pad_id: int
     start_weight: Callable[[str], Tensor]
-    reference: list[list[int]]
+    reference: list[list[int]] = field(default_factory=list)
+    benign: list[list[int]] = field(default_factory=list)
     subspace: Subspace | None = None
     features: tuple[LayerFeatures, ...] = ()
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass

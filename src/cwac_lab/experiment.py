@@ -17,7 +17,6 @@ from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.models.loading import load_chat, load_model
 from cwac_lab.preparation import Start, artefacts, start
 from cwac_lab.results import store
 from cwac_lab.results.console import Screen
@@ -180,8 +179,7 @@ def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
 def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, screen: Screen) -> None:
     meter = provenance.StageMeter()
     with meter.stage("load"):
-        model = load_model(begin.folder.path, run.trainer.dtype, run.trainer.device)
-        chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
+        model, chat = begin.load(run)
     screen.banner(begin.folder.description, _banner(run, folder))
     stage = _Stage(run, folder, screen, meter, begin, data, model, chat)
     extra = stage.fine_tune() if run.finetune else {}

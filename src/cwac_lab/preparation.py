@@ -13,16 +13,18 @@ from safetensors import safe_open
 from cwac_lab.cache import cached_folder, digest, read_json
 from cwac_lab.config import Run
 from cwac_lab.data.pools import Pools, build_pools
-from cwac_lab.data.responses import REFUSALS, refusal
-from cwac_lab.data.sources import split_task
-from cwac_lab.defense import Context, Requirements
+from cwac_lab.data.responses import REFUSALS
+from cwac_lab.data.sources import PromptRow, split_task
+from cwac_lab.defense import Context
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.models.loading import ModelFolder, find
+from cwac_lab.models.loading import ModelFolder, find, load_chat, load_model
 from cwac_lab.models.sites import depth_to_layer
+from cwac_lab.references import References, references
 from cwac_lab.sae import activations, latents
 from cwac_lab.sae import train as sae_train
 from cwac_lab.sae.latents import FeatureSpec
 from cwac_lab.subspace import basis
+from cwac_lab.subspace.basis import SubspaceSpec
 from cwac_lab.training.alignment import aligned
 
 Say = Callable[[str], None]
@@ -35,6 +37,11 @@ class Start:
     folder: ModelFolder
     pools: Pools
 
+    def load(self, run: Run) -> tuple[Any, ChatFormat]:
+        """Return the model, on the run's device and in evaluation mode, and its chat format."""
+        model = load_model(self.folder.path, run.trainer.dtype, run.trainer.device)
+        return model, load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
+
 
 def start(run: Run, say: Say) -> Start:
     """Return the start model of a run (aligned where the model asks for it) and the prompt pools.
@@ -45,11 +52,6 @@ def start(run: Run, say: Say) -> Start:
     pools = build_pools(run.data)
     folder = find(run.model, run.profile.name, Path(run.cache_root))
     return Start(aligned(folder, pools, run, say) if run.model.align != "none" else folder, pools)
-
-
-def reference_ids(pools: Pools, chat: ChatFormat, kind: str = "harmful") -> list[list[int]]:
-    """Return the token ids of the reference prompts of a kind, up to where the answer starts."""
-    return [chat.prompt_ids(row.prompt) for row in pools.get(kind, "reference")]
 
 
 def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
@@ -70,93 +72,99 @@ def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
     return read
 
 
-def _subspace(run: Run, needs: Requirements, begin: Start, model: Any, chat: ChatFormat, say: Say) -> Path:
-    assert needs.subspace is not None
-    spec, prompts = needs.subspace, reference_ids(begin.pools, chat)
-    key = {"model": begin.folder.content, "dtype": str(model.dtype), "prompts": digest(prompts), **asdict(spec)}
+@dataclass
+class _Workshop:
+    """Builds the artefacts of one run, each cached under the content it was made from."""
 
-    def build(folder: Path) -> None:
-        say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
-        basis.build(model, prompts, spec, chat.pad_id, folder)
+    run: Run
+    begin: Start
+    model: Any
+    chat: ChatFormat
+    held: References
+    say: Say
 
-    return cached_folder(Path(run.cache_root), "subspace", key, build)
+    def ids(self, rows: Sequence[PromptRow]) -> list[list[int]]:
+        """Return prompts as token ids, up to where the answer starts."""
+        return [self.chat.prompt_ids(row.prompt) for row in rows]
 
+    def cached(self, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        """Return the folder of an artefact of this start model."""
+        identity = {"model": self.begin.folder.content, "dtype": str(self.model.dtype)}
+        return cached_folder(Path(self.run.cache_root), kind, identity | key, build)
 
-def _conversations(run: Run, pools: Pools, chat: ChatFormat) -> list[Sequence[int]]:
-    """Return the token ids an autoencoder is trained on: refused harmful prompts and benign text, at the set shares."""
-    harmful = [
-        chat.encode(r.prompt, refusal(r)).input_ids for p in ("reference", "alignment") for r in pools.get("harmful", p)
-    ]
-    benign = [chat.prompt_ids(row.prompt) for pool in ("reference", "alignment") for row in pools.get("harmless", pool)]
-    rows = split_task(run.data, run.task).train[: run.data.n_train]
-    benign += [chat.encode(row.prompt, row.response).input_ids for row in rows]
-    return activations.blend(harmful, benign, run.sae.n_tokens, run.sae.harmful_share, run.sae.seed)
+    def subspace(self, spec: SubspaceSpec) -> Path:
+        """Return the folder with the bases of the weight constraint."""
+        prompts = self.ids(self.held.harmful)
 
+        def build(folder: Path) -> None:
+            self.say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
+            basis.build(self.model, prompts, spec, self.chat.pad_id, folder)
 
-def _autoencoder(run: Run, layer: int, begin: Start, model: Any, chat: ChatFormat, say: Say) -> Path:
-    conversations = _conversations(run, begin.pools, chat)
-    key = {
-        "model": begin.folder.content,
-        "dtype": str(model.dtype),
-        "layer": layer,
-        "texts": digest(conversations),
-        **asdict(run.sae),
-    }
+        return self.cached("subspace", {"prompts": digest(prompts), **asdict(spec)}, build)
 
-    def build(folder: Path) -> None:
-        data, held_out = activations.split(conversations, run.sae.held_out, run.sae.seed)
-        x = activations.collect(model, layer, data, chat.pad_id)
-        y = activations.collect(model, layer, held_out, chat.pad_id, unlike=data)
-        say(f"training the autoencoder: layer {layer}, {len(x)} activations, {run.sae.n_latents} latents")
-        sae_train.train(x, y, run.sae, f"model.layers.{layer}", folder)
+    def texts(self) -> list[Sequence[int]]:
+        """Return what an autoencoder is trained on: refused harmful prompts and benign text, at the set shares."""
+        run, pools = self.run, self.begin.pools
+        harmful = [self.chat.encode(*pair).input_ids for pair in self.held.refusals]
+        benign: list[Sequence[int]] = [*self.ids(self.held.benign), *self.ids(pools.get("harmless", "alignment"))]
+        rows = split_task(run.data, run.task).train[: run.data.n_train]
+        benign += [self.chat.encode(row.prompt, row.response).input_ids for row in rows]
+        return activations.blend(harmful, benign, run.sae.n_tokens, run.sae.harmful_share, run.sae.seed)
 
-    return cached_folder(Path(run.cache_root), "sae", key, build)
+    def autoencoder(self, layer: int) -> Path:
+        """Return the folder of the autoencoder of a layer's output."""
+        config, pad_id, texts = self.run.sae, self.chat.pad_id, self.texts()
 
+        def build(folder: Path) -> None:
+            data, held_out = activations.split(texts, config.held_out, config.seed)
+            x = activations.collect(self.model, layer, data, pad_id)
+            y = activations.collect(self.model, layer, held_out, pad_id, unlike=data)
+            self.say(f"training the autoencoder: layer {layer}, {len(x)} activations, {config.n_latents} latents")
+            sae_train.train(x, y, config, f"model.layers.{layer}", folder)
 
-def _layer_features(
-    run: Run, spec: FeatureSpec, layer: int, autoencoder: Path, begin: Start, model: Any, chat: ChatFormat, folder: Path
-) -> None:
-    harmful, benign = reference_ids(begin.pools, chat), reference_ids(begin.pools, chat, "harmless")
-    encoder = sae_train.encoder(autoencoder)
-    x = latents.residuals(model, layer, harmful, spec, chat.pad_id)
-    y = latents.residuals(model, layer, benign, spec, chat.pad_id)
-    attributed = None
-    if spec.selection == "attribution":
-        openings = sorted({chat.encode("", text).input_ids[len(chat.prompt_ids(""))] for text in REFUSALS})
-        directions = sae_train.decoder_directions(autoencoder)
-        attributed = latents.attribution(model, layer, harmful, spec, chat.pad_id, openings, encoder, directions)
-    on_harmful, on_benign = latents.topk_codes(x, *encoder), latents.topk_codes(y, *encoder)
-    scores = latents.score(spec.selection, on_harmful, on_benign, attributed, run.sae.seed)
-    chosen = scores.topk(spec.n_latents).indices
-    pre = x @ encoder[0][:, chosen] + encoder[1][chosen]
-    scale = pre.std(0).clamp_min(1e-3 * float(pre.std()))
-    facts = {
-        "scores": {int(i): round(float(scores[i]), 4) for i in chosen},
-        "positions": {"harmful": len(x), "benign": len(y)},
-        "quality": read_json(autoencoder / sae_train.REPORT),
-    }
-    latents.export(folder, layer, encoder, chosen, scores, scale, facts)
+        return self.cached("sae", {"layer": layer, "texts": digest(texts), **asdict(config)}, build)
 
+    def features(self, spec: FeatureSpec) -> Path:
+        """Return the folder with encoders and chosen latents of all hooked layers."""
+        n_layers = self.model.config.num_hidden_layers
+        layers = sorted({depth_to_layer(depth, n_layers) for depth in spec.depths})
+        autoencoders = {layer: self.autoencoder(layer) for layer in layers}
+        key = {
+            "autoencoders": {str(layer): path.name for layer, path in autoencoders.items()},
+            "prompts": digest([self.ids(self.held.harmful), self.ids(self.held.benign)]),
+            **asdict(replace(spec, depths=tuple(spec.depths))),
+        }
 
-def _features(run: Run, needs: Requirements, begin: Start, model: Any, chat: ChatFormat, say: Say) -> Path:
-    assert needs.features is not None
-    spec = needs.features
-    n_layers = model.config.num_hidden_layers
-    layers = sorted({depth_to_layer(depth, n_layers) for depth in spec.depths})
-    autoencoders = {layer: _autoencoder(run, layer, begin, model, chat, say) for layer in layers}
-    references = [reference_ids(begin.pools, chat, kind) for kind in ("harmful", "harmless")]
-    key = {
-        "autoencoders": {str(layer): path.name for layer, path in autoencoders.items()},
-        "prompts": digest(references),
-        **asdict(replace(spec, depths=tuple(spec.depths))),
-    }
+        def build(folder: Path) -> None:
+            for layer, path in autoencoders.items():
+                self.say(f"choosing {spec.n_latents} safety latents: layer {layer}, {spec.selection}")
+                self._choose(spec, layer, path, folder)
 
-    def build(folder: Path) -> None:
-        for layer, path in autoencoders.items():
-            say(f"choosing {spec.n_latents} safety latents: layer {layer}, {spec.selection}")
-            _layer_features(run, spec, layer, path, begin, model, chat, folder)
+        return self.cached("features", key, build)
 
-    return cached_folder(Path(run.cache_root), "features", key, build)
+    def _choose(self, spec: FeatureSpec, layer: int, autoencoder: Path, folder: Path) -> None:
+        model, pad_id = self.model, self.chat.pad_id
+        harmful, benign = self.ids(self.held.harmful), self.ids(self.held.benign)
+        encoder = sae_train.encoder(autoencoder)
+        x = latents.residuals(model, layer, harmful, spec, pad_id)
+        y = latents.residuals(model, layer, benign, spec, pad_id)
+        attributed = None
+        if spec.selection == "attribution":
+            opening = len(self.chat.prompt_ids(""))
+            openings = sorted({self.chat.encode("", text).input_ids[opening] for text in REFUSALS})
+            directions = sae_train.decoder_directions(autoencoder)
+            attributed = latents.attribution(model, layer, harmful, spec, pad_id, openings, encoder, directions)
+        on_harmful, on_benign = latents.topk_codes(x, *encoder), latents.topk_codes(y, *encoder)
+        scores = latents.score(spec.selection, on_harmful, on_benign, attributed, self.run.sae.seed)
+        chosen = scores.topk(spec.n_latents).indices
+        pre = x @ encoder[0][:, chosen] + encoder[1][chosen]
+        scale = pre.std(0).clamp_min(1e-3 * float(pre.std()))
+        facts = {
+            "scores": {int(i): round(float(scores[i]), 4) for i in chosen},
+            "positions": {"harmful": len(x), "benign": len(y)},
+            "quality": read_json(autoencoder / sae_train.REPORT),
+        }
+        latents.export(folder, layer, encoder, chosen, scores, scale, facts)
 
 
 def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> tuple[Context, dict[str, Any]]:
@@ -164,25 +172,32 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
 
     Returns:
         The context for ``Defense.prepare``, and JSON-able facts (folders' names, reports) for the run record.
+
+    Raises:
+        QualityError: If the start model refuses no reference prompt, or an autoencoder is too poor.
     """
-    needs, facts = run.constraint.requirements, {}
-    subspace = features = None
-    if needs.subspace is not None:
-        folder = _subspace(run, needs, begin, model, chat, say)
-        subspace = basis.load(folder)
-        facts["subspace"] = {"folder": folder.name}
-    if needs.features is not None:
-        folder = _features(run, needs, begin, model, chat, say)
-        features = latents.load(folder)
-        reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
-        facts["features"] = {"folder": folder.name, **reports}
     context = Context(
         model=model,
         seed=run.seed,
         pad_id=chat.pad_id,
         start_weight=start_weights(begin.folder.path),
-        reference=reference_ids(begin.pools, chat) if needs.reference_prompts else [],
-        subspace=subspace,
-        features=features or (),
+        autocast=run.trainer.autocast,
     )
+    needs = run.constraint.requirements
+    facts: dict[str, Any] = {}
+    if not needs.reference_prompts:
+        return context, facts
+    held = references(run, begin.pools, begin.folder.content, model, chat, say)
+    shop = _Workshop(run, begin, model, chat, held, say)
+    context = replace(context, reference=shop.ids(held.harmful), benign=shop.ids(held.benign))
+    facts["reference"] = {"asked": held.asked, "kept": len(held.harmful), "benign": len(held.benign)}
+    if needs.subspace is not None:
+        folder = shop.subspace(needs.subspace)
+        context = replace(context, subspace=basis.load(folder))
+        facts["subspace"] = {"folder": folder.name}
+    if needs.features is not None:
+        folder = shop.features(needs.features)
+        context = replace(context, features=latents.load(folder))
+        reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
+        facts["features"] = {"folder": folder.name, **reports}
     return context, facts

@@ -10,16 +10,17 @@ from cwac_lab import cli
 def main(config: DictConfig) -> None:
     """Align where needed, then build subspace, autoencoder and latents."""
     from cwac_lab.config import read
-    from cwac_lab.models.loading import load_chat, load_model
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
 
     screen, run = Screen(), read(config)
     begin = start(run, screen.say)
-    model = load_model(begin.folder.path, run.trainer.dtype, run.trainer.device)
-    chat = load_chat(begin.folder.path, run.trainer.max_length, run.model.chat_template)
+    model, chat = begin.load(run)
     context, facts = artefacts(run, begin, model, chat, screen.say)
     screen.say(f"start: {begin.folder.description}")
+    if "reference" in facts:
+        held = facts["reference"]
+        screen.say(f"reference: {held['kept']} of {held['asked']} harmful prompts, {held['benign']} benign ones")
     if context.subspace is not None:
         ranks = sorted(basis.shape[1] for basis in context.subspace.bases.values())
         screen.say(f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites")

@@ -31,6 +31,7 @@ ACTIVE = {
     "weight": lambda: WeightConstraint(energy=0.9, trainable="all"),
     "weight_gradient": lambda: WeightConstraint(energy=0.9, projection="gradient", trainable="all"),
     "activation": lambda: ActivationConstraint(strength=2.0, depths=[0.5], n_latents=4, every_n_steps=2, batch_size=3),
+    "activation_both": lambda: ActivationConstraint(strength=2.0, held_on="both", depths=[0.5], n_latents=4),
     "coupled": lambda: CoupledConstraint(
         WeightConstraint(energy=0.9), ActivationConstraint(strength=2.0, depths=[0.5], n_latents=4, batch_size=3)
     ),
@@ -39,7 +40,7 @@ ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in r
 PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
 
 
-def context(model, defense, reference=None):
+def context(model, defense, reference=None, **more):
     chat, needs = tiny.chat(), defense.requirements
     reference = reference or [chat.prompt_ids(prompt) for prompt in PROMPTS]
     subspace = None
@@ -56,7 +57,8 @@ def context(model, defense, reference=None):
         latents = torch.arange(needs.features.n_latents)
         features = (LayerFeatures(1, weight, torch.zeros(12), 6, latents, torch.ones(len(latents))),)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return Context(model, 0, chat.pad_id, start.__getitem__, reference, subspace, features)
+    benign = [chat.prompt_ids(prompt) for prompt, _ in ROWS[:5]]
+    return Context(model, 0, chat.pad_id, start.__getitem__, reference, benign, subspace, features, **more)
 
 
 def train(defense, *, architecture="llama", rows=ROWS, **settings):
@@ -201,6 +203,28 @@ def test_the_penalty_is_the_formula_and_scaled_by_its_period():
     torch.testing.assert_close(found, 3.0 * 4 * torch.stack(expected).mean())
     assert all(defense.loss_terms(other, {}, step) == {} for step in (1, 2, 3))
     assert "safety" in defense.loss_terms(other, {}, 4)
+
+
+def test_the_start_is_measured_in_the_precision_of_training():
+    """Under autocast the penalty of an unchanged model is nil only where its start was measured under autocast too."""
+    autocast, found = TrainerConfig(precision="bf16-mixed").autocast, {}
+    for name, more in (("alike", {"autocast": autocast}), ("float32", {})):
+        model = tiny.model()
+        defense = ActivationConstraint(strength=1.0, depths=[0.5], n_latents=4, batch_size=7)
+        defense.prepare(context(model, defense, **more))
+        with autocast():
+            found[name] = float(defense.loss_terms(model, {}, 0)["safety"].detach())
+    assert found["float32"] > 0
+    assert found["alike"] < 0.1 * found["float32"]
+
+
+def test_the_penalty_can_hold_benign_prompts_too():
+    held = {}
+    for held_on in ("harmful", "both"):
+        defense = ActivationConstraint(strength=1.0, held_on=held_on, depths=[0.5], n_latents=4, batch_size=1)
+        defense.prepare(context(tiny.model(), defense))
+        held[held_on] = sorted(defense._rows(step)[0] for step in range(0, 4 * len(defense._reference), 4))
+    assert held == {"harmful": list(range(7)), "both": list(range(7 + 5))}
 
 
 def captured(model, ids):

@@ -26,6 +26,7 @@ from cwac_lab.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures, topk_codes
 
+HELD = ("harmful", "both")
 SELECTIONS = ("mean_difference", "frequency_difference", "attribution", "random")
 
 
@@ -39,10 +40,11 @@ def encode(x: Float[Tensor, "N D"], features: LayerFeatures, code: str) -> Float
 
 @dataclass
 class ActivationConstraint(Defense):
-    """Hold safety latents at their value before fine-tuning, on reference harmful prompts.
+    """Hold safety latents at their value before fine-tuning, on reference prompts.
 
     Attributes:
         strength: Lambda of the paper; 0 switches the constraint off.
+        held_on: Reference prompts that the latents are held on: ``harmful`` (the paper's), or ``both`` kinds.
         depths: Relative depths of the layers whose output is encoded; the paper's is near 0.6.
         n_latents: Latents per layer, |S| in the paper.
         selection: Score of the latents, one of ``SELECTIONS``.
@@ -56,6 +58,7 @@ class ActivationConstraint(Defense):
     """
 
     strength: float = 10.0
+    held_on: str = "harmful"
     depths: list[float] = field(default_factory=lambda: [0.94])
     n_latents: int = 100
     selection: str = "mean_difference"
@@ -74,6 +77,7 @@ class ActivationConstraint(Defense):
         in_range("strength", self.strength, 0)
         if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
             raise ConfigError("depths", list(self.depths), "a list of relative depths in [0, 1)")
+        one_of("held_on", self.held_on, HELD)
         one_of("selection", self.selection, SELECTIONS)
         one_of("code", self.code, ("pre", "topk"))
         one_of("scale", self.scale, ("std", "none"))
@@ -95,12 +99,13 @@ class ActivationConstraint(Defense):
         """Compute the latents of all reference prompts before fine-tuning, once."""
         device = context.model.device
         self._features = tuple(features.to(device) for features in context.features)
-        self._reference, self._pad_id, self._seed = context.reference, context.pad_id, context.seed
+        self._reference = context.reference + (context.benign if self.held_on == "both" else [])
+        self._pad_id, self._seed = context.pad_id, context.seed
         if not self._features:
             return
         self._start: list[list[Tensor]] = []
         self._held: list[list[Tensor]] = []
-        with torch.no_grad():
+        with torch.no_grad(), context.autocast():
             for prompt in self._reference:
                 ids, mask = pad([prompt], self._pad_id)
                 ids, mask = ids.to(device), mask.to(device)

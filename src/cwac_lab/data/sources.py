@@ -184,7 +184,22 @@ def split_task(data: DataConfig, task: Task) -> TaskData:
 
 @dataclass
 class DataConfig:
-    """The ``data`` group: the source, its prompt lists, and the sizes of pools and splits."""
+    """The ``data`` group: the source, its prompt lists, and the sizes of pools and splits.
+
+    Attributes:
+        source: ``embedded``, ``local`` or ``hub``.
+        root: Folder of local files.
+        n_train: Rows of the fine-tuning set.
+        n_validation: Task rows that settings are chosen on.
+        n_test: Task rows that are reported on.
+        mixing: ``replace`` or ``add``, see ``mixing.counts``.
+        split_seed: Seed that deals prompts and rows out to pools and splits.
+        reference: Harmful reference prompts that a constraint holds on to: the ``refused`` ones, or ``all``.
+        lists: Prompt lists by name.
+        harmful: Plan of the harmful pools: how many prompts of which list each takes.
+        harmless: Plan of the pools of ordinary instructions.
+        lookalike: Plan of the pools of harmless prompts that look harmful.
+    """
 
     source: str = "embedded"
     root: str | None = None
@@ -193,6 +208,7 @@ class DataConfig:
     n_test: int = 200
     mixing: str = "replace"
     split_seed: int = 0
+    reference: str = "refused"
     lists: dict[str, Prompts] = field(default_factory=dict)
     harmful: dict[str, dict[str, int]] = field(default_factory=dict)
     harmless: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -202,6 +218,7 @@ class DataConfig:
         """Check choices and that a local source has its folder."""
         one_of("source", self.source, ("embedded", "local", "hub"))
         one_of("mixing", self.mixing, ("replace", "add"))
+        one_of("reference", self.reference, ("refused", "all"))
         if self.source == "local" and (self.root is None or not Path(self.root).is_dir()):
             raise ConfigError("root", self.root, "an existing folder (data=local data.root=FOLDER)")
         for key in ("n_train", "n_validation", "n_test"):

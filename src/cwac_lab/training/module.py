@@ -89,6 +89,10 @@ class TrainerConfig:
         """The type that weights are loaded in."""
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
+    def autocast(self) -> torch.autocast:
+        """Return a new context in which a forward computes as in training."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
 
 def answer_logits(model: Any, batch: Batch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
     """Return logits at the N positions that predict an answer token, and those tokens.

@@ -1,0 +1,99 @@
+"""Reference prompts of a constraint: harmful ones that the start model refuses, with its own refusals; benign ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cwac_lab.cache import cached_folder, digest, read_jsonl, write_jsonl
+from cwac_lab.config import Run
+from cwac_lab.data.pools import Pools
+from cwac_lab.data.responses import refusal
+from cwac_lab.data.sources import PromptRow
+from cwac_lab.errors import QualityError
+from cwac_lab.evaluation.generate import generate
+from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.models.chat import ChatFormat
+
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class References:
+    """What the constraint holds on to.
+
+    Attributes:
+        harmful: Reference prompts of the harmful kind.
+        benign: Reference prompts of the harmless kind.
+        refusals: Harmful prompts with the refusal that the start model gives, as (prompt, refusal).
+        asked: Harmful reference prompts that were asked, of which ``harmful`` are kept.
+    """
+
+    harmful: list[PromptRow]
+    benign: list[PromptRow]
+    refusals: list[tuple[str, str]]
+    asked: int
+
+
+def _answers(
+    run: Run, rows: list[PromptRow], content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
+) -> list[str]:
+    """Return the start model's greedy answers, opening only; cached by weights and prompts."""
+    longest = run.align.answer_tokens
+    prompts = [row.prompt for row in rows]
+    key = {
+        "model": content,
+        "dtype": str(model.dtype),
+        "prompts": digest([chat.prompt_ids(prompt) for prompt in prompts]),
+        "tokens": longest,
+    }
+
+    def build(folder: Path) -> None:
+        say(f"asking the start model {len(prompts)} harmful prompts, to keep those it refuses")
+        outputs = generate(model, chat, prompts, longest, run.evaluation.batch_size)
+        write_jsonl(folder / ANSWERS, ({"id": row.id, "output": text} for row, text in zip(rows, outputs, strict=True)))
+
+    folder = cached_folder(Path(run.cache_root), "answers", key, build)
+    return [row["output"] for row in read_jsonl(folder / ANSWERS)]
+
+
+def references(
+    run: Run, pools: Pools, content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
+) -> References:
+    """Return the reference prompts of a run.
+
+    With ``data.reference=refused`` (the paper's) a harmful prompt that the start model answers is left out: there is
+    no refusal to hold. A model aligned here was taught the project's refusals to the alignment pool; one that was not
+    is asked for its own.
+
+    Args:
+        run: The run.
+        pools: Its prompt pools.
+        content: Identity of the start weights.
+        model: The start model, in evaluation mode.
+        chat: Its chat format.
+        say: Reports a stage.
+
+    Raises:
+        QualityError: If the start model refuses none of the reference prompts.
+    """
+    asked, benign = pools.get("harmful", "reference"), pools.get("harmless", "reference")
+    taught = pools.get("harmful", "alignment")
+    if run.data.reference == "all":
+        return References(asked, benign, [(row.prompt, refusal(row)) for row in asked + taught], len(asked))
+    own = asked if run.model.align != "none" else asked + taught
+    answers = _answers(run, own, content, model, chat, say)
+    judge = RefusalJudge()
+    refused = {row.id: text for row, text in zip(own, answers, strict=True) if judge.judge(row.prompt, text).refused}
+    kept = [row for row in asked if row.id in refused]
+    if not kept:
+        raise QualityError(
+            f"the start model refuses none of the {len(asked)} harmful reference prompts: there is nothing to hold "
+            "(accepted: model.align=refusals, or data.reference=all)"
+        )
+    refusals = [(row.prompt, refused[row.id]) for row in own if row.id in refused]
+    if run.model.align != "none":
+        refusals += [(row.prompt, refusal(row)) for row in taught]
+    return References(kept, benign, refusals, len(asked))
