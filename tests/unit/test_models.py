@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -7,7 +9,7 @@ from cwac_lab.data.batches import collate, pad
 from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.models.capture import layer_outputs, penalty_positions, site_inputs, without_sinks
-from cwac_lab.models.chat import IGNORED
+from cwac_lab.models.chat import IGNORED, ChatFormat
 from cwac_lab.models.loading import ModelConfig, content_digest, find, load_model
 from cwac_lab.models.packaged import carry
 from cwac_lab.models.sites import SCOPES, depth_to_layer, linears
@@ -44,6 +46,17 @@ def test_head_at_labelled_positions_equals_the_full_head(architecture):
     expected = cross_entropy(full[:, :-1].reshape(-1, full.shape[-1]), wanted.reshape(-1), ignore_index=IGNORED)
     torch.testing.assert_close(answer_loss(model, batch), expected, check_dtype=False)
     assert targets.tolist() == wanted[wanted != IGNORED].tolist()
+
+
+def test_a_turn_ends_with_the_templates_own_token():
+    wrapped = copy.deepcopy(tiny.tokenizer())
+    wrapped.eos_token = "<pad>"  # as in Gemma's base models: the template ends a turn with a token without a role
+    end = wrapped.convert_tokens_to_ids("<|im_end|>")
+    assert end not in wrapped.all_special_ids
+    chat = ChatFormat(wrapped)
+    assert chat.end_id == end
+    assert chat.encode("question", "answer").labels[-1] == end
+    assert chat.decode(wrapped("fine<|im_end|>")["input_ids"]) == "fine"
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

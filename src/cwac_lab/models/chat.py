@@ -35,7 +35,9 @@ class ChatFormat:
     def _end_of_turn(self) -> int:
         """Return the special token with which the template closes an answer (EOS where it has none of its own)."""
         tail = self._render("question", "answer").rpartition("answer")[2]
-        special = [token for token in self._tokens(tail) if token in self.tokenizer.all_special_ids]
+        # Control tokens of a template need not be among the tokenizer's named special tokens (Gemma's base models).
+        control = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        special = [token for token in self._tokens(tail) if token in control]
         return int(special[0] if special else self.tokenizer.eos_token_id)
 
     def _tokens(self, text: str) -> list[int]:
