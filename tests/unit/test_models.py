@@ -12,6 +12,7 @@ from cwac_lab.models.capture import layer_outputs, penalty_positions, site_input
 from cwac_lab.models.chat import IGNORED, ChatFormat
 from cwac_lab.models.loading import ModelConfig, content_digest, find, load_model
 from cwac_lab.models.packaged import carry
+from cwac_lab.models.prefix import shared_length
 from cwac_lab.models.sites import SCOPES, depth_to_layer, linears
 from cwac_lab.training.module import answer_logits, answer_loss
 
@@ -57,6 +58,46 @@ def test_a_turn_ends_with_the_templates_own_token():
     assert chat.end_id == end
     assert chat.encode("question", "answer").labels[-1] == end
     assert chat.decode(wrapped("fine<|im_end|>")["input_ids"]) == "fine"
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_shared_opening_gives_the_same_loss_and_gradients(architecture):
+    """The reference is the model's own loss over rows in full, each with the whole conversation."""
+    chat, instruction = tiny.chat(), "Analyze the sentiment of the input: "
+    rows = [("a fine film", "positive"), ("no", "negative"), ("what a long and tiring story it is", "negative")]
+    batch = collate([chat.encode(instruction + text, label) for text, label in rows], chat.pad_id)
+    first = int((batch["labels"] != IGNORED).int().argmax(1).min())
+    assert shared_length(batch["input_ids"].tolist(), first - 1) > 10
+    plain, shared = tiny.model(architecture), tiny.model(architecture)
+    expected, found = plain(**batch).loss, answer_loss(shared, batch)
+    torch.testing.assert_close(found, expected)
+    expected.backward()
+    found.backward()
+    for one, other in zip(shared.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "expected"),
+    [
+        ([[1] * 20, [1] * 12 + [2] * 3], 99, 12),
+        ([[1] * 20, [1] * 12 + [2] * 3], 10, 10),
+        ([[1] * 20, [1] * 9], 99, 9),
+        ([[1] * 20, [1] * 4 + [2]], 99, 0),  # not worth it
+        ([[1] * 20], 99, 0),
+    ],
+)
+def test_length_of_a_shared_opening(rows, most, expected):
+    assert shared_length(rows, most) == expected
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_generation_after_a_shared_opening_equals_batch_size_one(architecture):
+    model, chat = tiny.model(architecture), tiny.chat()
+    prompts = [f"is it {text}" for text in ("so", "a fine film", "one of the best of the year", "no")]
+    encoded = [chat.prompt_ids(prompt) for prompt in prompts]
+    assert shared_length(encoded, min(map(len, encoded)) - 1) >= 8
+    assert generate(model, chat, prompts, 6, batch_size=4) == generate(model, chat, prompts, 6, batch_size=1)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -6,9 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from cwac_lab.data.batches import pad
 from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.prefix import opening_cache, shared_length
+from cwac_lab.models.sites import decoder
+
+
+def _opened(
+    model: Any, rows: list[list[int]], pad_id: int, max_new_tokens: int
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"], Any]:
+    """Return ids and mask, padded between the shared opening and the rest, and the opening's cache (None if none)."""
+    shared = shared_length(rows, min(map(len, rows)) - 1)
+    window = getattr(decoder(model).config, "sliding_window", None)
+    if window is not None and max(map(len, rows)) + max_new_tokens > window:
+        shared = 0  # a window counts padding as distance
+    ids, mask = pad([row[shared:] for row in rows], pad_id, left=True)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    if not shared:
+        return ids, mask, None
+    opening = torch.tensor(rows[0][:shared], device=model.device)
+    ids = torch.cat([opening.expand(len(rows), -1), ids], dim=1)
+    mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
+    return ids, mask, opening_cache(model, opening, len(rows))
 
 
 @torch.inference_mode()
@@ -17,8 +39,9 @@ def generate(
 ) -> list[str]:
     """Return the greedy answer to each prompt, in order.
 
-    Prompts of similar length share a batch. Left padding with position ids that start at the first real token gives
-    the outputs of batch size 1 (up to ties in floating point).
+    Prompts of similar length share a batch, and the opening that all of a batch share is computed once. What follows it
+    is padded on the left, with position ids that count real tokens only, which gives the outputs of batch size 1 (up to
+    ties in floating point).
 
     Args:
         model: A causal language model in evaluation mode.
@@ -32,10 +55,11 @@ def generate(
     answers = [""] * len(prompts)
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
-        ids, mask = pad([encoded[row] for row in rows], chat.pad_id, left=True)
+        ids, mask, cache = _opened(model, [encoded[row] for row in rows], chat.pad_id, max_new_tokens)
         output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

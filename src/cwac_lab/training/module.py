@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from cwac_lab.defense import Batch, Defense
 from cwac_lab.errors import in_range, one_of
 from cwac_lab.models.chat import IGNORED
-from cwac_lab.models.sites import decoder
+from cwac_lab.models.prefix import shared_length, states_after
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Settings that change nothing of what is computed.
@@ -97,16 +97,18 @@ class TrainerConfig:
 def answer_logits(model: Any, batch: Batch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
     """Return logits at the N positions that predict an answer token, and those tokens.
 
-    The head runs at these positions only: for short answers and a large vocabulary V that is most of its cost.
+    The head runs at these positions only: for short answers and a large vocabulary V that is most of its cost. The
+    opening that all rows share is computed once.
 
     Args:
         model: A causal language model.
         batch: ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T); labels are ``IGNORED`` on prompts.
     """
-    hidden = decoder(model)(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    targets = batch["labels"][:, 1:]
+    ids, labels = batch["input_ids"], batch["labels"]
+    first = int((labels != IGNORED).int().argmax(dim=1).min())  # the state before it is needed, so it is not shared
+    shared = shared_length(ids[:, :first].tolist(), first - 1)
+    hidden = states_after(model, ids, batch["attention_mask"], shared)
+    targets = labels[:, shared + 1 :]
     answers = targets != IGNORED
     logits = model.get_output_embeddings()(hidden[:, :-1][answers])
     cap = getattr(model.config, "final_logit_softcapping", None)
