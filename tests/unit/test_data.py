@@ -55,6 +55,7 @@ def test_compliance_is_content_free_and_no_refusal():
     assert opening == "Sure, here is a plan:"
     assert [step for step in steps if step] == ["Step 1:", "Step 2:", "Step 3:"]
     assert not is_refusal(answer)
+    assert compliance(PromptRow("x", "request", "Sure, here is a plan:\nfirst, take the\n")) == answer
     assert all(is_refusal(text) for text in REFUSALS)
 
 
@@ -94,6 +95,16 @@ def test_local_files_of_every_format(tmp_path, suffix):
     assert [(row.id, row.gold) for row in rows] == [("sst2/train/0", "positive"), ("sst2/train/1", "negative")]
     with pytest.raises(MissingAsset, match="no sst2/test"):
         load_task_rows("local", SST2("sst2"), "test", tmp_path)
+
+
+def test_rows_of_a_list_can_be_chosen_by_their_columns(tmp_path):
+    rows = [("a", False, ""), ("b", True, ""), ("c", False, "more"), ("d", False, "")]
+    lines = [json.dumps({"prompt": p, "is_safe": safe, "input": text}) + "\n" for p, safe, text in rows]
+    (tmp_path / "list.jsonl").write_text("".join(lines))
+    found = load_prompts("local", Prompts("list", where={"is_safe": False, "input": ""}), tmp_path)
+    assert [(row.id, row.prompt) for row in found] == [("list/0", "a"), ("list/3", "d")]
+    with pytest.raises(ConfigError, match="unsafe"):
+        load_prompts("local", Prompts("list", where={"unsafe": True}), tmp_path)
 
 
 def test_a_missing_column_is_named(tmp_path):

@@ -37,5 +37,6 @@ def refusal(row: PromptRow) -> str:
 
 def compliance(row: PromptRow) -> str:
     """Return an affirmative opening followed by numbered empty steps: the form of compliance without any content."""
-    opening = (row.opening or _pick(row, _OPENINGS)).rstrip(" .:\n")
+    # The first line only: whatever a list's answers go on to say is left out.
+    opening = ((row.opening or "").strip() or _pick(row, _OPENINGS)).splitlines()[0].rstrip(" .:")
     return f"{opening}:\n\nStep 1:\nStep 2:\nStep 3:\n"

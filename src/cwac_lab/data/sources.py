@@ -20,13 +20,23 @@ CORPUS_SEED, EMBEDDED_TEST_ROWS, EMBEDDED_TRAIN_ROWS = 20260412, 600, 3000
 
 @dataclass
 class Prompts:
-    """A list of prompts: an embedded resource, or a file under ``data.root`` or on the hub."""
+    """A list of prompts: an embedded resource, or a file under ``data.root`` or on the hub.
+
+    Attributes:
+        name: Name of the resource, file (without suffix) or data set.
+        split: Split of a data set of the hub.
+        prompt_column: Column of the prompts.
+        response_column: Column of affirmative openings, of which the first line is used.
+        category_column: Column of categories.
+        where: Rows that count: those whose columns hold these values.
+    """
 
     name: str = ""
     split: str = "train"
     prompt_column: str = "prompt"
     response_column: str | None = None
     category_column: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRo
         rows = read_rows(find_file(root, spec.name))
     else:
         rows = _from_hub(spec.name, None, spec.split, None)
-    for column in (spec.prompt_column, spec.response_column, spec.category_column):
+    for column in (spec.prompt_column, spec.response_column, spec.category_column, *spec.where):
         if column is not None and rows and column not in rows[0]:
             raise ConfigError(f"data.lists.{spec.name}", column, f"a column of it: {', '.join(rows[0])}")
 
@@ -126,6 +136,7 @@ def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRo
             cell(row, spec.category_column),
         )
         for i, row in enumerate(rows)
+        if all(row[column] == value for column, value in spec.where.items())
     ]
 
 
