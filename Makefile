@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gemma train test test-slow lint types format benchmark tables clean
+.PHONY: help setup setup-gemma train align prepare evaluate tables test test-slow lint types format benchmark clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,18 @@ setup-gemma: $(READY)  ## add the optional Gemma-3-270m weights (250 MB, Gemma t
 train: $(READY)  ## the default run; ARGS="key=value ..." overrides
 	$(BIN)/python -m cwac_lab.train model=qwen constraint=coupled harmful_ratio=0.2 $(ARGS)
 
+align: $(READY)  ## only the aligned start; ARGS="model=qwen ..."
+	$(BIN)/python -m cwac_lab.align $(ARGS)
+
+prepare: $(READY)  ## only subspace and autoencoder; ARGS="constraint=coupled ..."
+	$(BIN)/python -m cwac_lab.prepare $(ARGS)
+
+evaluate: $(READY)  ## judge saved answers again; ARGS="run=outputs/runs/NAME"
+	$(BIN)/python -m cwac_lab.evaluate $(ARGS)
+
+tables: $(READY)  ## tables of all recorded runs under outputs/
+	$(BIN)/python -m cwac_lab.tables $(ARGS)
+
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -m "not slow" $(ARGS)
 
@@ -49,9 +61,6 @@ format: $(READY)  ## rewrite the sources in house style
 
 benchmark: $(READY)  ## step time of the constraints beside plain fine-tuning
 	$(BIN)/python -m cwac_lab.benchmark model=smollm $(ARGS)
-
-tables: $(READY)  ## tables of all recorded runs under outputs/
-	$(BIN)/python -m cwac_lab.tables $(ARGS)
 
 clean:  ## remove run records and caches (not .venv)
 	rm -rf outputs/runs outputs/cache outputs/sweeps .pytest_cache .mypy_cache .ruff_cache
