@@ -61,10 +61,22 @@ def model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
         "sliding_window": 64, "query_pre_attn_scalar": 8,
     }  # fmt: skip
+    if architecture == "gemma2":  # low enough that a missing cap shows
+        sizes |= {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0}
     config = AutoConfig.for_model(architecture, **(sizes | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def lively(architecture: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny model whose weights are large enough that its answers differ from prompt to prompt."""
+    built = model(architecture, seed, tie_word_embeddings=False, **changes)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return built
 
 
 def save(folder: Path, architecture: str = "llama") -> Path:

@@ -127,7 +127,11 @@ def _provenance(run: Run, begin: Start, data: TaskData) -> dict[str, Any]:
         "weights_content": begin.folder.content,
         "task_data_sha256": digest(prompts),
         "pools_sha256": digest(
-            [[row.prompt for row in rows] for pools in begin.pools.rows.values() for rows in pools.values()]
+            [
+                [[row.prompt, row.opening] for row in rows]
+                for pools in begin.pools.rows.values()
+                for rows in pools.values()
+            ]
         ),
         "seed": run.seed,
     }

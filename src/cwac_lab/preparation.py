@@ -16,6 +16,7 @@ from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.data.responses import REFUSALS
 from cwac_lab.data.sources import PromptRow, split_task
 from cwac_lab.defense import Context
+from cwac_lab.errors import QualityError
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import ModelFolder, find, load_chat, load_model
 from cwac_lab.models.sites import depth_to_layer
@@ -105,7 +106,7 @@ class _Workshop:
     def texts(self) -> list[Sequence[int]]:
         """Return what an autoencoder is trained on: refused harmful prompts and benign text, at the set shares."""
         run, pools = self.run, self.begin.pools
-        harmful = [self.chat.encode(*pair).input_ids for pair in self.held.refusals]
+        harmful: list[Sequence[int]] = list(self.held.refusals)
         benign: list[Sequence[int]] = [*self.ids(self.held.benign), *self.ids(pools.get("harmless", "alignment"))]
         rows = split_task(run.data, run.task).train[: run.data.n_train]
         benign += [self.chat.encode(row.prompt, row.response).input_ids for row in rows]
@@ -157,7 +158,10 @@ class _Workshop:
         on_harmful, on_benign = latents.topk_codes(x, *encoder), latents.topk_codes(y, *encoder)
         scores = latents.score(spec.selection, on_harmful, on_benign, attributed, self.run.sae.seed)
         chosen = scores.topk(spec.n_latents).indices
-        pre = x @ encoder[0][:, chosen] + encoder[1][chosen]
+        positions = torch.cat([x, y]) if spec.held_on == "both" else x
+        if len(positions) < 2:
+            raise QualityError(f"{len(positions)} reference positions to hold latents at; accepted: >= 2")
+        pre = positions @ encoder[0][:, chosen] + encoder[1][chosen]
         scale = pre.std(0).clamp_min(1e-3 * float(pre.std()))
         facts = {
             "scores": {int(i): round(float(scores[i]), 4) for i in chosen},

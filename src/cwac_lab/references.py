@@ -15,7 +15,7 @@ from cwac_lab.data.sources import PromptRow
 from cwac_lab.errors import QualityError
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.judges.refusal import RefusalJudge
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import IGNORED, ChatFormat
 
 ANSWERS = "answers.jsonl"
 
@@ -27,13 +27,13 @@ class References:
     Attributes:
         harmful: Reference prompts of the harmful kind.
         benign: Reference prompts of the harmless kind.
-        refusals: Harmful prompts with the refusal that the start model gives, as (prompt, refusal).
+        refusals: Harmful prompts with the start model's refusal, as token ids; one that was cut has no end of turn.
         asked: Harmful reference prompts that were asked, of which ``harmful`` are kept.
     """
 
     harmful: list[PromptRow]
     benign: list[PromptRow]
-    refusals: list[tuple[str, str]]
+    refusals: list[list[int]]
     asked: int
 
 
@@ -46,8 +46,9 @@ def _answers(
     key = {
         "model": content,
         "dtype": str(model.dtype),
-        "prompts": digest([chat.prompt_ids(prompt) for prompt in prompts]),
+        "prompts": digest([chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]),
         "tokens": longest,
+        "end": chat.end_id,
     }
 
     def build(folder: Path) -> None:
@@ -57,6 +58,13 @@ def _answers(
 
     folder = cached_folder(Path(run.cache_root), "answers", key, build)
     return [row["output"] for row in read_jsonl(folder / ANSWERS)]
+
+
+def _conversation(chat: ChatFormat, prompt: str, answer: str, longest: int) -> list[int]:
+    """Return a prompt with an answer of at most ``longest`` tokens; an answer that was cut there has no end of turn."""
+    encoded = chat.encode(prompt, answer)
+    cut = sum(label != IGNORED for label in encoded.labels) > longest
+    return encoded.input_ids[:-1] if cut else encoded.input_ids
 
 
 def references(
@@ -81,19 +89,26 @@ def references(
     """
     asked, benign = pools.get("harmful", "reference"), pools.get("harmless", "reference")
     taught = pools.get("harmful", "alignment")
+
+    def canned(rows: list[PromptRow]) -> list[list[int]]:
+        return [chat.encode(row.prompt, refusal(row)).input_ids for row in rows]
+
     if run.data.reference == "all":
-        return References(asked, benign, [(row.prompt, refusal(row)) for row in asked + taught], len(asked))
+        return References(asked, benign, canned(asked + taught), len(asked))
     own = asked if run.model.align != "none" else asked + taught
     answers = _answers(run, own, content, model, chat, say)
     judge = RefusalJudge()
-    refused = {row.id: text for row, text in zip(own, answers, strict=True) if judge.judge(row.prompt, text).refused}
-    kept = [row for row in asked if row.id in refused]
+    refused = [judge.judge(row.prompt, text).refused for row, text in zip(own, answers, strict=True)]
+    kept = [row for row, holds in zip(asked, refused, strict=False) if holds]  # the asked ones come first
     if not kept:
         raise QualityError(
             f"the start model refuses none of the {len(asked)} harmful reference prompts: there is nothing to hold "
             "(accepted: model.align=refusals, or data.reference=all)"
         )
-    refusals = [(row.prompt, refused[row.id]) for row in own if row.id in refused]
-    if run.model.align != "none":
-        refusals += [(row.prompt, refusal(row)) for row in taught]
+    refusals = [
+        _conversation(chat, row.prompt, text, run.align.answer_tokens)
+        for row, text, holds in zip(own, answers, refused, strict=True)
+        if holds
+    ]
+    refusals += canned(taught) if run.model.align != "none" else []
     return References(kept, benign, refusals, len(asked))

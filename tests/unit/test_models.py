@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 import tiny
 from cwac_lab.data.batches import collate, pad
-from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.models.capture import layer_outputs, penalty_positions, site_inputs, without_sinks
 from cwac_lab.models.chat import IGNORED, ChatFormat
@@ -91,20 +91,58 @@ def test_length_of_a_shared_opening(rows, most, expected):
     assert shared_length(rows, most) == expected
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gemma3_text"])
+def test_an_opening_longer_than_the_window(architecture):
+    """Layers with a sliding window see across the opening's end; a window that a model ignores changes nothing."""
+    chat, opening = tiny.chat(), "the same words again " * 6
+    batch = collate([chat.encode(opening + text, "positive") for text in ("one", "two of them", "3")], chat.pad_id)
+    plain, shared = (tiny.lively(architecture, sliding_window=16) for _ in range(2))
+    assert shared_length(batch["input_ids"].tolist(), 400) > 3 * 16
+    expected, found = plain(**batch).loss, answer_loss(shared, batch)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    expected.backward()
+    found.backward()
+    for one, other in zip(shared.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-3 * float(other.grad.abs().max()), rtol=1e-2)
+
+
+def test_a_decoder_without_a_cache_is_an_error():
+    model, chat = tiny.model().train(), tiny.chat()
+    model.gradient_checkpointing_enable()
+    batch = collate([chat.encode(f"the very same opening {text}", "yes") for text in "ab"], chat.pad_id)
+    with pytest.raises(LabError, match="gradient checkpointing"):
+        answer_loss(model, batch)
+
+
+PROMPTS = [
+    "is it so",
+    "is it a fine film",
+    "is it one of the best of the year, and why",
+    "is it no",
+    "is it 7",
+    "is it ???",
+]
+
+
+@pytest.mark.parametrize("window", [16, 64, 512])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_generation_after_a_shared_opening_equals_batch_size_one(architecture):
-    model, chat = tiny.model(architecture), tiny.chat()
-    prompts = [f"is it {text}" for text in ("so", "a fine film", "one of the best of the year", "no")]
-    encoded = [chat.prompt_ids(prompt) for prompt in prompts]
+def test_batched_generation_equals_batch_size_one(architecture, window):
+    model, chat = tiny.lively(architecture, sliding_window=window), tiny.chat()
+    encoded = [chat.prompt_ids(prompt) for prompt in PROMPTS]
     assert shared_length(encoded, min(map(len, encoded)) - 1) >= 8
-    assert generate(model, chat, prompts, 6, batch_size=4) == generate(model, chat, prompts, 6, batch_size=1)
+    answers = generate(model, chat, PROMPTS, 8, batch_size=len(PROMPTS))
+    assert len(set(answers)) >= 4
+    assert answers == generate(model, chat, PROMPTS, 8, batch_size=1)
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_batched_generation_equals_batch_size_one(architecture):
-    model, chat = tiny.model(architecture), tiny.chat()
-    prompts = ["short", "a prompt that is quite a bit longer than the others, so that it pads", "middle one here"]
-    assert generate(model, chat, prompts, 12, batch_size=3) == generate(model, chat, prompts, 12, batch_size=1)
+@pytest.mark.parametrize("setting", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_generation_does_not_follow_a_checkpoints_cache_settings(setting):
+    chat, answers = tiny.chat(), []
+    for changes in ({}, setting):
+        model = tiny.lively("llama")
+        model.generation_config.update(**changes)
+        answers.append(generate(model, chat, PROMPTS, 8, batch_size=3))
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -18,6 +18,10 @@ def found(run, pools):
     return references(run, pools, "content", tiny.model(), tiny.chat(), lambda text: None)
 
 
+def texts(pairs):
+    return [tiny.chat().encode(*pair).input_ids for pair in pairs]
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """The start model refuses every second prompt; what it was asked is noted."""
@@ -41,19 +45,31 @@ def test_prompts_that_are_answered_are_left_out(align, asked, tmp_path, tiny_fol
     assert held.benign == pools.get("harmless", "reference")
     own = reference if align == "refusals" else reference + taught
     assert asked == [[row.prompt for row in own]]
-    expected = [(row.prompt, "I can't help with that.") for row in own[1::2]]
+    expected = texts([(row.prompt, "I can't help with that.") for row in own[1::2]])
     if align == "refusals":  # it was taught exactly these
-        expected += [(row.prompt, refusal(row)) for row in taught]
+        expected += texts([(row.prompt, refusal(row)) for row in taught])
     assert held.refusals == expected
     assert found(run, pools) == held
     assert len(asked) == 1  # the answers are cached
+
+
+def test_a_refusal_that_was_cut_has_no_end_of_turn(asked, tmp_path, tiny_folder):
+    n = len(tiny.chat().tokenizer("I can't help with that.")["input_ids"])
+    for longest, whole in ((n + 1, True), (n, False)):
+        run, pools = setting(
+            tmp_path, tiny_folder, "data.reference=refused", "model.align=none", f"align.answer_tokens={longest}"
+        )
+        ends = {conversation[-1] == tiny.chat().end_id for conversation in found(run, pools).refusals}
+        assert ends == {whole}
 
 
 def test_all_prompts_can_be_held(asked, tmp_path, tiny_folder):
     run, pools = setting(tmp_path, tiny_folder, "data.reference=all")
     held = found(run, pools)
     assert held.harmful == pools.get("harmful", "reference")
-    assert held.refusals == [(row.prompt, refusal(row)) for row in held.harmful + pools.get("harmful", "alignment")]
+    assert held.refusals == texts(
+        [(row.prompt, refusal(row)) for row in held.harmful + pools.get("harmful", "alignment")]
+    )
     assert asked == []
 
 

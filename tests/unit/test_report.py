@@ -48,6 +48,16 @@ def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
     assert table["variant"].tolist() == ["energy=0.9", "energy=0.99"]
 
 
+def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
+    for seed, (reference, size) in enumerate([("all", 8), ("refused", 16)]):
+        run = record(tmp_path, "none", 0.2, seed, 90)
+        run.write(
+            "config.json", {"constraint": {"label": "none"}, "data": {"reference": reference}, "sae": {"k": size}}
+        )
+    table = summary(records(runs(tmp_path)))
+    assert (table["seeds"].tolist(), table["variant"].tolist()) == ([2], [""])
+
+
 def test_more_seeds_do_not_narrow_the_interval_over_prompts():
     one, three = cell([rate(20, 100)]), cell([rate(20, 100)] * 3)
     assert three.startswith(one)

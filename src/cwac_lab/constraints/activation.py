@@ -92,7 +92,9 @@ class ActivationConstraint(Defense):
         """Reference prompts, and the autoencoders' directions at the chosen layers."""
         if self.strength == 0:
             return Requirements()
-        spec = FeatureSpec(tuple(self.depths), self.n_latents, self.selection, self.positions, self.n_last)
+        spec = FeatureSpec(
+            tuple(self.depths), self.n_latents, self.selection, self.positions, self.n_last, self.held_on
+        )
         return Requirements(reference_prompts=True, features=spec)
 
     def prepare(self, context: Context) -> None:

@@ -60,6 +60,8 @@ def generate(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
+            use_cache=True,
+            cache_implementation=None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

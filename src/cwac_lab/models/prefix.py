@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cwac_lab.errors import LabError
 from cwac_lab.models.sites import decoder
 
 # A shorter opening is not worth a forward of its own.
@@ -29,11 +30,18 @@ def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
 
 
 def opening_cache(model: Any, opening: Int[Tensor, " P"], n_rows: int) -> Any:
-    """Return the keys and values of an opening of P tokens, repeated for a batch, inside the autograd graph if any."""
+    """Return the keys and values of an opening of P tokens, repeated for a batch, inside the autograd graph if any.
+
+    Raises:
+        LabError: If the decoder does not fill a cache (gradient checkpointing drops it).
+    """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=decoder(model).config)
+    # Without the config: all is kept, and the attention mask alone decides what a sliding layer sees.
+    cache = DynamicCache()
     decoder(model)(input_ids=opening[None], past_key_values=cache, use_cache=True)
+    if cache.get_seq_length() != len(opening):
+        raise LabError(f"{type(model).__name__} fills no key-value cache here (is gradient checkpointing on?)")
     cache.batch_repeat_interleave(n_rows)
     return cache
 

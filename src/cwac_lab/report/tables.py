@@ -37,10 +37,20 @@ def records(runs: Iterable[RunFolder]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         if run.status == "ok":
-            config = run.read(store.CONFIG)
-            kept = {group: config.get(group) for group in _CONFIGURED}
-            found.append({**run.read(store.METRICS), "config": _flat(kept), "folder": run.path.name})
+            metrics, config = run.read(store.METRICS), run.read(store.CONFIG)
+            kept = _flat({group: config.get(group) for group in _CONFIGURED})
+            idle = _idle(metrics)
+            kept = {key: value for key, value in kept.items() if not key.startswith(idle)}
+            found.append({**metrics, "config": kept, "folder": run.path.name})
     return found
+
+
+def _idle(metrics: dict[str, Any]) -> tuple[str, ...]:
+    """Return the settings that a run did not use: rows that differ in them only are one row."""
+    prepared = metrics.get("prepared", {})
+    idle: tuple[str, ...] = () if "features" in prepared else ("sae.",)
+    idle += () if prepared else ("data.reference",)
+    return (*idle, "constraint.", "trainer.") if metrics["constraint"] == "start" else idle
 
 
 def _variants(rows: list[dict[str, Any]]) -> list[str]:

@@ -28,6 +28,7 @@ class FeatureSpec:
         selection: How latents are scored.
         positions: ``all`` prompt tokens but sinks, or the ``last`` ``n_last`` ones.
         n_last: Number of last prompt tokens with ``positions=last``.
+        held_on: ``harmful`` reference prompts or ``both`` kinds; the latents' scale is measured there.
     """
 
     depths: tuple[float, ...]
@@ -35,6 +36,7 @@ class FeatureSpec:
     selection: str
     positions: str
     n_last: int
+    held_on: str = "harmful"
 
 
 @dataclass(frozen=True)

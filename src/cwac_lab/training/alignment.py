@@ -56,9 +56,10 @@ def _trainer(run: Run) -> TrainerConfig:
     )
 
 
-def _build(folder: Path, start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> None:
+def _build(
+    folder: Path, start: ModelFolder, chat: ChatFormat, pools: Pools, run: Run, say: Callable[[str], None]
+) -> None:
     model = load_model(start.path, device=run.trainer.device)
-    chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
     harmful = pools.get("harmful", "alignment")
     harmless = pools.get("harmless", "alignment") + pools.get("lookalike", "alignment")
     before = _measure(model, chat, pools, run)
@@ -79,8 +80,10 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         kind: {pool: [[row.id, row.prompt] for row in pools.get(kind, pool)] for pool in ("alignment", "validation")}
         for kind in ("harmful", "harmless", "lookalike")
     }
+    chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
     key = {
         "start": start.content,
+        "end": chat.end_id,
         "prompts": digest(prompts),
         "refusals": digest([refusal(row) for row in pools.get("harmful", "alignment")]),
         "answer_tokens": run.align.answer_tokens,
@@ -88,7 +91,9 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         "chat_template": run.model.chat_template,
         "measured_on": run.evaluation.max_new_tokens,
     }
-    folder = cached_folder(Path(run.cache_root), "aligned", key, lambda path: _build(path, start, pools, run, say))
+    folder = cached_folder(
+        Path(run.cache_root), "aligned", key, lambda path: _build(path, start, chat, pools, run, say)
+    )
     return ModelFolder(folder, f"{start.description}, aligned here", content_digest(folder))
 
 
