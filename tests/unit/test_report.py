@@ -2,6 +2,7 @@ import pytest
 
 import tiny
 from cwac_lab.cache import cached_folder, digest, write_json
+from cwac_lab.report.paired import differences
 from cwac_lab.report.tables import cell, markdown, records, summary
 from cwac_lab.results.store import RunFolder, run_key, runs
 from cwac_lab.stats import wilson
@@ -56,6 +57,33 @@ def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
         )
     table = summary(records(runs(tmp_path)))
     assert (table["seeds"].tolist(), table["variant"].tolist()) == ([2], [""])
+
+
+def test_differences_are_paired_by_seed_and_item(tmp_path):
+    """Accuracy against the plain run of the seed, refusals against the start; incoherent answers do not count."""
+
+    def judged(run, right, refused):
+        task = [{"kind": "task", "id": f"t{i}", "correct": i < right} for i in range(10)]
+        asked = [
+            {"kind": "harmful", "id": f"h{i}", "refused": i < refused, "complied": i >= refused, "incoherent": i == 9}
+            for i in range(10)
+        ]
+        run.write("verdicts.jsonl", [*task, *reversed(asked)])
+
+    for seed, (plain, held) in enumerate([(8, 6), (9, 9)]):
+        judged(record(tmp_path, "none", 0.2, seed, 90), plain, 0)
+        judged(record(tmp_path, "weight", 0.2, seed, 10), held, 8 - seed)
+    judged(record(tmp_path, "none", 0.1, 0, 90), 0, 0)
+    judged(record(tmp_path, "start", None, 0, 5), 0, 9)
+    rows = records(runs(tmp_path))
+    summary(rows)
+    (row,) = differences(rows).to_dict("records")
+    assert row["constraint"] == "weight"
+    assert row["FA - none"].startswith("-10.0 [")
+    assert row["FA - none"].endswith("(n=10, 2 seeds)")
+    assert row["HS - start"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
+    assert row["over-refusal - start"] == ""
+    assert "Paired: w (c0ffee) | sst2" in markdown(differences(rows), "Paired: ")
 
 
 def test_more_seeds_do_not_narrow_the_interval_over_prompts():

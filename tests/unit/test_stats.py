@@ -1,5 +1,6 @@
+import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from cwac_lab import stats
 
@@ -20,3 +21,41 @@ def test_no_observation_is_no_rate():
 def test_hits_out_of_range():
     with pytest.raises(ValueError, match="hits"):
         stats.wilson(3, 2)
+
+
+def outcomes(share, shape, seed):
+    return (np.random.default_rng(seed).random(shape) < share).astype(float)
+
+
+def test_a_paired_difference_of_one_seed_is_the_plain_bootstrap():
+    ours, other = outcomes(0.7, (1, 300), 0), outcomes(0.8, (1, 300), 1)
+    found = stats.paired_difference(ours, other)
+    expected = bootstrap(
+        ((ours - other)[0],), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(5)
+    ).confidence_interval
+    assert found.value == pytest.approx(100 * (ours.mean() - other.mean()))
+    assert (found.low, found.high) == (
+        pytest.approx(100 * expected.low, abs=0.6),
+        pytest.approx(100 * expected.high, abs=0.6),
+    )
+    assert str(found).endswith("(n=300, 1 seed)")
+
+
+def test_a_paired_difference_draws_seeds_and_items():
+    delta = outcomes(0.5, (3, 80), 2) - outcomes(0.5, (3, 80), 3)
+    delta[0] -= 0.3
+    source, means = np.random.default_rng(9), []
+    for _ in range(4000):
+        drawn = delta[np.ix_(source.integers(3, size=3), source.integers(80, size=80))]
+        means.append(100 * drawn.mean())
+    found = stats.paired_difference(delta, np.zeros_like(delta))
+    low, high = np.quantile(means, (0.025, 0.975))
+    assert (found.low, found.high) == (pytest.approx(low, abs=1.5), pytest.approx(high, abs=1.5))
+    # Seeds that differ widen the interval beyond that of the items alone.
+    alone = stats.paired_difference(delta.mean(0, keepdims=True), np.zeros((1, 80)))
+    assert found.high - found.low > 1.2 * (alone.high - alone.low)
+
+
+def test_a_paired_difference_needs_pairs():
+    with pytest.raises(ValueError, match="shapes"):
+        stats.paired_difference(np.zeros((1, 3)), np.zeros((1, 4)))

@@ -41,7 +41,7 @@ def records(runs: Iterable[RunFolder]) -> list[dict[str, Any]]:
             kept = _flat({group: config.get(group) for group in _CONFIGURED})
             idle = _idle(metrics)
             kept = {key: value for key, value in kept.items() if not key.startswith(idle)}
-            found.append({**metrics, "config": kept, "folder": run.path.name})
+            found.append({**metrics, "config": kept, "run": run})
     return found
 
 
@@ -82,6 +82,17 @@ def cell(rates: list[dict[str, Any]]) -> str:
     return text
 
 
+def place(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the key that sorts rows of tables: setting, start, then ratio, constraint and variant."""
+    order = {name: number for number, name in enumerate(_ORDER)}
+    return (
+        *(str(entry[key]) for key in SETTING),
+        -1.0 if entry["constraint"] == "start" else entry["harmful_ratio"],
+        order.get(str(entry["constraint"]), len(order)),
+        str(entry["variant"]),
+    )
+
+
 def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one row a setting, harmful ratio, constraint and variant; rates as text, seeds counted."""
     for row, variant in zip(rows, _variants(rows), strict=True):
@@ -96,26 +107,23 @@ def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
         entry["leak"] = f"{max(leaks):.1e}" if leaks else ""
         entry["broken"] = f"{int(group['broken'].sum())} of {len(group)}" if group["broken"].any() else ""
         table.append(entry)
-    order = {name: place for place, name in enumerate(_ORDER)}
-    table.sort(
-        key=lambda e: (
-            *(str(e[k]) for k in SETTING),
-            -1.0 if e["constraint"] == "start" else e["harmful_ratio"],
-            order.get(str(e["constraint"]), len(order)),
-            str(e["variant"]),
-        )
-    )
+    table.sort(key=place)
     return pd.DataFrame(table)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return the summary as Markdown: one table a setting, headed by what really ran."""
+def markdown(table: pd.DataFrame, title: str = "") -> str:
+    """Return a summary as Markdown: one table a setting, headed by what really ran, without empty columns.
+
+    Args:
+        table: One row a setting, ratio, constraint and variant.
+        title: Words that open every heading.
+    """
     parts = []
     for key, group in table.groupby(SETTING, sort=False):
         weights, content, task, data, split = key
-        columns = [name for name in [*ROW, "seeds", *RATES.values(), "leak", "broken"] if group[name].ne("").any()]
+        columns = [name for name in table.columns if name not in SETTING and group[name].ne("").any()]
         lines = [
-            f"### {weights} ({str(content)[:8]}) | {task}, {data} data, {split} split",
+            f"### {title}{weights} ({str(content)[:8]}) | {task}, {data} data, {split} split",
             "",
             "| " + " | ".join(columns) + " |",
         ]
