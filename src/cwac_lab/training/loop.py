@@ -59,6 +59,15 @@ def make_loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[s
     return loggers
 
 
+class _ProgressBar(RichProgressBar):
+    """Lightning's, without the logger's version number."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return what stands at the end of the line."""
+        shown = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in shown.items() if name != "v_num"}
+
+
 def fit(
     model: Any, examples: Sequence[Encoded], pad_id: int, defense: Defense, config: TrainerConfig, seed: int,
     *, loggers: Sequence[Any] = (), checkpoint: Path | None = None, callbacks: Sequence[L.Callback] = (),
@@ -91,7 +100,7 @@ def fit(
         resume.weights(model, defense)
     restore = resume.optimizer(model) if resume is not None else None
     module = FineTuning(model, defense, config, steps, resume.step if resume is not None else 0, restore)
-    called = [*callbacks, *([RichProgressBar(leave=True)] if config.progress_bar else [])]
+    called = [*callbacks, *([_ProgressBar(leave=True)] if config.progress_bar else [])]
     if checkpoint is not None and config.checkpoint_every_n_steps:
         called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, first, identity))
     trainer = L.Trainer(

@@ -132,7 +132,7 @@ class FineTuning(L.LightningModule):
         super().__init__()
         self.model, self.defense, self.config = model, defense, config
         self.total_steps, self.step, self._restore = total_steps, first_step, restore
-        self._logged: dict[bool, set[str]] = {}
+        self._logged: dict[str, set[str]] = {}
         self.optimizer: torch.optim.Optimizer
         self.schedule: Any
 
@@ -143,7 +143,8 @@ class FineTuning(L.LightningModule):
         if task is None:
             task = answer_loss(self.model, batch)
         terms = self.defense.loss_terms(self.model, batch, self.step)
-        self._log({"loss/task": task.detach(), **{f"loss/{k}": v.detach() for k, v in terms.items()}}, prog_bar=True)
+        self.log("loss/task", task.detach(), prog_bar=True)
+        self._log("loss", {f"loss/{name}": term.detach() for name, term in terms.items()})
         return task + sum(terms.values()) if terms else task
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -154,13 +155,13 @@ class FineTuning(L.LightningModule):
         """Step, then let the defence change weights."""
         optimizer.step(closure=optimizer_closure)
         self.defense.after_optimizer_step(self.step)
-        self._log(self.defense.step_metrics(self.step), prog_bar=False)
+        self._log("step", self.defense.step_metrics(self.step))
         self.step += 1
 
-    def _log(self, values: dict[str, Any], prog_bar: bool) -> None:
+    def _log(self, when: str, values: dict[str, Any]) -> None:
         """Log figures; one that is absent on a step is NaN there, where Lightning would repeat its last value."""
-        known = self._logged.setdefault(prog_bar, set())
-        self.log_dict({**dict.fromkeys(known, math.nan), **values}, prog_bar=prog_bar)
+        known = self._logged.setdefault(when, set())
+        self.log_dict({**dict.fromkeys(known, math.nan), **values})
         known.update(values)
 
     def configure_optimizers(self) -> dict[str, Any]:
