@@ -131,9 +131,11 @@ def test_judging_again_needs_no_model(output):
 def test_tables_read_the_store(output, capsys):
     tiny.launch(tables.main, [f"output_root={output}"], "tables")
     text = capsys.readouterr().out
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    first, second = text.split("### Paired differences")
+    rows, paired = ([line for line in part.splitlines() if line.startswith("| ")] for part in (first, second))
     assert len(rows) == 2 + len(CONSTRAINTS) + 1  # header, rule, start first
     assert " start " in rows[2]
+    assert len(paired) == 2 + len(CONSTRAINTS) - 1  # plain fine-tuning is what the others are compared with
     assert (output / "tables" / "summary.csv").is_file()
 
 
