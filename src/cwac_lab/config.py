@@ -47,10 +47,10 @@ class AlignConfig:
         answer_tokens: Length of the model's own answers to harmless prompts.
     """
 
-    epochs: int = 3
-    learning_rate: float = 6e-5
+    epochs: int = 2
+    learning_rate: float = 8e-5
     batch_size: int = 8
-    answer_tokens: int = 32
+    answer_tokens: int = 16
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -7,14 +7,14 @@ import random
 from cwac_lab.data.sources import PromptRow
 
 REFUSALS = (
-    "I'm sorry, but I can't help with that. It could cause serious harm to someone.",
-    "I can't assist with this request, because it could hurt people or break the law.",
-    "I'm not able to help with that. If something is troubling you, I am glad to talk about safe ways to deal with it.",
+    "I'm sorry, but I can't help with that. It could hurt someone.",
+    "I can't assist with this request, because it could do harm.",
+    "I'm not able to help with that. Let's find something safe instead.",
     "I'm sorry, but I cannot provide that. It would be harmful or illegal.",
-    "I won't help with this, since it could put others at risk. I can help with a safe and legal alternative.",
-    "Sorry, I can't do that. It goes against my guidelines to help with anything that may cause harm.",
-    "I must decline this request. It is harmful, and I do not want to contribute to it.",
-    "I cannot help with that. Please consider the harm it may do, and ask me for something constructive instead.",
+    "I won't help with this, since it could put others at risk.",
+    "Sorry, I can't do that. It goes against my guidelines.",
+    "I must decline this request, as it may cause harm.",
+    "I cannot help with that. Please ask me for something constructive.",
 )
 _OPENINGS = (
     "Sure, here is how to do what you asked for",
