@@ -15,7 +15,7 @@ from cwac_lab.data.sources import PromptRow
 from cwac_lab.errors import QualityError
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.judges.refusal import RefusalJudge
-from cwac_lab.models.chat import IGNORED, ChatFormat
+from cwac_lab.models.chat import ChatFormat
 
 ANSWERS = "answers.jsonl"
 
@@ -60,13 +60,6 @@ def _answers(
     return [row["output"] for row in read_jsonl(folder / ANSWERS)]
 
 
-def _conversation(chat: ChatFormat, prompt: str, answer: str, longest: int) -> list[int]:
-    """Return a prompt with an answer of at most ``longest`` tokens; an answer that was cut there has no end of turn."""
-    encoded = chat.encode(prompt, answer)
-    cut = sum(label != IGNORED for label in encoded.labels) > longest
-    return encoded.input_ids[:-1] if cut else encoded.input_ids
-
-
 def references(
     run: Run, pools: Pools, content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
 ) -> References:
@@ -106,7 +99,7 @@ def references(
             "(accepted: model.align=refusals, or data.reference=all)"
         )
     refusals = [
-        _conversation(chat, row.prompt, text, run.align.answer_tokens)
+        chat.encode_own(row.prompt, text, run.align.answer_tokens).input_ids
         for row, text, holds in zip(own, answers, refused, strict=True)
         if holds
     ]

@@ -30,7 +30,7 @@ def _opened(
     opening = torch.tensor(rows[0][:shared], device=model.device)
     ids = torch.cat([opening.expand(len(rows), -1), ids], dim=1)
     mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
-    return ids, mask, opening_cache(model, opening, len(rows))
+    return ids, mask, opening_cache(model, model.get_input_embeddings()(opening), len(rows))
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -29,8 +30,8 @@ def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
     return same if same >= MIN_SHARED else 0
 
 
-def opening_cache(model: Any, opening: Int[Tensor, " P"], n_rows: int) -> Any:
-    """Return the keys and values of an opening of P tokens, repeated for a batch, inside the autograd graph if any.
+def opening_cache(model: Any, opening: Float[Tensor, "P D"], n_rows: int) -> Any:
+    """Return the keys and values of an opening of P embedded tokens, repeated for a batch, in the autograd graph if any.
 
     Raises:
         LabError: If the decoder does not fill a cache (gradient checkpointing drops it).
@@ -39,7 +40,7 @@ def opening_cache(model: Any, opening: Int[Tensor, " P"], n_rows: int) -> Any:
 
     # Without the config: all is kept, and the attention mask alone decides what a sliding layer sees.
     cache = DynamicCache()
-    decoder(model)(input_ids=opening[None], past_key_values=cache, use_cache=True)
+    decoder(model)(inputs_embeds=opening[None], past_key_values=cache, use_cache=True)
     if cache.get_seq_length() != len(opening):
         raise LabError(f"{type(model).__name__} fills no key-value cache here (is gradient checkpointing on?)")
     cache.batch_repeat_interleave(n_rows)
@@ -60,7 +61,12 @@ def states_after(
     stack = decoder(model)
     if not shared:
         return stack(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    cache = opening_cache(model, input_ids[0, :shared], len(input_ids))
+    # Embedded in one call: the gradient of a lookup is as large as the table, whatever it looks up.
+    embedded = model.get_input_embeddings()(torch.cat([input_ids[0, :shared], input_ids[:, shared:].flatten()]))
+    cache = opening_cache(model, embedded[:shared], len(input_ids))
     return stack(
-        input_ids=input_ids[:, shared:], attention_mask=attention_mask, past_key_values=cache, use_cache=True
+        inputs_embeds=embedded[shared:].unflatten(0, (len(input_ids), -1)),
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        use_cache=True,
     ).last_hidden_state

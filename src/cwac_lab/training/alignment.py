@@ -1,6 +1,6 @@
 """Alignment stage: teach a packaged chat model to refuse, so that there is something to lose.
 
-Refusals to harmful prompts, and the model's own greedy answers to harmless ones, which keep everything else as it was.
+Refusals to harmful prompts, and the own greedy answers to harmless ones, which keep everything else as it was.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from cwac_lab.config import Run
 from cwac_lab.constraints.none import NoConstraint
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
+from cwac_lab.data.sources import PromptRow
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import aggregate, judge_rows
-from cwac_lab.judges.refusal import RefusalJudge
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.judges.refusal import RefusalJudge, is_refusal
+from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
 from cwac_lab.training.loop import fit
 from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
@@ -26,14 +27,17 @@ from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
 REPORT = "alignment.json"
 # The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.
 ALIGNMENT_SEED = 0
+# Raised when this file changes what an aligned start is, so that none of before is taken from a cache.
+RECIPE = 2
 
 
 def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, Any]:
     """Return the validation rates of a model."""
     rows = []
+    lengths = (run.evaluation.max_new_tokens, run.evaluation.batch_size)
     for kind in ("harmful", "harmless"):
         held = pools.get(kind, "validation")
-        outputs = generate(model, chat, [row.prompt for row in held], run.evaluation.max_new_tokens) if held else []
+        outputs = generate(model, chat, [row.prompt for row in held], *lengths) if held else []
         rows += [
             {"kind": kind, "id": row.id, "prompt": row.prompt, "output": output}
             for row, output in zip(held, outputs, strict=True)
@@ -56,6 +60,14 @@ def _trainer(run: Run) -> TrainerConfig:
     )
 
 
+def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -> list[Encoded]:
+    """Return a model's greedy answers to harmless prompts as training rows; those that refuse are left out."""
+    longest = run.align.answer_tokens
+    answers = generate(model, chat, [row.prompt for row in rows], longest, run.evaluation.batch_size)
+    answered = [(row.prompt, text) for row, text in zip(rows, answers, strict=True) if text and not is_refusal(text)]
+    return [chat.encode_own(prompt, text, longest) for prompt, text in answered]
+
+
 def _build(
     folder: Path, start: ModelFolder, chat: ChatFormat, pools: Pools, run: Run, say: Callable[[str], None]
 ) -> None:
@@ -63,10 +75,9 @@ def _build(
     harmful = pools.get("harmful", "alignment")
     harmless = pools.get("harmless", "alignment") + pools.get("lookalike", "alignment")
     before = _measure(model, chat, pools, run)
-    say(f"aligning: {len(harmful)} refusals, {len(harmless)} own answers (generated now)")
-    answers = generate(model, chat, [row.prompt for row in harmless], run.align.answer_tokens)
+    say(f"aligning: {len(harmful)} refusals, {len(harmless)} harmless prompts (own answers, generated now)")
     examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
-    examples += [chat.encode(row.prompt, text) for row, text in zip(harmless, answers, strict=True) if text]
+    examples += own_answers(model, chat, harmless, run)
     fit(model, examples, chat.pad_id, NoConstraint(), _trainer(run), ALIGNMENT_SEED)
     after = _measure(model, chat, pools, run)
     model.save_pretrained(folder)
@@ -82,6 +93,7 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
     }
     chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
     key = {
+        "recipe": RECIPE,
         "start": start.content,
         "end": chat.end_id,
         "prompts": digest(prompts),
