@@ -70,7 +70,7 @@ class EvaluationConfig:
     """
 
     split: str = "test"
-    batch_size: int = 32
+    batch_size: int = 64
     max_new_tokens: int = 48
 
     def __post_init__(self) -> None:

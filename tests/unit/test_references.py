@@ -55,7 +55,7 @@ def test_prompts_that_are_answered_are_left_out(align, asked, tmp_path, tiny_fol
 
 def test_a_refusal_that_was_cut_has_no_end_of_turn(asked, tmp_path, tiny_folder):
     n = len(tiny.chat().tokenizer("I can't help with that.")["input_ids"])
-    for longest, whole in ((n + 1, True), (n, False)):
+    for longest, whole in ((n + 2, True), (n, False)):
         run, pools = setting(
             tmp_path, tiny_folder, "data.reference=refused", "model.align=none", f"align.answer_tokens={longest}"
         )

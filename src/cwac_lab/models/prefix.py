@@ -31,7 +31,7 @@ def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
 
 
 def opening_cache(model: Any, opening: Float[Tensor, "P D"], n_rows: int) -> Any:
-    """Return the keys and values of an opening of P embedded tokens, repeated for a batch, in the autograd graph if any.
+    """Return the keys and values of P embedded tokens, repeated for a batch, inside the autograd graph if any.
 
     Raises:
         LabError: If the decoder does not fill a cache (gradient checkpointing drops it).
