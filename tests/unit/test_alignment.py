@@ -10,7 +10,9 @@ def test_own_answers_leave_out_refusals_and_end_only_where_the_model_ended(monke
     longest = len(chat.tokenizer(cut.strip())["input_ids"])
     given = {"one": cut.strip(), "two": whole, "three": "I'm sorry, but I can't help with that.", "four": ""}
     monkeypatch.setattr(alignment, "generate", lambda model, chat, prompts, *_: [given[prompt] for prompt in prompts])
-    run = config.read(tiny.config(*tiny.small_run(tiny_folder, tmp_path), f"align.answer_tokens={longest}"))
+    run = config.read(
+        tiny.config(*tiny.small_run(tiny_folder, tmp_path), "constraint=none", f"align.answer_tokens={longest}")
+    )
     rows = [PromptRow(name, name) for name in given]
     first, second = alignment.own_answers(tiny.model(), chat, rows, run)
     for example, prompt, answer, ends in ((first, "one", cut.strip(), False), (second, "two", whole, True)):
