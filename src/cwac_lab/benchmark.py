@@ -31,27 +31,24 @@ class _Clock(L.Callback):
 
 
 def main(config: DictConfig) -> None:
-    """Time none, weight, activation and coupled in turn, in rounds, so that a drift of the machine would show."""
+    """Time plain fine-tuning, each part and the whole in turn, in rounds, so that a drift of the machine would show."""
     from cwac_lab.config import read
-    from cwac_lab.constraints.coupled import CoupledConstraint
-    from cwac_lab.constraints.none import NoConstraint
     from cwac_lab.data import mixing
     from cwac_lab.data.sources import split_task
-    from cwac_lab.errors import ConfigError
+    from cwac_lab.defense import Composite
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
     from cwac_lab.training.loop import fit
 
     screen = Screen()
     steps: dict[str, list[float]] = {}
+    timed = read(config)
+    labels = list(dict.fromkeys(["none", *timed.constraint.parts, timed.constraint_name]))
     for turn in range(ROUNDS):
-        for label in ("none", "weight", "activation", "coupled"):
+        for label in labels:
             run = read(config)
-            coupled = run.constraint
-            if not isinstance(coupled, CoupledConstraint):
-                raise ConfigError("constraint", run.constraint_name, "coupled (its parts are timed one by one too)")
-            parts = {"weight": coupled.weight, "activation": coupled.activation, "coupled": coupled}
-            defense = parts.get(label, NoConstraint())
+            alone = {name: Composite({name: part}) for name, part in run.constraint.parts.items()}
+            defense = {"none": Composite(), **alone, run.constraint_name: run.constraint}[label]
             begin = start(run, screen.say)
             model, chat = begin.load(run)
             n = run.trainer.batch_size * (WARM_UP + STEPS)

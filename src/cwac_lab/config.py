@@ -13,7 +13,7 @@ from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import check_plan
 from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.tasks.base import Task
-from cwac_lab.defense import Defense
+from cwac_lab.defense import Composite, Defense
 from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
@@ -21,6 +21,8 @@ from cwac_lab.training.loop import LoggerConfig
 from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
 
 T = TypeVar("T")
+# Compositions with a name of their own; others are called after their parts.
+_NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Settings that do not change what a run computes; they are left out of its key.
 INCIDENTAL = ("logger", "output_root", "cache_root", "force", *(f"trainer.{name}" for name in INCIDENTAL_TRAINER))
 
@@ -85,7 +87,7 @@ class Run:
     """A checked configuration: plain settings, and the task and defence as objects."""
 
     task: Task
-    constraint: Defense
+    constraint: Composite
     constraint_name: str
     model: ModelConfig
     profile: ProfileConfig
@@ -152,11 +154,7 @@ def _without_targets(node: DictConfig) -> DictConfig:
     plain = OmegaConf.to_container(node, resolve=True)
 
     def strip(value: Any) -> Any:
-        return (
-            {k: strip(v) for k, v in value.items() if k not in ("_target_", "label")}
-            if isinstance(value, dict)
-            else value
-        )
+        return {k: strip(v) for k, v in value.items() if k != "_target_"} if isinstance(value, dict) else value
 
     return OmegaConf.create(strip(plain))
 
@@ -178,6 +176,12 @@ def bind_target(key: str, base: type[T], node: DictConfig) -> T:
     if not issubclass(cls, base):
         raise ConfigError(f"{key}._target_", target, accepted)
     return bind(key, cls, _without_targets(node))
+
+
+def _part(key: str, node: Any) -> Defense:
+    if not isinstance(node, DictConfig):
+        raise ConfigError(key, node, "the settings of a defence, as constraint=[weight,activation] composes them")
+    return bind_target(key, Defense, node)
 
 
 def _scalars(config: DictConfig) -> dict[str, Any]:
@@ -206,10 +210,11 @@ def read(config: DictConfig) -> Run:
     assert isinstance(resolved, dict)
     config = OmegaConf.create(resolved)
     plain = _scalars(config)
-    constraint_name = str(config.constraint.get("label", "?"))
+    parts = {str(name): _part(f"constraint.{name}", node) for name, node in config.constraint.items()}
+    constraint_name = str(config.label or _NAMES.get(tuple(sorted(parts))) or "+".join(parts))
     run = Run(
         task=bind_target("task", Task, config.task),
-        constraint=bind_target("constraint", Defense, config.constraint),
+        constraint=Composite(parts),
         constraint_name=constraint_name,
         model=bind("model", ModelConfig, config.model),
         profile=bind("profile", ProfileConfig, config.profile),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -70,8 +70,6 @@ class Context:
 @dataclass
 class Defense:
     """Base of all defences; the fields of a subclass are its config keys, checked in ``__post_init__``."""
-
-    name: ClassVar[str] = "none"
 
     @property
     def requirements(self) -> Requirements:
@@ -135,13 +133,13 @@ def _joined(parts: Iterable[dict[str, T]]) -> dict[str, T]:
 
 @dataclass
 class Composite(Defense):
-    """Several defences at once: a subclass has one field a part; hooks run in the order of the fields."""
+    """Any number of defences at once (none: plain fine-tuning); hooks run in their order.
 
-    @property
-    def parts(self) -> dict[str, Defense]:
-        """The composed defences by field name."""
-        named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: part for name, part in named.items() if isinstance(part, Defense)}
+    Attributes:
+        parts: The defences by name.
+    """
+
+    parts: dict[str, Defense] = field(default_factory=dict)
 
     @property
     def requirements(self) -> Requirements:
@@ -201,7 +199,7 @@ class Composite(Defense):
         return _joined(part.summary() for part in self.parts.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the parts' states under their field names."""
+        """Return the parts' states under their names."""
         return {f"{name}.{key}": value for name, part in self.parts.items() for key, value in part.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

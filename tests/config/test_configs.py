@@ -42,6 +42,7 @@ def test_the_papers_profile_is_the_papers_setting():
     run = read(tiny.config("profile=paper", "model=llama2"))
     assert (run.data.n_train, run.trainer.epochs, run.trainer.learning_rate) == (5000, 3, 2e-5)
     assert (run.trainer.max_length, run.trainer.precision, run.trainer.batch_size) == (512, "bf16-mixed", 1)
+    assert run.evaluation.max_new_tokens == 512
     hubs = {name: yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text())["weights"]["paper"]["hub"]
             for name in ("llama2", "llama3", "mistral", "gemma", "qwen")}  # fmt: skip
     assert hubs == {
@@ -70,7 +71,9 @@ BAD = [
     (["constraint.weight.rank=3"], "constraint.weight.rank=3: accepted: exactly one of"),
     (["constraint.activation.depths=[1.0]"], "constraint.activation.depths=[1.0]: accepted"),
     (["constraint.activation.n_latents=9999"], "sae.n_latents=4608: accepted: >= 9999"),
-    (["constraint._target_=os.system"], "constraint._target_=os.system: accepted: the path of a Defense"),
+    (["constraint.weight._target_=os.system"], "constraint.weight._target_=os.system: accepted: the path of a Defense"),
+    (["+constraint.strength=1"], "constraint.strength=1: accepted: the settings of a defence"),
+    (["+constraint.mine.strength=1"], "constraint.mine._target_=: accepted: the path of a Defense"),
     (["constraint=weight", "data.harmful.reference.requests=0"], "data.harmful.reference=0: accepted: >= 1"),
     (["constraint=activation", "data.harmless.reference.instructions=0"], "data.harmless.reference=0"),
     (["harmful_ratio=1", "data.n_train=1000"], "harmful_ratio=1.0: accepted: at most"),

@@ -7,10 +7,8 @@ import torch
 
 import tiny
 from cwac_lab.constraints.activation import ActivationConstraint
-from cwac_lab.constraints.coupled import CoupledConstraint
-from cwac_lab.constraints.none import NoConstraint
 from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.defense import Context
+from cwac_lab.defense import Composite, Context, Defense
 from cwac_lab.linalg import leading_eigenbasis
 from cwac_lab.sae.latents import LayerFeatures
 from cwac_lab.subspace.basis import Subspace, SubspaceSpec, second_moments
@@ -19,20 +17,26 @@ from cwac_lab.training.loop import fit
 from cwac_lab.training.module import TrainerConfig
 
 FREE = {"energy": None, "rank": 0, "trainable": "all"}
+
+
+def coupled(weight, activation):
+    return Composite({"weight": weight, "activation": activation})
+
+
 ZERO = {
-    "none": lambda: NoConstraint(),
+    "none": lambda: Composite(),
     "weight": lambda: WeightConstraint(**FREE),
     "weight_gradient": lambda: WeightConstraint(**FREE, projection="gradient"),
     "activation": lambda: ActivationConstraint(strength=0),
-    "coupled": lambda: CoupledConstraint(WeightConstraint(**FREE), ActivationConstraint(strength=0)),
+    "coupled": lambda: coupled(WeightConstraint(**FREE), ActivationConstraint(strength=0)),
 }
 ACTIVE = {
-    "none": lambda: NoConstraint(),
+    "none": lambda: Composite(),
     "weight": lambda: WeightConstraint(energy=0.9, trainable="all"),
     "weight_gradient": lambda: WeightConstraint(energy=0.9, projection="gradient", trainable="all"),
     "activation": lambda: ActivationConstraint(strength=2.0, depths=[0.5], n_latents=4, every_n_steps=2, batch_size=3),
     "activation_both": lambda: ActivationConstraint(strength=2.0, held_on="both", depths=[0.5], n_latents=4),
-    "coupled": lambda: CoupledConstraint(
+    "coupled": lambda: coupled(
         WeightConstraint(energy=0.9), ActivationConstraint(strength=2.0, depths=[0.5], n_latents=4, batch_size=3)
     ),
 }
@@ -83,7 +87,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def plain():
-    return weights(train(NoConstraint())[0])
+    return weights(train(Defense())[0])
 
 
 @pytest.mark.parametrize("name", ZERO)
@@ -155,7 +159,7 @@ def test_full_protection_keeps_the_reference_answers():
     examples = [chat.encode(*row) for row in ROWS]
     options = TrainerConfig(batch_size=4, learning_rate=3e-3, progress_bar=False)
     outputs, elsewhere = {}, {}
-    for name, defense in (("start", None), ("free", NoConstraint()), ("held", WeightConstraint(energy=1.0))):
+    for name, defense in (("start", None), ("free", Defense()), ("held", WeightConstraint(energy=1.0))):
         model = tiny.model(**wide)
         if defense is not None:
             prepared = context(model, defense, [prompt])
@@ -240,7 +244,7 @@ def test_hooks_are_called_once_an_optimizer_step():
     from dataclasses import dataclass
 
     @dataclass
-    class Counted(NoConstraint):
+    class Counted(Defense):
         def __post_init__(self):
             self.calls = []
 

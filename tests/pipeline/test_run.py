@@ -25,8 +25,8 @@ def output(tiny_folder, tmp_path_factory):
 
 
 def extra(constraint):
-    prefix = {"activation": "constraint", "coupled": "constraint.activation"}.get(constraint)
-    return [f"{prefix}.n_latents=8", f"{prefix}.depths=[0.5]"] if prefix else []
+    held = constraint in ("activation", "coupled")
+    return ["constraint.activation.n_latents=8", "constraint.activation.depths=[0.5]"] if held else []
 
 
 def folder_of(output, method):

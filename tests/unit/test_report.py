@@ -14,7 +14,7 @@ def rate(hits, n):
 
 def record(folder, constraint, ratio, seed, hits, **config):
     run = RunFolder(folder / "runs" / f"{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
-    run.write("config.json", {"constraint": {"label": constraint, **config}, "trainer": {"learning_rate": 1}})
+    run.write("config.json", {"constraint": config, "trainer": {"learning_rate": 1}})
     rates = {"harmful_score": rate(hits, 100), "finetune_accuracy": rate(80, 100), "over_refusal": rate(2, 100),
              "over_refusal_lookalike": rate(5, 100), "incoherent": rate(0, 300)}  # fmt: skip
     settings = {
@@ -52,9 +52,7 @@ def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
     for seed, (reference, size) in enumerate([("all", 8), ("refused", 16)]):
         run = record(tmp_path, "none", 0.2, seed, 90)
-        run.write(
-            "config.json", {"constraint": {"label": "none"}, "data": {"reference": reference}, "sae": {"k": size}}
-        )
+        run.write("config.json", {"constraint": {}, "data": {"reference": reference}, "sae": {"k": size}})
     table = summary(records(runs(tmp_path)))
     assert (table["seeds"].tolist(), table["variant"].tolist()) == ([2], [""])
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -69,8 +69,6 @@ class ActivationConstraint(Defense):
     reduction: str = "mean"
     batch_size: int = 4
     every_n_steps: int = 4
-
-    name: ClassVar[str] = "activation"
 
     def __post_init__(self) -> None:
         """Check the fields."""

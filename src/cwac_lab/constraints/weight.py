@@ -9,7 +9,7 @@ weights out of the subspace even when every gradient lies in it (elementwise sca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,8 +55,6 @@ class WeightConstraint(Defense):
     tokens: str = "all"
     normalize: bool = True
     leak_every_n_steps: int = 10
-
-    name: ClassVar[str] = "weight"
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from cwac_lab.cache import cached_folder, digest, read_json, write_json
 from cwac_lab.config import Run
-from cwac_lab.constraints.none import NoConstraint
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
+from cwac_lab.defense import Defense
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import aggregate, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge, is_refusal
@@ -78,7 +78,7 @@ def _build(
     say(f"aligning: {len(harmful)} refusals, {len(harmless)} harmless prompts (own answers, generated now)")
     examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
     examples += own_answers(model, chat, harmless, run)
-    fit(model, examples, chat.pad_id, NoConstraint(), _trainer(run), ALIGNMENT_SEED)
+    fit(model, examples, chat.pad_id, Defense(), _trainer(run), ALIGNMENT_SEED)
     after = _measure(model, chat, pools, run)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
