@@ -256,6 +256,13 @@ def _cross_check(run: Run) -> None:
             run.sae.n_latents,
             f">= {needs.features.n_latents}: constraint={run.constraint_name} holds as many",
         )
+    weights = run.model.weights.get(run.profile.name)
+    if run.finetune and needs.base_weights and run.model.align == "none" and not (weights and weights.base):
+        raise ConfigError(
+            f"model.weights.{run.profile.name}.base",
+            None,
+            f"the hub repository of the model before alignment: constraint={run.constraint_name} needs it",
+        )
     if run.finetune and needs.exact_projection and run.trainer.precision == "bf16-true":
         raise ConfigError(
             "trainer.precision", "bf16-true", "32-true | bf16-mixed with projection=update (bf16 weights round it away)"

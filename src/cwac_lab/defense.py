@@ -5,20 +5,22 @@ The default of every hook does nothing, so defences compose. Hooks are handed lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.data.mixing import TrainRow
+from cwac_lab.models.answers import Batch
+from cwac_lab.models.chat import ChatFormat
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.subspace.basis import Subspace, SubspaceSpec
 
 T = TypeVar("T")
-Batch = Mapping[str, Int[Tensor, "B T"]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Requirements:
     exact_projection: bool = False
     subspace: SubspaceSpec | None = None
     features: FeatureSpec | None = None
+    base_weights: bool = False
 
     def merge(self, other: Requirements) -> Requirements:
         """Return what two defences need together (each artefact is asked for by at most one of them)."""
@@ -37,6 +40,7 @@ class Requirements:
             self.exact_projection or other.exact_projection,
             self.subspace or other.subspace,
             self.features or other.features,
+            self.base_weights or other.base_weights,
         )
 
 
@@ -47,10 +51,12 @@ class Context:
     Attributes:
         model: The start model.
         seed: Seed of the run.
-        pad_id: Id to pad with.
+        chat: Chat format of the model.
         start_weight: Reader of a start weight by parameter name.
         reference: Harmful reference prompts as token ids, up to where the answer starts.
         benign: Harmless reference prompts, likewise.
+        refusals: The harmful reference prompts with refusals, as rows to train on: the one pool of refusal data.
+        base_weight: Reader of a weight of the model before its alignment, where asked for.
         subspace: Bases of the weight constraint, where asked for.
         features: Encoders of the activation constraint, where asked for.
         autocast: Enters the precision that training computes in, so that values at the start compare with later ones.
@@ -58,13 +64,19 @@ class Context:
 
     model: Any
     seed: int
-    pad_id: int
+    chat: ChatFormat
     start_weight: Callable[[str], Tensor]
     reference: list[list[int]] = field(default_factory=list)
     benign: list[list[int]] = field(default_factory=list)
+    refusals: list[TrainRow] = field(default_factory=list)
+    base_weight: Callable[[str], Tensor] | None = None
     subspace: Subspace | None = None
     features: tuple[LayerFeatures, ...] = ()
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def frozen_copy(self) -> Any:
+        """Return a copy of the start model that does not train; to be called before anything is trained."""
+        return copy.deepcopy(self.model).eval().requires_grad_(False)
 
 
 @dataclass
@@ -82,6 +94,9 @@ class Defense:
     def wrap_dataset(self, rows: list[TrainRow]) -> list[TrainRow]:
         """Return the rows to train on."""
         return rows
+
+    def begin(self, total_steps: int) -> None:
+        """Learn how many optimizer steps the run has, before the first of them (a resumed run calls it too)."""
 
     def select_batch(self, step: int, batch: Batch) -> Batch:
         """Return the batch to train on at an optimizer step."""
@@ -159,6 +174,11 @@ class Composite(Defense):
         for part in self.parts.values():
             rows = part.wrap_dataset(rows)
         return rows
+
+    def begin(self, total_steps: int) -> None:
+        """Tell every part."""
+        for part in self.parts.values():
+            part.begin(total_steps)
 
     def select_batch(self, step: int, batch: Batch) -> Batch:
         """Let the parts select in turn."""

@@ -12,13 +12,14 @@ from safetensors import safe_open
 
 from cwac_lab.cache import cached_folder, digest, read_json
 from cwac_lab.config import Run
+from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import Pools, build_pools
-from cwac_lab.data.responses import REFUSALS
+from cwac_lab.data.responses import REFUSALS, refusal
 from cwac_lab.data.sources import PromptRow, split_task
 from cwac_lab.defense import Context
 from cwac_lab.errors import QualityError
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.models.loading import ModelFolder, find, load_chat, load_model
+from cwac_lab.models.loading import ModelFolder, find, find_base, load_chat, load_model
 from cwac_lab.models.sites import depth_to_layer
 from cwac_lab.references import References, references
 from cwac_lab.sae import activations, latents
@@ -33,10 +34,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: the weights, and the prompt pools they were and may be measured on."""
+    """Where a run starts: the weights, and the prompt pools they were and may be measured on.
+
+    ``before`` are the weights before alignment, where that was done here.
+    """
 
     folder: ModelFolder
     pools: Pools
+    before: ModelFolder | None = None
 
     def load(self, run: Run) -> tuple[Any, ChatFormat]:
         """Return the model, on the run's device and in evaluation mode, and its chat format."""
@@ -52,7 +57,9 @@ def start(run: Run, say: Say) -> Start:
     """
     pools = build_pools(run.data)
     folder = find(run.model, run.profile.name, Path(run.cache_root))
-    return Start(aligned(folder, pools, run, say) if run.model.align != "none" else folder, pools)
+    if run.model.align == "none":
+        return Start(folder, pools)
+    return Start(aligned(folder, pools, run, say), pools, before=folder)
 
 
 def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
@@ -183,17 +190,23 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
     context = Context(
         model=model,
         seed=run.seed,
-        pad_id=chat.pad_id,
+        chat=chat,
         start_weight=start_weights(begin.folder.path),
         autocast=run.trainer.autocast,
     )
     needs = run.constraint.requirements
     facts: dict[str, Any] = {}
+    if needs.base_weights:
+        before = begin.before or find_base(run.model, run.profile.name)
+        context = replace(context, base_weight=start_weights(before.path))
+        facts["base"] = before.content
     if not needs.reference_prompts:
         return context, facts
     held = references(run, begin.pools, begin.folder.content, model, chat, say)
     shop = _Workshop(run, begin, model, chat, held, say)
     context = replace(context, reference=shop.ids(held.harmful), benign=shop.ids(held.benign))
+    refusals = [TrainRow(row.id, row.prompt, refusal(row), harmful=False) for row in held.harmful]
+    context = replace(context, refusals=refusals)
     facts["reference"] = {"asked": held.asked, "kept": len(held.harmful), "benign": len(held.benign)}
     if needs.subspace is not None:
         folder = shop.subspace(needs.subspace)

@@ -60,7 +60,7 @@ BAD = [
     (["seed=-1"], "seed=-1: accepted"),
     (["task=imdb"], "task=imdb: accepted: agnews | gsm8k | sst2"),
     (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
-    (["constraint=magic"], "constraint=magic: accepted: activation | coupled | none | weight"),
+    (["constraint=magic"], "constraint=magic: accepted: activation | asft | "),
     (["no_such_key=1"], "no_such_key: no such key; accepted: "),
     (["trainer.lr=1"], "trainer.lr: no such key; accepted: accelerator, "),
     (["+trainer.lr=1"], "trainer.lr=1: accepted: one of the keys "),

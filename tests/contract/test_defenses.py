@@ -6,8 +6,19 @@ import pytest
 import torch
 
 import tiny
+from cwac_lab.baselines.asft import AsFT
+from cwac_lab.baselines.constrained_sft import ConstrainedSFT
+from cwac_lab.baselines.kl import KL
+from cwac_lab.baselines.l2 import L2
+from cwac_lab.baselines.ldifs import LDIFS
+from cwac_lab.baselines.lisa import Lisa
+from cwac_lab.baselines.safe_instruct import SafeInstruct
+from cwac_lab.baselines.safegrad import SafeGrad
+from cwac_lab.baselines.safelora import SafeLoRA
+from cwac_lab.baselines.sppft import SPPFT
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
+from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defense import Composite, Context, Defense
 from cwac_lab.linalg import leading_eigenbasis
 from cwac_lab.sae.latents import LayerFeatures
@@ -29,6 +40,16 @@ ZERO = {
     "weight_gradient": lambda: WeightConstraint(**FREE, projection="gradient"),
     "activation": lambda: ActivationConstraint(strength=0),
     "coupled": lambda: coupled(WeightConstraint(**FREE), ActivationConstraint(strength=0)),
+    "safe_instruct": lambda: SafeInstruct(share=0.0),
+    "lisa": lambda: Lisa(safety_steps=0, strength=0),
+    "sppft": lambda: SPPFT(block=[0.5, 0.5]),
+    "l2": lambda: L2(strength=0),
+    "kl": lambda: KL(strength=0),
+    "constrained_sft": lambda: ConstrainedSFT(beta=0),
+    "ldifs": lambda: LDIFS(strength=0),
+    "safegrad": lambda: SafeGrad(strength=0),
+    "safelora": lambda: SafeLoRA(share=0.0),
+    "asft": lambda: AsFT(strength=0),
 }
 ACTIVE = {
     "none": lambda: Composite(),
@@ -39,6 +60,19 @@ ACTIVE = {
     "coupled": lambda: coupled(
         WeightConstraint(energy=0.9), ActivationConstraint(strength=2.0, depths=[0.5], n_latents=4, batch_size=3)
     ),
+    "safe_instruct": lambda: SafeInstruct(share=0.2),
+    "safe_instruct_replace": lambda: SafeInstruct(share=0.2, mixing="replace"),
+    "lisa": lambda: Lisa(safety_steps=1, user_steps=2, strength=3.0, warmup_share=0.3),
+    "sppft": lambda: SPPFT(block=[0.0, 0.5]),
+    "l2": lambda: L2(strength=2.0),
+    "kl": lambda: KL(strength=2.0),
+    "kl_refusals": lambda: KL(strength=2.0, held_on="refusals", batch_size=3),
+    "constrained_sft": lambda: ConstrainedSFT(beta=1.0),
+    "ldifs": lambda: LDIFS(strength=2.0, depths=[0.0, 0.5]),
+    "safegrad": lambda: SafeGrad(strength=1.0, batch_size=3),
+    "safelora": lambda: SafeLoRA(share=0.5),
+    "asft": lambda: AsFT(strength=2.0),
+    "weight+lisa": lambda: Composite({"weight": WeightConstraint(energy=0.9), "lisa": Lisa(1, 2, warmup_share=0.0)}),
 }
 ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in range(24)]
 PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
@@ -62,18 +96,28 @@ def context(model, defense, reference=None, **more):
         features = (LayerFeatures(1, weight, torch.zeros(12), 6, latents, torch.ones(len(latents))),)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
     benign = [chat.prompt_ids(prompt) for prompt, _ in ROWS[:5]]
-    return Context(model, 0, chat.pad_id, start.__getitem__, reference, benign, subspace, features, **more)
+    refusals = [TrainRow(prompt, prompt, "I can't help with that.", False) for prompt in PROMPTS]
+    noise = torch.Generator().manual_seed(2)
+    base = {name: value + 0.02 * torch.randn(value.shape, generator=noise) for name, value in start.items()}
+    return Context(
+        model, 0, chat, start.__getitem__, reference, benign, refusals, base.__getitem__, subspace, features, **more
+    )
 
 
 def train(defense, *, architecture="llama", rows=ROWS, **settings):
     model, chat = tiny.model(architecture), tiny.chat()
     prepared = context(model, defense)
     defense.prepare(prepared)
+    rows = [
+        (row.prompt, row.response)
+        for row in defense.wrap_dataset([TrainRow(prompt, prompt, answer, False) for prompt, answer in rows])
+    ]
     options = {"batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "progress_bar": False} | settings
     checkpoint = options.pop("checkpoint", None)
     callbacks = options.pop("callbacks", ())
     examples = [chat.encode(*row) for row in rows]
     fit(model, examples, chat.pad_id, defense, TrainerConfig(**options), 0, checkpoint=checkpoint, callbacks=callbacks)
+    defense.after_training(model)
     return model, prepared
 
 

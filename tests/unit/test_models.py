@@ -8,13 +8,13 @@ import tiny
 from cwac_lab.data.batches import collate, pad
 from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.evaluation.generate import generate
+from cwac_lab.models.answers import answer_logits, answer_loss
 from cwac_lab.models.capture import layer_outputs, penalty_positions, site_inputs, without_sinks
 from cwac_lab.models.chat import IGNORED, ChatFormat
 from cwac_lab.models.loading import ModelConfig, content_digest, find, load_model
 from cwac_lab.models.packaged import carry
 from cwac_lab.models.prefix import shared_length
 from cwac_lab.models.sites import SCOPES, depth_to_layer, linears
-from cwac_lab.training.module import answer_logits, answer_loss
 
 IDS = torch.tensor([[3, 9, 27, 81, 243, 100], [7, 14, 28, 56, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])

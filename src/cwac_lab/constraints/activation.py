@@ -12,7 +12,6 @@ is divided by its standard deviation at the start, and the squares are averaged 
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cwac_lab.data.batches import pad
-from cwac_lab.defense import Batch, Context, Defense, Requirements
+from cwac_lab.data.batches import cyclic, pad
+from cwac_lab.defense import Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, LabError, in_range, one_of
+from cwac_lab.models.answers import Batch
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures, topk_codes
 
@@ -100,7 +100,7 @@ class ActivationConstraint(Defense):
         device = context.model.device
         self._features = tuple(features.to(device) for features in context.features)
         self._reference = context.reference + (context.benign if self.held_on == "both" else [])
-        self._pad_id, self._seed = context.pad_id, context.seed
+        self._pad_id, self._seed = context.chat.pad_id, context.seed
         if not self._features:
             return
         self._start: list[list[Tensor]] = []
@@ -127,13 +127,8 @@ class ActivationConstraint(Defense):
 
     def _rows(self, step: int) -> list[int]:
         """Return the reference prompts of a step: each pass over them is shuffled, and depends on the step alone."""
-        n, rows = len(self._reference), []
-        first = step // self.every_n_steps * self.batch_size
-        for position in range(first, first + self.batch_size):
-            order = list(range(n))
-            random.Random(f"reference/{self._seed}/{position // n}").shuffle(order)
-            rows.append(order[position % n])
-        return rows
+        turn = step // self.every_n_steps
+        return cyclic(len(self._reference), self.batch_size, turn, f"reference/{self._seed}")
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return ``lambda L_safety`` on some reference prompts, of shape (); nothing on steps that are left out."""

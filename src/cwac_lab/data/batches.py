@@ -42,6 +42,16 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Int[Tensor, "
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def cyclic(n: int, size: int, turn: int, seed: str) -> list[int]:
+    """Return the rows that turn ``turn`` takes of ``n``, ``size`` at a time: every pass over them is shuffled anew."""
+    rows = []
+    for position in range(turn * size, (turn + 1) * size):
+        order = list(range(n))
+        random.Random(f"{seed}/{position // n}").shuffle(order)
+        rows.append(order[position % n])
+    return rows
+
+
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """Return the batches of all epochs as lists of row numbers.
 

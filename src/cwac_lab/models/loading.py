@@ -19,12 +19,16 @@ ARCHITECTURE_NAMES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", 
 
 @dataclass
 class Weights:
-    """Where weights come from in one profile: a package of the Python index, or a hub repository."""
+    """Where weights come from in one profile: a package of the Python index, or a hub repository.
+
+    ``base`` is the hub repository of the same model before its alignment, which some baselines need.
+    """
 
     package: str | None = None
     architecture: str | None = None
     hub: str | None = None
     revision: str = "main"
+    base: str | None = None
 
 
 @dataclass
@@ -80,6 +84,19 @@ def content_digest(folder: Path) -> str:
     if not files:
         raise MissingAsset(f"no *.safetensors in {folder}: pickled weights are not loaded; convert them first")
     return file_digest([*files, *(folder / name for name in _IDENTITY if (folder / name).is_file())])
+
+
+def find_base(config: ModelConfig, profile: str) -> ModelFolder:
+    """Return the folder of the model before alignment, for a model that was aligned elsewhere.
+
+    Raises:
+        ConfigError: If the configuration names none.
+        MissingAsset: If the hub cannot be reached.
+    """
+    weights = choose_weights(config, profile)
+    if weights is None or weights.base is None:
+        raise ConfigError(f"model.weights.{profile}.base", None, "the hub repository of the model before alignment")
+    return _from_hub(Weights(hub=weights.base), config.name, profile)
 
 
 def _from_hub(weights: Weights, model: str, profile: str) -> ModelFolder:

@@ -99,6 +99,7 @@ def fit(
     if resume is not None:
         resume.weights(model, defense)
     restore = resume.optimizer(model) if resume is not None else None
+    defense.begin(steps)
     module = FineTuning(model, defense, config, steps, resume.step if resume is not None else 0, restore)
     called = [*callbacks, *([_ProgressBar(leave=True)] if config.progress_bar else [])]
     if checkpoint is not None and config.checkpoint_every_n_steps:

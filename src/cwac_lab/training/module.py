@@ -1,4 +1,4 @@
-"""The Lightning module that calls a defence's hooks, and the loss on answer tokens."""
+"""The Lightning module that calls a defence's hooks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
-from cwac_lab.defense import Batch, Defense
+from cwac_lab.defense import Defense
 from cwac_lab.errors import in_range, one_of
-from cwac_lab.models.chat import IGNORED
-from cwac_lab.models.prefix import shared_length, states_after
+from cwac_lab.models.answers import Batch, answer_loss
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Settings that change nothing of what is computed.
@@ -92,33 +90,6 @@ class TrainerConfig:
     def autocast(self) -> torch.autocast:
         """Return a new context in which a forward computes as in training."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
-
-
-def answer_logits(model: Any, batch: Batch) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
-    """Return logits at the N positions that predict an answer token, and those tokens.
-
-    The head runs at these positions only: for short answers and a large vocabulary V that is most of its cost. The
-    opening that all rows share is computed once.
-
-    Args:
-        model: A causal language model.
-        batch: ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T); labels are ``IGNORED`` on prompts.
-    """
-    ids, labels = batch["input_ids"], batch["labels"]
-    first = int((labels != IGNORED).int().argmax(dim=1).min())  # the state before it is needed, so it is not shared
-    shared = shared_length(ids[:, :first].tolist(), first - 1)
-    hidden = states_after(model, ids, batch["attention_mask"], shared)
-    targets = labels[:, shared + 1 :]
-    answers = targets != IGNORED
-    logits = model.get_output_embeddings()(hidden[:, :-1][answers])
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return (logits if cap is None else cap * torch.tanh(logits / cap)), targets[answers]
-
-
-def answer_loss(model: Any, batch: Batch) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy over a batch's answer tokens, shape ()."""
-    logits, targets = answer_logits(model, batch)
-    return cross_entropy(logits.float(), targets)
 
 
 class FineTuning(L.LightningModule):

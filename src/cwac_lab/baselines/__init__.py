@@ -1,0 +1,1 @@
+"""Defences of the literature on the shared hooks; each file states its fidelity and every deviation."""

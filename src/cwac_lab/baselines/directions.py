@@ -1,0 +1,56 @@
+"""The alignment matrix of SafeLoRA and AsFT: ``C = V V^T / ||V||_F`` with ``V = W_aligned - W_base`` per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cwac_lab.defense import Context
+from cwac_lab.errors import LabError
+from cwac_lab.models.sites import linears
+
+
+@dataclass
+class Directed:
+    """A linear layer's weight (m, d), its value at the start, and C of shape (m, m)."""
+
+    name: str
+    weight: Tensor
+    start: Float[Tensor, "m d"]
+    matrix: Float[Tensor, "m m"]
+
+    @property
+    def update(self) -> Float[Tensor, "m d"]:
+        """Return how far the weight has moved, ``W - W_0``."""
+        return self.weight.float() - self.start
+
+
+def directed(context: Context, modules: str, mode: str, rank: int | None) -> Iterator[Directed]:
+    """Yield the layers of a scope with their C.
+
+    Args:
+        context: Start model, and the base weights before alignment.
+        modules: Scope of linear layers.
+        mode: ``as_released``: ``V V^T / ||V||_F``, which is no projector; ``exact``: the projector on the leading
+            ``rank`` left singular directions of V (on all of them it is the identity for a V of full rank).
+        rank: Number of directions of ``exact``.
+
+    Raises:
+        LabError: If a layer did not change in alignment, so that it has no direction.
+    """
+    assert context.base_weight is not None
+    for _, name, module in linears(context.model, modules):
+        start = module.weight.detach().float().clone()
+        direction = start - context.base_weight(name).to(start)
+        if not direction.any():
+            raise LabError(f"{name} is the same before and after alignment: it has no alignment direction")
+        if mode == "exact":
+            left = torch.linalg.svd(direction, full_matrices=False).U[:, :rank]
+            matrix = left @ left.T
+        else:
+            matrix = direction @ direction.T / direction.norm()
+        yield Directed(name, module.weight, start, matrix)

@@ -1,0 +1,54 @@
+"""L2 to the start (L2-SP, Li et al. 2018): a quadratic pull of every trained weight to where it was.
+
+Fidelity: exact, ``L = CE + lambda ||theta - theta_0||^2``. The control for every method that limits how far weights
+move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cwac_lab.defense import Context, Defense
+from cwac_lab.errors import in_range
+from cwac_lab.models.answers import Batch
+
+
+@dataclass
+class L2(Defense):
+    """Penalise the squared distance to the start weights.
+
+    Attributes:
+        strength: lambda.
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        in_range("strength", self.strength, 0)
+
+    def prepare(self, context: Context) -> None:
+        """Remember the start."""
+        self._start = start_copy(context.model) if self.strength else {}
+
+    def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
+        """Return the penalty, of shape ()."""
+        if not self._start:
+            return {}
+        return {"l2": self.strength * squared_distance(model, self._start)}
+
+
+def start_copy(model: Any) -> dict[str, Tensor]:
+    """Return copies of all trained weights by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def squared_distance(model: Any, anchor: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """Return ``sum ||theta - anchor||^2`` over the weights that train now, of shape ()."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return torch.stack([(p.float() - anchor[name].float()).square().sum() for name, p in trained.items()]).sum()
