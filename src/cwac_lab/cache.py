@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 KEY_FILE = "key.json"
 
 
@@ -62,22 +64,21 @@ def cached_folder(root: Path, kind: str, key: dict[str, Any], build: Callable[[P
     """Return ``root/kind/<hash of key>``, built first by ``build(folder)`` where it is absent.
 
     The folder is filled under a temporary name and renamed when complete, so a killed build leaves nothing that a
-    later run could mistake for a result, and of two simultaneous builds one wins.
+    later run could mistake for a result. Of processes that need it at once one builds and the others wait.
     """
     target = root / kind / digest(key)[:16]
     if (target / KEY_FILE).is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
-    try:
-        build(scratch)
-        write_json(scratch / KEY_FILE, key)
-        scratch.chmod(0o755)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if (target / KEY_FILE).is_file():
+            return target
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
         try:
+            build(scratch)
+            write_json(scratch / KEY_FILE, key)
+            scratch.chmod(0o755)
             scratch.rename(target)
-        except OSError:
-            if not (target / KEY_FILE).is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target

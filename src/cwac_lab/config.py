@@ -24,7 +24,11 @@ T = TypeVar("T")
 # Compositions with a name of their own; others are called after their parts.
 _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Settings that do not change what a run computes; they are left out of its key.
-INCIDENTAL = ("logger", "output_root", "cache_root", "force", *(f"trainer.{name}" for name in INCIDENTAL_TRAINER))
+# Paths are among them: what they lead to, weights and data, is in the key by content.
+INCIDENTAL = (
+    *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
+    *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
+)
 
 
 @dataclass

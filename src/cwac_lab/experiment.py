@@ -24,16 +24,12 @@ from cwac_lab.results.store import RunFolder
 from cwac_lab.training.loop import fit, make_loggers
 
 
-def folder_of(run: Run) -> RunFolder:
-    """Return the folder of a run: readable name and the hash of its configuration."""
-    key = store.run_key(run.resolved, INCIDENTAL)[:8]
+def folder_of(run: Run, content: dict[str, str]) -> RunFolder:
+    """Return the folder of a run: readable name, and the hash of its configuration, weights and data."""
+    key = store.run_key(run.resolved, INCIDENTAL, content)[:8]
     mixture = f"-p{run.harmful_ratio:g}-s{run.seed}" if run.finetune else ""
     name = f"{run.model.name}-{run.task.name}-{run.method}{mixture}-{key}"
     return RunFolder(Path(run.output_root) / "runs" / name)
-
-
-# What a record must share with a run to stand for it, beside the configuration.
-_CONTENT = ("weights_content", "task_data_sha256", "pools_sha256")
 
 
 @dataclass
@@ -119,11 +115,10 @@ def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
     return aggregate(verdicts)
 
 
-def _provenance(run: Run, begin: Start, data: TaskData) -> dict[str, Any]:
+def _content(begin: Start, data: TaskData) -> dict[str, str]:
+    """Return hashes of what a run starts from."""
     prompts = [row.prompt for part in (data.train, data.validation, data.test) for row in part]
     return {
-        **provenance.describe(),
-        "weights": begin.folder.description,
         "weights_content": begin.folder.content,
         "task_data_sha256": digest(prompts),
         "pools_sha256": digest(
@@ -133,39 +128,37 @@ def _provenance(run: Run, begin: Start, data: TaskData) -> dict[str, Any]:
                 for rows in pools.values()
             ]
         ),
-        "seed": run.seed,
     }
 
 
 def execute(run: Run, screen: Screen) -> RunFolder:
-    """Carry a run out and write its record; a finished run is not repeated unless ``force`` is set.
+    """Carry a run out and write its record.
+
+    A finished run is not repeated unless ``force`` is set, and one that another process is on is left to it.
 
     Raises:
         LabError: If weights, data or an artefact are missing or too poor; a run that raises is marked as failed.
     """
-    folder = folder_of(run)
     begin, data = start(run, screen.say), split_task(run.data, run.task)
-    facts = _provenance(run, begin, data)
-    if folder.status == "ok" and not run.force:
-        before = folder.read(store.PROVENANCE)
-        if all(before[key] == facts[key] for key in _CONTENT):
+    content = _content(begin, data)
+    folder = folder_of(run, content)
+    with folder.claim() as free:
+        if not free:
+            screen.say(f"another process is on it: {folder.path}")
+            return folder
+        if folder.has(store.STATUS) and folder.told()["status"] == "ok" and not run.force:
             metrics = folder.read(store.METRICS)
             screen.say(f"already done: {folder.path} (force=true repeats it)")
             screen.result(title(metrics), metrics)
             return folder
-        screen.say("recorded with other weights or data under the same configuration: repeating it")
-    if run.force:
-        folder.remove(store.CHECKPOINT)
-    folder.mark("running")
-    folder.write(store.CONFIG, run.resolved)
-    folder.write(store.PROVENANCE, facts)
-    try:
-        _execute(run, folder, begin, data, screen)
-    except BaseException as error:
-        folder.mark("failed", " ".join(f"{type(error).__name__}: {error}".split()))
-        raise
-    folder.remove(store.CHECKPOINT)
-    folder.mark("ok")
+        if run.force:
+            folder.remove(store.CHECKPOINT)
+        with folder.running():
+            folder.write(store.CONFIG, run.resolved)
+            words = {"weights": begin.folder.description, "seed": run.seed}
+            folder.write(store.PROVENANCE, provenance.describe() | words | content)
+            _execute(run, folder, begin, data, screen)
+            folder.remove(store.CHECKPOINT)
     return folder
 
 

@@ -38,7 +38,7 @@ def folder_of(output, method):
 def test_the_record_is_complete(output, method):
     folder = folder_of(output, method)
     metrics = read_json(folder / "metrics.json")
-    assert read_json(folder / "status.json") == {"status": "ok"}
+    assert read_json(folder / "status.json")["status"] == "ok"
     assert {"config.json", "provenance.json", "generations.jsonl", "verdicts.jsonl"} <= {
         f.name for f in folder.iterdir()
     }

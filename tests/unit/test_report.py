@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import tiny
@@ -96,15 +99,15 @@ def test_unfinished_runs_are_left_out(tmp_path):
 
 
 def test_the_key_of_a_run_ignores_what_changes_no_result():
-    def key(*overrides):
+    def key(*overrides, data="a"):
         from omegaconf import OmegaConf
 
         from cwac_lab.config import INCIDENTAL
 
-        return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL)
+        return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL, {"data": data})
 
     assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
-    assert len({key(), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 4
+    assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):
@@ -114,9 +117,21 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
     with pytest.raises(RuntimeError, match="stopped"):
         cached_folder(tmp_path, "kind", {"a": 1}, broken)
-    assert list((tmp_path / "kind").iterdir()) == []
+    assert not any(path.is_dir() for path in (tmp_path / "kind").iterdir())
     built = []
     for _ in range(2):
         folder = cached_folder(tmp_path, "kind", {"a": 1}, lambda f: built.append(write_json(f / "x.json", {})))
     assert (folder / "x.json").is_file()
     assert len(built) == 1
+
+
+def test_those_who_need_a_folder_at_once_build_it_once(tmp_path):
+    built = []
+
+    def build(folder):
+        time.sleep(0.2)
+        built.append(write_json(folder / "x.json", {}))
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: cached_folder(tmp_path, "kind", {"a": 1}, build), range(4)))
+    assert len(built) == len(folders) == 1

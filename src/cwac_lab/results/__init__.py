@@ -1,1 +1,5 @@
-"""Run records: folders keyed by the resolved configuration, with a status, and the store that reads them."""
+"""Run records on disk, what a run prints, and all records as one table."""
+
+from cwac_lab.results.frame import load
+
+__all__ = ["load"]

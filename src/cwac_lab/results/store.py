@@ -1,30 +1,45 @@
-"""Run folders: named and keyed by the resolved configuration (seed included), with a status."""
+"""Run folders: named and keyed by the resolved configuration (seed included), with a status, one process at a time."""
 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cwac_lab.cache import digest, read_json, read_jsonl, write_json, write_jsonl
+from cwac_lab.errors import LabError
 
 STATUS, METRICS, GENERATIONS, VERDICTS = "status.json", "metrics.json", "generations.jsonl", "verdicts.jsonl"
 CONFIG, PROVENANCE, MANIFEST = "config.json", "provenance.json", "manifest.json"
-CHECKPOINT, MODEL = "checkpoint", "model"
+CHECKPOINT, MODEL, LOCK = "checkpoint", "model", ".lock"
+HEARTBEAT_SECONDS = 30.0
 
 
-def run_key(resolved: dict[str, Any], incidental: Iterable[str]) -> str:
-    """Return the hash of a resolved configuration without settings that change no result (dotted paths)."""
+def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[str, str]) -> str:
+    """Return the identity of a run.
+
+    Args:
+        resolved: The resolved configuration.
+        incidental: Settings that change no result, as dotted paths; they are left out.
+        content: Hashes of what the configuration points to: weights and data.
+    """
     kept = copy.deepcopy(resolved)
     for path in incidental:
         node, *parts = kept, *path.split(".")
         for part in parts[:-1]:
             node = node.get(part, {})
         node.pop(parts[-1], None)
-    return digest(kept)
+    return digest([kept, content])
 
 
 @dataclass(frozen=True)
@@ -35,13 +50,79 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        """Return ``ok``, ``failed``, ``running``, or ``new`` where nothing was written."""
-        file = self.path / STATUS
-        return str(read_json(file)["status"]) if file.is_file() else "new"
+        """Return ``ok``, ``failed``, ``running``, ``interrupted`` (its process is gone), or ``new``.
+
+        Raises:
+            LabError: If the file that says so cannot be read.
+        """
+        if not (self.path / STATUS).is_file():
+            return "new"
+        told = self.told()
+        if told["status"] != "running":
+            return str(told["status"])
+        with self.claim() as free:
+            return "interrupted" if free else "running"
+
+    def told(self) -> dict[str, Any]:
+        """Return what the status file says: status, reason of a failure, host, process and heartbeat.
+
+        Raises:
+            LabError: If it cannot be read.
+        """
+        try:
+            told = self.read(STATUS)
+        except ValueError as error:
+            raise LabError(f"{self.path / STATUS} is no JSON ({error}); remove the folder to run it again") from None
+        if not isinstance(told, dict) or "status" not in told:
+            raise LabError(f"{self.path / STATUS} names no status; remove the folder to run it again")
+        return told
 
     def mark(self, status: str, reason: str | None = None) -> None:
-        """Write the status, with a reason where it failed."""
-        write_json(self.path / STATUS, {"status": status} | ({"reason": reason} if reason else {}))
+        """Write the status, with a reason where it failed, and who wrote it when."""
+        written = {"status": status} | ({"reason": reason} if reason else {})
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(self.path / STATUS, written | {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": now})
+
+    @contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Hold the run for this process while the block runs; yields False where another process holds it.
+
+        The lock is the operating system's, so that of a killed process is free at once.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Mark the run as running, with a heartbeat, while the block runs; its end is marked ``ok`` or ``failed``."""
+        over = threading.Event()
+        self.mark("running")
+
+        def beat() -> None:
+            while not over.wait(HEARTBEAT_SECONDS):
+                self.mark("running")
+
+        pulse = threading.Thread(target=beat, daemon=True)
+        pulse.start()
+        end: tuple[str, str | None] = ("ok", None)
+        try:
+            yield
+        except BaseException as error:
+            end = ("failed", " ".join(f"{type(error).__name__}: {error}".split()))
+            raise
+        finally:
+            over.set()
+            pulse.join()
+            self.mark(*end)
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, or JSON Lines where the name says so; atomic."""
