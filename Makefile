@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 ARGS ?=
+EXP ?= null
+SEEDS ?= 1
+PROFILE ?= embedded
+JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-gemma train align prepare evaluate tables test test-slow lint types format benchmark clean
@@ -39,8 +43,8 @@ prepare: $(READY)  ## only subspace and autoencoder; ARGS="constraint=coupled ..
 evaluate: $(READY)  ## judge saved answers again; ARGS="run=outputs/runs/NAME"
 	$(BIN)/python -m cwac_lab.evaluate $(ARGS)
 
-tables: $(READY)  ## tables of all recorded runs under outputs/
-	$(BIN)/python -m cwac_lab.tables $(ARGS)
+tables: $(READY)  ## tables of all recorded runs; EXP=NAME first makes the runs of experiments/NAME (SEEDS, PROFILE, JOBS)
+	$(BIN)/python -m cwac_lab.tables exp=$(EXP) seeds=$(SEEDS) profile=$(PROFILE) jobs=$(JOBS) $(ARGS)
 
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -m "not slow" $(ARGS)

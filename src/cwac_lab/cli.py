@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +30,28 @@ def _one_line(error: Exception) -> str:
         keys = ", ".join(sorted(map(str, parent))) if parent is not None else ""
         return f"{key}: no such key; accepted: {keys}" if keys else str(cause).splitlines()[0]
     return " ".join(str(error).split())
+
+
+@cache
+def _frame(overrides: tuple[str, ...], config_name: str) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose(config_name, list(overrides))
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra.compose(config_name, list(overrides))
+
+
+# Plain keys of the top level, which composing does not depend on.
+_PLAIN = ("seed", "harmful_ratio", "force", "finetune", "output_root")
+
+
+def compose(overrides: Iterable[str], config_name: str = "config") -> DictConfig:
+    """Return the composed configuration, as on the command line; what differs in plain keys only is composed once."""
+    plain = [override for override in overrides if override.partition("=")[0] in _PLAIN]
+    config = _frame(tuple(override for override in overrides if override not in plain), config_name).copy()
+    for override in plain:
+        key, _, value = override.partition("=")
+        config[key] = yaml.safe_load(value)
+    return config
 
 
 def launch(task: Callable[[DictConfig], None], config_name: str = "config") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,18 @@ def _content(begin: Start, data: TaskData) -> dict[str, str]:
             ]
         ),
     }
+
+
+_known: dict[str, dict[str, str]] = {}
+
+
+def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
+    """Return hashes of what a run starts from, remembered for runs of one process that start alike."""
+    groups = ("model", "profile", "task", "data", "align", "trainer", "evaluation", "cache_root")
+    key = digest({group: run.resolved[group] for group in groups})
+    if key not in _known:
+        _known[key] = _content(start(run, say), split_task(run.data, run.task))
+    return _known[key]
 
 
 def execute(run: Run, screen: Screen) -> RunFolder:

@@ -1,24 +1,66 @@
-"""Tables of all recorded runs: ``python -m cwac_lab.tables``."""
+"""Make the runs that a table lacks, and the tables: ``python -m cwac_lab.tables exp=ablation seeds=3``."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from cwac_lab import cli
 
+if TYPE_CHECKING:
+    from cwac_lab.results.store import RunFolder
+    from cwac_lab.sweep.grid import Grid
+
 
 def main(config: DictConfig) -> None:
-    """Print the summary as Markdown, and write it with its CSV under ``output_root/tables``."""
+    """Write a table an experiment, or one of all recorded runs, as Markdown and CSV under ``output_root/tables``."""
+    from cwac_lab.errors import MissingAsset, in_range
+    from cwac_lab.results.console import Screen
+    from cwac_lab.results.store import runs
+    from cwac_lab.sweep import grid
+    from cwac_lab.sweep.runner import sweep
+
+    root = Path(config.output_root)
+    if config.exp is None:
+        write(root, "summary", list(runs(root)))
+        return
+    for key in ("seeds", "jobs"):
+        in_range(key, config[key], 1)
+    names = list(config.exp) if isinstance(config.exp, ListConfig) else [str(config.exp)]
+    folders = grid.find(Path(config.experiments_root), None if names == ["all"] else names)
+    if not folders:
+        raise MissingAsset(f"experiments_root={config.experiments_root}: no experiment with a {grid.FILE} there")
+    screen, failed = Screen(), []
+    grids: list[Grid] = [grid.read(folder, config.profile) for folder in folders]
+    for each in grids:
+        screen.say(f"{each.name}: {each.title}")
+        wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]
+        found = sweep(wanted, config.jobs, screen, screen.say)
+        failed += [outcome for outcome in found if outcome.status != "ok"]
+        paths = {outcome.path for outcome in found if outcome.status == "ok"}
+        if paths:
+            write(root, each.name, [run for run in runs(root) if run.path in paths])
+    for outcome in failed:
+        screen.say(f"[red]{outcome.status}[/red]: {' '.join(outcome.overrides)}: {outcome.reason}")
+    if failed:
+        sys.exit(1)
+
+
+def write(root: Path, name: str, found: list[RunFolder]) -> None:
+    """Write and print the table of some runs.
+
+    Raises:
+        MissingAsset: If none of them is finished.
+    """
     from cwac_lab.cache import write_text
     from cwac_lab.errors import MissingAsset
     from cwac_lab.report.paired import differences
     from cwac_lab.report.tables import markdown, records, summary
-    from cwac_lab.results.store import runs
 
-    root = Path(config.output_root)
-    rows = records(runs(root))
+    rows = records(found)
     if not rows:
         raise MissingAsset(f"output_root={root}: no finished runs there; run `python -m cwac_lab.train` first")
     table = summary(rows)
@@ -26,8 +68,8 @@ def main(config: DictConfig) -> None:
     compared = differences(rows)
     if len(compared):
         text += "\n" + markdown(compared, "Paired differences in points: ")
-    write_text(root / "tables" / "summary.md", text)
-    write_text(root / "tables" / "summary.csv", table.to_csv(index=False))
+    write_text(root / "tables" / f"{name}.md", text)
+    write_text(root / "tables" / f"{name}.csv", table.to_csv(index=False))
     print(text)
 
 

@@ -26,9 +26,9 @@ def _cell(rate: dict[str, Any]) -> tuple[str, str, str]:
 class Screen:
     """Prints to the terminal through rich."""
 
-    def __init__(self) -> None:
-        """Open the console."""
-        self.console = Console(highlight=False)
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Open the console; a quiet one prints nothing."""
+        self.console = Console(highlight=False, quiet=quiet)
 
     def banner(self, weights: str, facts: dict[str, Any]) -> None:
         """Print which weights really run and what with."""

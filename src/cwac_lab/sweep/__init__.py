@@ -1,0 +1,1 @@
+"""Grids of runs: what an experiment compares, and running what of it is missing."""

@@ -1,0 +1,97 @@
+"""The grid of an experiment: a YAML file that lists the cells of a table as overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cwac_lab.errors import ConfigError, MissingAsset
+
+FILE = "grid.yaml"
+_KEYS = ("title", "fixed", "cells", "start", "profiles")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of one experiment.
+
+    Attributes:
+        name: Folder of the experiment.
+        title: What the table is about.
+        cells: Overrides of every cell, the seed left out.
+        start: Whether the start model itself is the first row.
+    """
+
+    name: str
+    title: str
+    cells: tuple[tuple[str, ...], ...]
+    start: bool
+
+    def runs(self, seeds: int) -> list[tuple[str, ...]]:
+        """Return the overrides of all runs: each cell with seeds 0 to ``seeds - 1``, and the start once a setting."""
+        found = [(*cell, f"seed={seed}") for cell in self.cells for seed in range(seeds)]
+        if self.start:
+            first = {_setting(cell): (*_setting(cell), "finetune=false") for cell in self.cells}
+            found = [*first.values(), *found]
+        return list(dict.fromkeys(found))
+
+
+# What a start model depends on; the other keys of a cell belong to fine-tuning.
+_START = ("model", "task", "data", "profile", "experiment", "evaluation", "align")
+
+
+def _setting(cell: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(override for override in cell if override.partition("=")[0].partition(".")[0] in _START)
+
+
+def _options(block: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the product of a block's values as overrides."""
+    axes = []
+    for key, values in block.items():
+        several = values if isinstance(values, list) else [values]
+        axes.append([f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+                     for value in several])  # fmt: skip
+    return list(product(*axes))
+
+
+def read(folder: Path, profile: str) -> Grid:
+    """Read an experiment's grid for a profile.
+
+    The file has ``title``; ``fixed``: overrides of all cells; ``cells``: a list of blocks, each the product of its
+    values; ``start``: true adds the start model; ``profiles``: per profile, values that replace those of ``fixed``.
+
+    Raises:
+        MissingAsset: If the folder holds no grid.
+        ConfigError: If the file has unknown keys or no cells.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        known = sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))
+        raise MissingAsset(f"exp={folder.name}: no {FILE} in {folder}; accepted: {' | '.join(known)}")
+    text = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for key in text:
+        if key not in _KEYS:
+            raise ConfigError(f"{folder.name}/{FILE}: {key}", text[key], f"one of the keys {', '.join(_KEYS)}")
+    if not text.get("cells"):
+        raise ConfigError(f"{folder.name}/{FILE}: cells", text.get("cells"), "a list of blocks")
+    fixed = {**text.get("fixed", {}), **text.get("profiles", {}).get(profile, {})}
+    cells = []
+    for number, block in enumerate(text["cells"]):
+        if not isinstance(block, Mapping):
+            where = f"{folder.name}/{FILE}: cells[{number}]"
+            raise ConfigError(where, block, "a mapping of configuration keys to a value or a list of values")
+        rest = {key: value for key, value in fixed.items() if key not in block}
+        cells += [(f"profile={profile}", *cell) for cell in _options({**rest, **block})]
+    return Grid(folder.name, str(text.get("title", folder.name)), tuple(dict.fromkeys(cells)), bool(text.get("start")))
+
+
+def find(root: Path, names: list[str] | None) -> list[Path]:
+    """Return the folders of the named experiments, or of all that have a grid."""
+    if names:
+        return [root / name for name in names]
+    return sorted(path.parent for path in root.glob(f"*/{FILE}"))

@@ -1,0 +1,124 @@
+"""Run what is missing of a list of runs; one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from cwac_lab.cli import compose
+from cwac_lab.config import Run, read
+from cwac_lab.errors import LabError
+from cwac_lab.experiment import execute, folder_of, identity
+from cwac_lab.results.console import Screen
+from cwac_lab.results.store import RunFolder
+
+Overrides = tuple[str, ...]
+# What a cell may fail with: a sweep reports it and goes on, and the record holds the reason.
+FAILURES = (LabError, HydraException, OmegaConfBaseException, RuntimeError, ValueError, OSError, MemoryError)
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run.
+
+    Attributes:
+        overrides: The run.
+        status: ``ok``, ``failed``, or ``running`` (another process is on it).
+        reason: Why it failed.
+        seconds: How long it took here.
+    """
+
+    overrides: Overrides
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+    path: Path | None = None
+
+
+def composed(overrides: Overrides) -> Run:
+    """Return the checked configuration of a run."""
+    return read(compose(overrides))
+
+
+def finished(run: Run, screen: Screen) -> RunFolder | None:
+    """Return the folder of a run that is already recorded, else None; builds the start model where it is missing."""
+    folder = folder_of(run, identity(run, screen.say))
+    return folder if folder.status == "ok" and not run.force else None
+
+
+def attempt(overrides: Overrides, screen: Screen) -> Outcome:
+    """Carry one run out; whatever it raises becomes its outcome."""
+    begin = time.perf_counter()
+    try:
+        folder = execute(composed(overrides), screen)
+    except FAILURES as error:
+        return Outcome(overrides, "failed", _words(error), time.perf_counter() - begin)
+    return Outcome(overrides, folder.status, "", time.perf_counter() - begin, folder.path)
+
+
+def _work(overrides: Overrides) -> Outcome:
+    return attempt(overrides, Screen(quiet=True))
+
+
+def _prepare_worker(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def outcomes(runs: Sequence[Overrides], jobs: int, screen: Screen) -> Iterator[Outcome]:
+    """Yield the outcome of every run as it ends.
+
+    Args:
+        runs: What to run.
+        jobs: Processes; 1 runs everything in this one.
+        screen: Where a run in this process reports.
+    """
+    if jobs == 1:
+        for overrides in runs:
+            yield attempt(overrides, screen)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare_worker, (threads,)) as pool:
+        waiting = {pool.submit(_work, overrides): overrides for overrides in runs}
+        for done in as_completed(waiting):
+            try:
+                yield done.result()
+            except BrokenExecutor as error:  # a worker was killed, for its memory for instance
+                yield Outcome(waiting[done], "failed", f"{type(error).__name__}: its process died")
+
+
+def sweep(runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[str], None]) -> list[Outcome]:
+    """Run what is missing, tell how far it is, and return the outcome of every run, recorded ones included."""
+    found: list[Outcome] = []
+    missing: list[Overrides] = []
+    for overrides in runs:
+        try:
+            folder = finished(composed(overrides), screen)
+        except FAILURES as error:
+            found.append(Outcome(overrides, "failed", _words(error)))
+            continue
+        if folder is None:
+            missing.append(overrides)
+        else:
+            found.append(Outcome(overrides, "ok", path=folder.path))
+    say(f"{len(runs)} runs, {len(runs) - len(missing) - sum(o.status == 'failed' for o in found)} recorded already")
+    begin = time.perf_counter()
+    for number, outcome in enumerate(outcomes(missing, jobs, screen), start=1):
+        found.append(outcome)
+        left = (time.perf_counter() - begin) / number * (len(missing) - number)
+        say(f"[{number}/{len(missing)}] {outcome.status} in {outcome.seconds:.0f} s: {' '.join(outcome.overrides)}"
+            f" (about {left / 60:.0f} min left)")  # fmt: skip
+    return found

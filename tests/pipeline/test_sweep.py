@@ -1,0 +1,85 @@
+"""Grids of tiny runs: what is missing is made, what is recorded is left alone, what fails is told."""
+
+import pytest
+import yaml
+
+import tiny
+from cwac_lab import results, tables
+from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.sweep import grid
+
+SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmful_ratio": 0.2},
+         "cells": [{"constraint": ["none", "l2"]}]}  # fmt: skip
+
+
+def write(root, name, content):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / grid.FILE).write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def launch(tiny_folder, root, output, *more):
+    settings = [o for o in tiny.small_run(tiny_folder, output) if not o.startswith("output_root")]
+    listed = "[" + ",".join(f"'{setting}'" for setting in settings) + "]"
+    tiny.launch(
+        tables.main, [f"experiments_root={root}", f"output_root={output}", f"overrides={listed}", *more], "tables"
+    )
+
+
+def test_the_cells_of_a_grid(tmp_path):
+    content = {**SMALL, "profiles": {"paper": {"task": "gsm8k"}}, "cells": [
+        {"constraint": ["none", "[weight,lisa]"], "harmful_ratio": [0, 0.1]}, {"constraint": "none", "finetune": True},
+    ]}  # fmt: skip
+    write(tmp_path, "mine", content)
+    found = grid.read(tmp_path / "mine", "embedded")
+    assert len(found.cells) == 5
+    assert found.cells[2] == ("profile=embedded", "task=sst2", "constraint=[weight,lisa]", "harmful_ratio=0")
+    assert found.cells[4] == ("profile=embedded", "task=sst2", "harmful_ratio=0.2", "constraint=none", "finetune=true")
+    runs = found.runs(2)
+    assert len(runs) == len(set(runs)) == 1 + 10
+    assert runs[0] == ("profile=embedded", "task=sst2", "finetune=false")
+    assert "task=gsm8k" in grid.read(tmp_path / "mine", "paper").cells[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"cell": []}, "mine/grid.yaml: cell=.*accepted: one of the keys title, "),
+        ({"title": "x"}, "mine/grid.yaml: cells=None: accepted: a list of blocks"),
+        ({"cells": ["none"]}, r"mine/grid.yaml: cells\[0\]=none: accepted: a mapping"),
+    ],
+)
+def test_a_grid_that_cannot_be_read(content, message, tmp_path):
+    write(tmp_path, "mine", content)
+    with pytest.raises(ConfigError, match=message):
+        grid.read(tmp_path / "mine", "embedded")
+    with pytest.raises(MissingAsset, match=r"exp=other: no grid.yaml .* accepted: mine"):
+        grid.read(tmp_path / "other", "embedded")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
+    write(tmp_path / "exp", "mine", SMALL)
+    launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", f"jobs={jobs}", "seeds=2")
+    first = capsys.readouterr().out
+    assert "5 runs, 0 recorded already" in first
+    assert "[5/5] ok" in first
+    frame = results.load(tmp_path / "out")
+    assert sorted(frame["constraint"]) == ["l2", "l2", "none", "none", "start"]
+    table = (tmp_path / "out" / "tables" / "mine.md").read_text()
+    assert table.count("| l2 |") == 2  # rates, and differences
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/metrics.json")}
+    launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=all", "seeds=2")
+    assert "5 runs, 5 recorded already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert (tmp_path / "out" / "tables" / "mine.md").read_text() == table
+
+
+def test_a_failing_cell_stops_no_other(tiny_folder, tmp_path, capsys):
+    write(tmp_path / "exp", "mine", {**SMALL, "cells": [{"constraint": ["magic", "none"]}, {"harmful_ratio": 7}]})
+    with pytest.raises(SystemExit) as stopped:
+        launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine")
+    assert stopped.value.code == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "constraint=magic" in out
+    assert "harmful_ratio=7: accepted: a number in [0, 1]" in out
+    assert set(results.load(tmp_path / "out")["status"]) == {"ok"}
