@@ -1,4 +1,4 @@
-"""Interval estimates for proportions and for paired differences."""
+"""Interval estimates and tests for proportions and for paired differences."""
 
 from __future__ import annotations
 
@@ -92,3 +92,32 @@ def paired_difference(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "
     means = ((seeds @ delta) * items).sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Difference(float(delta.mean()), float(low), float(high), n_seeds, n_items)
+
+
+def sign_flip_p(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "S N"]) -> float:
+    """Return the two-sided p-value of "no difference" by flipping the signs of items' differences (Fisher 1935).
+
+    An item's difference is its mean over the S seeds, so the test asks whether these runs differ on other items like
+    the N; it takes the seeds as given (a handful of them allows no test of its own).
+
+    Args:
+        ours: Outcomes in [0, 1], a row a seed.
+        other: Outcomes of what is compared with, in the same order.
+    """
+    delta = (ours - other).mean(axis=0)
+    if not delta.any():
+        return 1.0
+    found = stats.permutation_test(
+        (delta,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0), vectorized=True
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Return p-values adjusted for their number (Holm 1979), in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted

@@ -81,7 +81,7 @@ def test_differences_are_paired_by_seed_and_item(tmp_path):
     (row,) = differences(rows).to_dict("records")
     assert row["constraint"] == "weight"
     assert row["FA - none"].startswith("-10.0 [")
-    assert row["FA - none"].endswith("(n=10, 2 seeds)")
+    assert row["FA - none"].partition(" p=")[0].endswith("(n=10, 2 seeds)")
     assert row["HS - start"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
     assert row["over-refusal - start"] == ""
     assert "Paired: w (c0ffee) | sst2" in markdown(differences(rows), "Paired: ")

@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap
@@ -59,3 +61,23 @@ def test_a_paired_difference_draws_seeds_and_items():
 def test_a_paired_difference_needs_pairs():
     with pytest.raises(ValueError, match="shapes"):
         stats.paired_difference(np.zeros((1, 3)), np.zeros((1, 4)))
+
+
+def test_sign_flips_are_enumerated_where_there_are_few():
+    ours, other = outcomes(0.8, (2, 8), 4), outcomes(0.3, (2, 8), 5)
+    delta = (ours - other).mean(0)
+    flipped = [abs(np.mean(delta * signs)) for signs in product((1, -1), repeat=8)]
+    expected = np.mean([value >= abs(delta.mean()) - 1e-12 for value in flipped])
+    assert stats.sign_flip_p(ours, other) == pytest.approx(expected)
+    assert stats.sign_flip_p(ours, ours) == 1.0
+
+
+def test_sign_flips_hold_their_level():
+    rejected = [stats.sign_flip_p(outcomes(0.5, (1, 60), i), outcomes(0.5, (1, 60), 999 + i)) < 0.05 for i in range(60)]
+    assert np.mean(rejected) < 0.15
+
+
+def test_holm():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert stats.holm([]) == []

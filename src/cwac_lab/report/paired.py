@@ -9,7 +9,7 @@ import pandas as pd
 
 from cwac_lab.report.tables import ROW, SETTING, place
 from cwac_lab.results import store
-from cwac_lab.stats import paired_difference
+from cwac_lab.stats import Difference, holm, paired_difference, sign_flip_p
 
 # Column: rows that count, the verdict's field, and what is compared with.
 COMPARED = {
@@ -44,21 +44,38 @@ def _outcomes(row: dict[str, Any], kind: str, field: str) -> dict[str, float]:
     return {verdict["id"]: float(verdict[field]) for verdict in found}
 
 
-def _compare(group: list[dict[str, Any]], rows: list[dict[str, Any]], kind: str, field: str, baseline: str) -> str:
+def _compare(
+    group: list[dict[str, Any]], rows: list[dict[str, Any]], kind: str, field: str, baseline: str
+) -> tuple[Difference, float] | None:
     pairs = [(row, _partner(row, rows, baseline)) for row in group]
     outcomes = [(_outcomes(a, kind, field), _outcomes(b, kind, field)) for a, b in pairs if b is not None]
     if not outcomes:
-        return ""
+        return None
     common = sorted(set.intersection(*(set(found) for pair in outcomes for found in pair)))
     if not common:
-        return ""
+        return None
     ours, other = (np.array([[pair[side][item] for item in common] for pair in outcomes]) for side in (0, 1))
-    return str(paired_difference(ours, other))
+    return paired_difference(ours, other), sign_flip_p(ours, other)
+
+
+def _adjust(table: list[dict[str, Any]]) -> None:
+    """Replace every comparison by text; p-values are adjusted over the rows of one setting and harmful ratio."""
+    for title in COMPARED:
+        families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for entry in table:
+            if entry[title] is not None:
+                families.setdefault(tuple(entry[key] for key in [*SETTING, "harmful_ratio"]), []).append(entry)
+        for family in families.values():
+            for entry, p in zip(family, holm([entry[title][1] for entry in family]), strict=True):
+                entry[title] = f"{entry[title][0]} p={p:.2g}"
+    for entry in table:
+        entry |= {title: entry[title] or "" for title in COMPARED}
 
 
 def differences(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one row a setting, harmful ratio, constraint and variant, with the differences of ``COMPARED`` as text.
 
+    p-values are those of a sign-flip test, adjusted by Holm's method over the rows of one setting and harmful ratio.
     Rows without a partner are left out.
 
     Args:
@@ -73,5 +90,6 @@ def differences(rows: list[dict[str, Any]]) -> pd.DataFrame:
         cells = {title: _compare(group, rows, *how) for title, how in COMPARED.items()}
         if any(cells.values()):
             table.append(dict(zip([*SETTING, *ROW], key, strict=True)) | cells)
+    _adjust(table)
     table.sort(key=place)
     return pd.DataFrame(table)
