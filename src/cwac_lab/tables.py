@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(config: DictConfig) -> None:
-    """Write a table an experiment, or one of all recorded runs, as Markdown and CSV under ``output_root/tables``."""
+    """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``: Markdown, CSV, LaTeX."""
     from cwac_lab.errors import MissingAsset, in_range
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import runs
@@ -57,6 +57,7 @@ def write(root: Path, name: str, found: list[RunFolder]) -> None:
     """
     from cwac_lab.cache import write_text
     from cwac_lab.errors import MissingAsset
+    from cwac_lab.report.latex import latex
     from cwac_lab.report.paired import differences
     from cwac_lab.report.tables import markdown, records, summary
 
@@ -70,6 +71,7 @@ def write(root: Path, name: str, found: list[RunFolder]) -> None:
         text += "\n" + markdown(compared, "Paired differences in points: ")
     write_text(root / "tables" / f"{name}.md", text)
     write_text(root / "tables" / f"{name}.csv", table.to_csv(index=False))
+    write_text(root / "tables" / f"{name}.tex", latex(rows))
     print(text)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 import tiny
 from cwac_lab.cache import cached_folder, digest, write_json
+from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
 from cwac_lab.report.tables import cell, markdown, records, summary
 from cwac_lab.results.store import RunFolder, run_key, runs
@@ -135,3 +136,21 @@ def test_those_who_need_a_folder_at_once_build_it_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: cached_folder(tmp_path, "kind", {"a": 1}, build), range(4)))
     assert len(built) == len(folders) == 1
+
+
+def test_latex_marks_the_best_and_the_second_of_each_ratio(tmp_path):
+    for constraint, hits in (("none", 90), ("weight", 10), ("coupled", 4), ("lisa", 50)):
+        record(tmp_path, constraint, 0.2, 0, hits)
+    record(tmp_path, "none", 0.1, 0, 70)
+    record(tmp_path, "start", None, 0, 1)
+    broken = record(tmp_path, "l2", 0.2, 0, 0)
+    broken.write("metrics.json", broken.read("metrics.json") | {"broken": True})
+    text = latex(records(runs(tmp_path)))
+    lines = {tuple(line.split(" & ")[:2]): line for line in text.splitlines() if " & " in line}
+    assert r"\textbf{4.0 [" in lines["0.2", "coupled"]
+    assert r"\underline{10.0 [" in lines["0.2", "weight"]
+    assert r"\textbf{70.0 [" in lines["0.1", "none"]
+    for plain in (("0.2", "lisa"), ("0.2", "l2"), ("--", "start")):
+        assert lines[plain].split(" & ")[3][0].isdigit()
+    assert text.count(r"\toprule") == 1
+    assert r"95 \% interval" in text

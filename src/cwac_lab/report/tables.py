@@ -93,21 +93,25 @@ def place(entry: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row a setting, harmful ratio, constraint and variant; rates as text, seeds counted."""
+def grouped(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Return what a table has a row of (setting, harmful ratio, constraint, variant), in order, with its runs."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row, variant in zip(rows, _variants(rows), strict=True):
         row["variant"] = variant
-    frame = pd.DataFrame(rows)
+        groups.setdefault(tuple(row[key] for key in [*SETTING, *ROW]), []).append(row)
+    found = [(dict(zip([*SETTING, *ROW], key, strict=True)), group) for key, group in groups.items()]
+    return sorted(found, key=lambda pair: place(pair[0]))
+
+
+def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row a setting, harmful ratio, constraint and variant; rates as text, seeds counted."""
     table = []
-    for key, group in frame.groupby([*SETTING, *ROW], dropna=False, sort=False):
-        entry = dict(zip([*SETTING, *ROW], key, strict=True))
-        entry["seeds"] = len(group)
-        entry |= {title: cell(group[name].tolist()) for name, title in RATES.items()}
-        leaks = group["leak"].dropna().tolist() if "leak" in group else []
-        entry["leak"] = f"{max(leaks):.1e}" if leaks else ""
-        entry["broken"] = f"{int(group['broken'].sum())} of {len(group)}" if group["broken"].any() else ""
-        table.append(entry)
-    table.sort(key=place)
+    for entry, group in grouped(rows):
+        leaks = [row["leak"] for row in group if row.get("leak") is not None]
+        broken = sum(row["broken"] for row in group)
+        rates = {title: cell([row[name] for row in group]) for name, title in RATES.items()}
+        leak, count = f"{max(leaks):.1e}" if leaks else "", f"{broken} of {len(group)}" if broken else ""
+        table.append({**entry, "seeds": len(group), **rates, "leak": leak, "broken": count})
     return pd.DataFrame(table)
 
 
