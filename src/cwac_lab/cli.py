@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 import hydra
-import yaml
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -48,9 +48,8 @@ def compose(overrides: Iterable[str], config_name: str = "config") -> DictConfig
     """Return the composed configuration, as on the command line; what differs in plain keys only is composed once."""
     plain = [override for override in overrides if override.partition("=")[0] in _PLAIN]
     config = _frame(tuple(override for override in overrides if override not in plain), config_name).copy()
-    for override in plain:
-        key, _, value = override.partition("=")
-        config[key] = yaml.safe_load(value)
+    for override in OverridesParser.create().parse_overrides(plain):
+        config[override.key_or_group] = override.value()
     return config
 
 

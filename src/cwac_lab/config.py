@@ -215,7 +215,7 @@ def read(config: DictConfig) -> Run:
     config = OmegaConf.create(resolved)
     plain = _scalars(config)
     parts = {str(name): _part(f"constraint.{name}", node) for name, node in config.constraint.items()}
-    constraint_name = str(config.label or _NAMES.get(tuple(sorted(parts))) or "+".join(parts))
+    constraint_name = str(config.label or _NAMES.get(tuple(sorted(parts))) or "+".join(sorted(parts)))
     run = Run(
         task=bind_target("task", Task, config.task),
         constraint=Composite(parts),
@@ -231,7 +231,7 @@ def read(config: DictConfig) -> Run:
         **plain,
         output_root=str(config.output_root),
         cache_root=str(config.cache_root),
-        resolved={str(k): v for k, v in resolved.items()},
+        resolved={str(k): v for k, v in resolved.items()} | plain,
     )
     _cross_check(run)
     return run

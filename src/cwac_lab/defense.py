@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -81,7 +81,12 @@ class Context:
 
 @dataclass
 class Defense:
-    """Base of all defences; the fields of a subclass are its config keys, checked in ``__post_init__``."""
+    """Base of all defences; the fields of a subclass are its config keys, checked in ``__post_init__``.
+
+    ``precedence`` orders the parts of a composition: what freezes (0), what changes weights (1), what reads them (2).
+    """
+
+    precedence: ClassVar[int] = 2
 
     @property
     def requirements(self) -> Requirements:
@@ -148,13 +153,17 @@ def _joined(parts: Iterable[dict[str, T]]) -> dict[str, T]:
 
 @dataclass
 class Composite(Defense):
-    """Any number of defences at once (none: plain fine-tuning); hooks run in their order.
+    """Any number of defences at once (none: plain fine-tuning); hooks run in the order of precedence, then of names.
 
     Attributes:
         parts: The defences by name.
     """
 
     parts: dict[str, Defense] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Bring the parts into their order."""
+        self.parts = dict(sorted(self.parts.items(), key=lambda named: (named[1].precedence, named[0])))
 
     @property
     def requirements(self) -> Requirements:

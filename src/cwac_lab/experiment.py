@@ -12,6 +12,7 @@ from cwac_lab.cache import digest
 from cwac_lab.config import INCIDENTAL, Run
 from cwac_lab.data import mixing
 from cwac_lab.data.pools import Pools
+from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData, split_task
 from cwac_lab.errors import MissingAsset
 from cwac_lab.evaluation.generate import generate
@@ -118,13 +119,14 @@ def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
 
 def _content(begin: Start, data: TaskData) -> dict[str, str]:
     """Return hashes of what a run starts from."""
-    prompts = [row.prompt for part in (data.train, data.validation, data.test) for row in part]
+    parts = (data.train, data.validation, data.test)
     return {
         "weights_content": begin.folder.content,
-        "task_data_sha256": digest(prompts),
+        "base_content": begin.before.content if begin.before is not None else "",
+        "task_data_sha256": digest([[[row.prompt, row.response, row.gold] for row in part] for part in parts]),
         "pools_sha256": digest(
             [
-                [[row.prompt, row.opening] for row in rows]
+                [[row.prompt, compliance(row), refusal(row)] for row in rows]
                 for pools in begin.pools.rows.values()
                 for rows in pools.values()
             ]
@@ -155,7 +157,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     begin, data = start(run, screen.say), split_task(run.data, run.task)
     content = _content(begin, data)
     folder = folder_of(run, content)
-    with folder.claim() as free:
+    with folder.claim(wait=1.0) as free:  # a reader that looks whether the run is alive holds it for a moment
         if not free:
             screen.say(f"another process is on it: {folder.path}")
             return folder
@@ -166,6 +168,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             return folder
         if run.force:
             folder.remove(store.CHECKPOINT)
+            folder.remove(f"{store.CHECKPOINT}.old")
         with folder.running():
             folder.write(store.CONFIG, run.resolved)
             words = {"weights": begin.folder.description, "seed": run.seed}
@@ -228,9 +231,11 @@ def rejudge(run: Run, folder: RunFolder, screen: Screen) -> None:
     Raises:
         MissingAsset: If the folder holds no finished run.
     """
-    for name in (store.GENERATIONS, store.METRICS):
-        if not folder.has(name):
-            raise MissingAsset(f"run={folder.path}: no {name} there; let the run finish first")
-    record = {**folder.read(store.METRICS), **judge(run, folder)}
-    folder.write(store.METRICS, record)
+    with folder.claim(wait=1.0) as free:
+        if not free or not folder.has(store.STATUS) or folder.told()["status"] != "ok":
+            raise MissingAsset(f"run={folder.path}: no finished run there; let it finish first")
+        if not folder.has(store.GENERATIONS):
+            raise MissingAsset(f"run={folder.path}: no {store.GENERATIONS} there")
+        record = {**folder.read(store.METRICS), **judge(run, folder)}
+        folder.write(store.METRICS, record)
     screen.result(title(record), record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.errors import QualityError
-from cwac_lab.evaluation.generate import generate
+from cwac_lab.evaluation.generate import Answer, answers
 from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.chat import ChatFormat
 
@@ -39,7 +39,7 @@ class References:
 
 def _answers(
     run: Run, rows: list[PromptRow], content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
-) -> list[str]:
+) -> list[Answer]:
     """Return the start model's greedy answers, opening only; cached by weights and prompts."""
     longest = run.align.answer_tokens
     prompts = [row.prompt for row in rows]
@@ -49,15 +49,18 @@ def _answers(
         "prompts": digest([chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]),
         "tokens": longest,
         "end": chat.end_id,
+        "columns": ["text", "ended"],
     }
 
     def build(folder: Path) -> None:
         say(f"asking the start model {len(prompts)} harmful prompts, to keep those it refuses")
-        outputs = generate(model, chat, prompts, longest, run.evaluation.batch_size)
-        write_jsonl(folder / ANSWERS, ({"id": row.id, "output": text} for row, text in zip(rows, outputs, strict=True)))
+        given = answers(model, chat, prompts, longest, run.evaluation.batch_size)
+        write_jsonl(
+            folder / ANSWERS, ({"id": row.id, **asdict(answer)} for row, answer in zip(rows, given, strict=True))
+        )
 
     folder = cached_folder(Path(run.cache_root), "answers", key, build)
-    return [row["output"] for row in read_jsonl(folder / ANSWERS)]
+    return [Answer(row["text"], row["ended"]) for row in read_jsonl(folder / ANSWERS)]
 
 
 def references(
@@ -89,9 +92,9 @@ def references(
     if run.data.reference == "all":
         return References(asked, benign, canned(asked + taught), len(asked))
     own = asked if run.model.align != "none" else asked + taught
-    answers = _answers(run, own, content, model, chat, say)
+    given = _answers(run, own, content, model, chat, say)
     judge = RefusalJudge()
-    refused = [judge.judge(row.prompt, text).refused for row, text in zip(own, answers, strict=True)]
+    refused = [judge.judge(row.prompt, answer.text).refused for row, answer in zip(own, given, strict=True)]
     kept = [row for row, holds in zip(asked, refused, strict=False) if holds]  # the asked ones come first
     if not kept:
         raise QualityError(
@@ -99,8 +102,8 @@ def references(
             "(accepted: model.align=refusals, or data.reference=all)"
         )
     refusals = [
-        chat.encode_own(row.prompt, text, run.align.answer_tokens).input_ids
-        for row, text, holds in zip(own, answers, refused, strict=True)
+        chat.encode_own(row.prompt, answer.text, ended=answer.ended).input_ids
+        for row, answer, holds in zip(own, given, refused, strict=True)
         if holds
     ]
     refusals += canned(taught) if run.model.align != "none" else []

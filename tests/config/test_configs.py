@@ -76,6 +76,7 @@ BAD = [
     (["+constraint.mine.strength=1"], "constraint.mine._target_=: accepted: the path of a Defense"),
     (["constraint=weight", "data.harmful.reference.requests=0"], "data.harmful.reference=0: accepted: >= 1"),
     (["constraint=activation", "data.harmless.reference.instructions=0"], "data.harmless.reference=0"),
+    (["constraint=constrained_sft", "constraint.constrained_sft.first_factor=0"], "first_factor=0.0: accepted: "),
     (["harmful_ratio=1", "data.n_train=1000"], "harmful_ratio=1.0: accepted: at most"),
     (["data.harmful.test={nolist: 3}"], "data.harmful.test"),
     (["data.reference=some"], "data.reference=some: accepted: refused | all"),

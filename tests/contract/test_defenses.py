@@ -72,7 +72,8 @@ ACTIVE = {
     "safegrad": lambda: SafeGrad(strength=1.0, batch_size=3),
     "safelora": lambda: SafeLoRA(share=0.5),
     "asft": lambda: AsFT(strength=2.0),
-    "weight+lisa": lambda: Composite({"weight": WeightConstraint(energy=0.9), "lisa": Lisa(1, 2, warmup_share=0.0)}),
+    "lisa+weight": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "weight": WeightConstraint(energy=0.9)}),
+    "lisa+sppft": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "sppft": SPPFT(block=[0.5, 1.0])}),
 }
 ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in range(24)]
 PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
@@ -341,3 +342,13 @@ def test_second_moments_equal_the_plain_product():
         x = torch.cat(rows).double()
         x = x / x.norm(dim=-1, keepdim=True) if normalize else x
         torch.testing.assert_close(found, x.T @ x, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("names", [("sppft", "weight"), ("weight", "sppft")])
+def test_a_frozen_block_stays_frozen_whatever_the_order(names):
+    parts = {"sppft": SPPFT(block=[0.5, 1.0]), "weight": WeightConstraint(energy=0.5)}
+    model, _ = train(Composite({name: parts[name] for name in names}))
+    start = tiny.model().state_dict()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert moved
+    assert all(name.startswith("model.layers.0.") for name in moved)

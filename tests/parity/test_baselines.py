@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import tiny
 from cwac_lab.baselines.asft import AsFT, rotated
 from cwac_lab.baselines.constrained_sft import ConstrainedSFT
-from cwac_lab.baselines.kl import KL
+from cwac_lab.baselines.kl import KL, divergence
 from cwac_lab.baselines.l2 import L2
 from cwac_lab.baselines.ldifs import LDIFS
 from cwac_lab.baselines.lisa import Lisa
@@ -198,7 +198,17 @@ def test_lisa_alternates_and_holds_on_to_the_other_state(warmup):
 
     defense = Lisa(safety_steps=1, user_steps=1, strength=3.0, warmup_share=warmup)
     assert_equal(trained(defense), plain(formula, batch_of=batch_of, after=after))
-    assert defense.summary() == {"lisa_switches": 4}
+    assert defense.summary() == {"lisa_switches": 3}
+
+
+def test_lisa_draws_new_refusals_for_every_micro_batch():
+    defense, seen = Lisa(safety_steps=2, user_steps=1), []
+    defense.prepare(context(tiny.model()))
+    user = batches()[0]
+    for step in (0, 0, 1, 2, 3):
+        seen.append(defense.select_batch(step, user)["input_ids"].tolist())
+    drawn = [refusal_batch(cyclic(5, 4, turn, "lisa/0"))["input_ids"].tolist() for turn in range(4)]
+    assert seen == [*drawn[:3], user["input_ids"].tolist(), drawn[3]]
 
 
 def test_lisa_without_anchors_still_switches():
@@ -231,6 +241,23 @@ def test_safegrad_operates_on_the_whole_gradient():
     assert any(conflicts[1:])
 
 
+def test_safegrad_leaves_gradients_that_agree():
+    """The divergence's gradient at a moved model, taken as the user's: nothing is in conflict, so it is only added."""
+    model, defense = tiny.model(), SafeGrad(strength=0.5, batch_size=5)
+    defense.prepare(context(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.sign(parameter))
+    loss = divergence(model, tiny.model(), refusal_batch(range(5)))
+    user = torch.autograd.grad(loss, list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), user, strict=True):
+        parameter.grad = gradient.clone()
+    defense.after_backward(0)
+    assert defense.step_metrics(0) == {"safegrad/conflicts": 0.0}
+    for parameter, gradient in zip(model.parameters(), user, strict=True):
+        torch.testing.assert_close(parameter.grad, 1.5 * gradient, atol=1e-6, rtol=1e-4)
+
+
 def projected(ratio_of=None, *, mode, count, zero=False):
     """Return what SafeLoRA makes of plain fine-tuning."""
     found, start = plain(sft), tiny.model().state_dict()
@@ -255,6 +282,15 @@ def test_safelora_projects_the_least_aligned_updates(mode, zero):
     defense = SafeLoRA(share=0.375, mode=mode, rank=3, control="zero" if zero else "none")
     assert_equal(trained(defense), projected(mode=mode, count=3, zero=zero))
     assert len(defense.summary()["safelora_projected"]) == 3
+
+
+def test_safelora_passes_over_what_did_not_move():
+    model, defense = tiny.model(), SafeLoRA(share=1.0)
+    defense.prepare(context(model))
+    with torch.no_grad():
+        model.state_dict()[SITES[5]].add_(0.01)
+    defense.after_training(model)
+    assert set(defense.summary()["safelora_projected"]) == {SITES[5]}
 
 
 def test_safelora_by_threshold():

@@ -1,12 +1,15 @@
 """Grids of tiny runs: what is missing is made, what is recorded is left alone, what fails is told."""
 
+import os
+
 import pytest
 import yaml
 
 import tiny
 from cwac_lab import results, tables
 from cwac_lab.errors import ConfigError, MissingAsset
-from cwac_lab.sweep import grid
+from cwac_lab.results.console import Screen
+from cwac_lab.sweep import grid, runner
 
 SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmful_ratio": 0.2},
          "cells": [{"constraint": ["none", "l2"]}]}  # fmt: skip
@@ -83,3 +86,18 @@ def test_a_failing_cell_stops_no_other(tiny_folder, tmp_path, capsys):
     assert "constraint=magic" in out
     assert "harmful_ratio=7: accepted: a number in [0, 1]" in out
     assert set(results.load(tmp_path / "out")["status"]) == {"ok"}
+
+
+def test_a_run_that_kills_its_process_takes_no_other_with_it(monkeypatch):
+    work = [("fine", str(i)) for i in range(4)] + [("kill",)] + [("fine", str(i)) for i in range(4, 9)]
+    monkeypatch.setattr(runner, "_work", perhaps_die)
+    found = list(runner.outcomes(work, 2, Screen(quiet=True)))
+    assert {outcome.overrides for outcome in found} == set(work)
+    assert len(found) == len(work)
+    assert [outcome.overrides for outcome in found if outcome.status == "failed"] == [("kill",)]
+
+
+def perhaps_die(overrides):
+    if overrides == ("kill",):
+        os._exit(9)
+    return runner.Outcome(overrides, "ok")

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 import tiny
 from cwac_lab.data.batches import collate, pad
 from cwac_lab.errors import ConfigError, LabError, MissingAsset
-from cwac_lab.evaluation.generate import generate
+from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.models.answers import answer_logits, answer_loss
 from cwac_lab.models.capture import layer_outputs, penalty_positions, site_inputs, without_sinks
 from cwac_lab.models.chat import IGNORED, ChatFormat
@@ -225,3 +225,15 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(MissingAsset, match="pickled"):
         content_digest(tmp_path)
+
+
+def test_an_answer_tells_whether_the_model_ended_it():
+    """One that ended is the same at a higher limit, one that was cut off goes on."""
+    model, chat = tiny.lively("llama", seed=3), tiny.chat()
+    prompts = [f"question {i}" for i in range(24)]
+    short, long = (answers(model, chat, prompts, limit, batch_size=8) for limit in (24, 48))
+    assert {answer.ended for answer in short} == {True, False}
+    for one, other in zip(short, long, strict=True):
+        assert other.text.startswith(one.text)
+        if one.ended:
+            assert one == other

@@ -6,6 +6,7 @@ from cwac_lab.config import read
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.errors import QualityError
+from cwac_lab.evaluation.generate import Answer
 from cwac_lab.references import references
 
 
@@ -29,9 +30,10 @@ def asked(monkeypatch):
 
     def answer(model, chat, prompts, max_new_tokens, batch_size):
         seen.append(list(prompts))
-        return ["I can't help with that." if i % 2 else "Sure, this is how." for i in range(len(prompts))]
+        ended = max_new_tokens > 5
+        return [Answer("I can't help with that." if i % 2 else "Sure.", ended=ended) for i in range(len(prompts))]
 
-    monkeypatch.setattr(module, "generate", answer)
+    monkeypatch.setattr(module, "answers", answer)
     return seen
 
 
@@ -54,8 +56,7 @@ def test_prompts_that_are_answered_are_left_out(align, asked, tmp_path, tiny_fol
 
 
 def test_a_refusal_that_was_cut_has_no_end_of_turn(asked, tmp_path, tiny_folder):
-    n = len(tiny.chat().tokenizer("I can't help with that.")["input_ids"])
-    for longest, whole in ((n + 2, True), (n, False)):
+    for longest, whole in ((6, True), (5, False)):
         run, pools = setting(
             tmp_path, tiny_folder, "data.reference=refused", "model.align=none", f"align.answer_tokens={longest}"
         )

@@ -108,6 +108,7 @@ def test_the_key_of_a_run_ignores_what_changes_no_result():
         return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL, {"data": data})
 
     assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
+    assert key("harmful_ratio=0") == key("harmful_ratio=0.0")
     assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
 
 

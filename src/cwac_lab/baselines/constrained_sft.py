@@ -3,8 +3,9 @@
 ``L = -mean_t 2/beta_t log sigmoid(beta_t (log pi_theta(y_t) - log pi_0(y_t)))``, t counted over answer tokens; a large
 beta_t stops a token's gradient once it has become more likely than at the start.
 
-Fidelity: exact in loss and beta (0.5 at the first token, 2 at tokens 2 to 5, 0.1 after). Deviations: the trainer is the
-bench's (theirs: Adam beta1 0.5 and ten warm-up steps); the start's log-probabilities come from a frozen copy each step.
+Fidelity: exact in loss and beta (0.5 at the first token, 2 at tokens 2 to 5, 0.1 after). Deviations: the trainer is
+the bench's (theirs: Adam beta1 0.5 and ten warm-up steps), the token weights have no lower bound (theirs: 1e-3); the
+start's log-probabilities come from a frozen copy each step.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ class ConstrainedSFT(Defense):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for key in ("beta", "first_factor", "early_factor", "early_tokens"):
+        for key in ("beta", "early_tokens"):
             in_range(key, getattr(self, key), 0)
+        for key in ("first_factor", "early_factor"):
+            in_range(key, getattr(self, key), 0, open_low=True)
 
     def prepare(self, context: Context) -> None:
         """Keep the start."""

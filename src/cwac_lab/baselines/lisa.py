@@ -59,11 +59,12 @@ class Lisa(Defense):
         self._model, self._seed, self._pad_id = context.model, context.seed, context.chat.pad_id
         self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
         self._anchors = {state: start_copy(context.model) for state in ("safe", "user")} if self.strength else {}
-        self._switches, self._warmup = 0, 0.0
+        self._switches, self._drawn = 0, 0
+        self._warmup, self._last_step = 0.0, -1
 
     def begin(self, total_steps: int) -> None:
         """Turn the share of warm-up into steps."""
-        self._warmup = self.warmup_share * total_steps
+        self._warmup, self._last_step = self.warmup_share * total_steps, total_steps - 1
 
     def state(self, step: int) -> str:
         """Return ``safe`` or ``user``: what is trained on at a step."""
@@ -73,9 +74,8 @@ class Lisa(Defense):
         """Return refusals in the safety state (the user batch is discarded), the user batch otherwise."""
         if self.state(step) == "user":
             return batch
-        cycle, within = divmod(step, self.safety_steps + self.user_steps)
-        turn = cycle * self.safety_steps + within
-        rows = cyclic(len(self._refusals), len(batch["input_ids"]), turn, f"lisa/{self._seed}")
+        rows = cyclic(len(self._refusals), len(batch["input_ids"]), self._drawn, f"lisa/{self._seed}")
+        self._drawn += 1
         chosen = collate([self._refusals[row] for row in rows], self._pad_id)
         return {name: value.to(batch["input_ids"].device) for name, value in chosen.items()}
 
@@ -88,7 +88,7 @@ class Lisa(Defense):
 
     def after_optimizer_step(self, step: int) -> None:
         """Remember the weights of a state that is left, before the first step of the next one."""
-        if self.state(step) == self.state(step + 1):
+        if self.state(step) == self.state(step + 1) or step == self._last_step:
             return
         self._switches += 1
         if self._anchors:
@@ -99,13 +99,15 @@ class Lisa(Defense):
         return {"lisa_switches": self._switches}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the anchors and the number of switches."""
+        """Return the anchors, and the numbers of switches and of batches of refusals."""
         held = {f"{state}/{name}": w for state, anchor in self._anchors.items() for name, w in anchor.items()}
-        return held | {"switches": torch.tensor(self._switches)}
+        return held | {"switches": torch.tensor(self._switches), "drawn": torch.tensor(self._drawn)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take them back."""
-        self._switches = int(state["switches"])
+        self._switches, self._drawn = int(state["switches"]), int(state["drawn"])
         for name, anchor in self._anchors.items():
-            for key, value in anchor.items():
-                value.copy_(state[f"{name}/{key}"])
+            # What was frozen after this part was prepared is in its first anchors only.
+            self._anchors[name] = {
+                key: state[f"{name}/{key}"].to(value) for key, value in anchor.items() if f"{name}/{key}" in state
+            }

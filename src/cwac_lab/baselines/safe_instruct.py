@@ -58,7 +58,9 @@ class SafeInstruct(Defense):
         source = random.Random(f"safe_instruct/{self._seed}")
         if self.mixing == "replace":
             harmless = [row for row in rows if not row.harmful]
-            gone = {id(row) for row in source.sample(harmless, min(count, len(harmless)))}
+            if count > len(harmless):
+                raise ConfigError("mixing", "replace", f"add: {count} refusals cannot replace {len(harmless)} rows")
+            gone = {id(row) for row in source.sample(harmless, count)}
             rows = [row for row in rows if id(row) not in gone]
         mixed = rows + source.sample(self._pool, count)
         source.shuffle(mixed)

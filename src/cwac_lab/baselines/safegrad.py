@@ -3,8 +3,9 @@
 ``g_a`` is the gradient of ``KL(pi_0 || pi_theta)`` on refusals; where ``<g_u, g_a> < 0``,
 ``g_u <- g_u - <g_u, g_a> / ||g_a||^2 g_a``; the step takes ``g_u + rho g_a``. The test is on the whole gradient vector.
 
-Fidelity: variant. The authors' code was not at hand; the rule follows the paper's text and a third-party implementation
-(rho 1, temperature 1). Surgery comes before clipping; with accumulation it acts on the summed user gradient.
+Fidelity: variant. Neither the authors' code nor the full paper was at hand: the rule is that of a third-party
+implementation (rho 1, temperature 1), whose texts differ on whether the divergence is taken on alignment or user
+data. Surgery comes before clipping; with accumulation it acts on the summed user gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cwac_lab.baselines.kl import divergence
 from cwac_lab.data.batches import collate, cyclic
@@ -72,6 +74,14 @@ class SafeGrad(Defense):
             for p, g in pairs:
                 p.grad.add_(g, alpha=factor)
         self._conflicts += conflict
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the number of conflicts."""
+        return {"conflicts": torch.tensor(self._conflicts)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take it back."""
+        self._conflicts = int(state["conflicts"])
 
     def step_metrics(self, step: int) -> dict[str, float]:
         """Return how many steps had a conflict so far."""

@@ -3,10 +3,11 @@
 Per linear layer ``cos = <C dW, dW> / (||C dW|| ||dW||)``; where it is lowest, ``dW <- C dW``.
 
 Fidelity: ``mode=as_released`` uses the released ``C = V V^T / ||V||_F``, ``mode=exact`` a true projector of a given
-rank. Deviations: full updates ``W - W_0`` instead of ``B A`` (the authors' code needs LoRA); layers are matched by
-name; ties project no more than k. ``C`` of the released form is no projector: its mean eigenvalue is ``||V||_F / m``,
-so it mostly deletes what it is applied to. ``control=zero`` deletes the same updates outright, which is the control
-for that.
+rank. Deviations: the scope is attention while all else trains too (there only what has LoRA factors does; the
+released 10 of 64 counts query and value matrices); full updates ``W - W_0`` instead of ``B A`` (the authors' code
+needs LoRA); layers are matched by name; ties project no more than k. ``C`` of the released form is no projector: its
+mean eigenvalue is ``||V||_F / m``, so it mostly deletes what it is applied to. ``control=zero`` deletes the same
+updates outright, which is the control for that.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ class SafeLoRA(Defense):
         found = []
         for layer in self._layers:
             update = layer.update
+            if not update.any():  # frozen: nothing to project
+                continue
             kept = layer.matrix @ update
             cosine = float(cosine_similarity(kept.flatten(), update.flatten(), dim=0))
-            found.append((cosine, layer, float(kept.norm() / update.norm().clamp_min(1e-30))))
+            found.append((cosine, layer, float(kept.norm() / update.norm())))
         found.sort(key=lambda entry: entry[0])
         if self.threshold is None:
             found = found[: round(self.share * len(found))]

@@ -1,13 +1,14 @@
 """SPPFT (Li et al. 2025, "Safety Layers in Aligned LLMs"): a block of middle layers stays as it was.
 
 Fidelity: variant. The method is exact (every parameter of the block is frozen); the block is given as relative
-depths, after the range that is reported for Llama-2-7B-chat (layers 6 to 14 of 32), not located by the authors'
-over-rejection search. A block of equal size elsewhere is the fair control.
+depths, after the range that is reported for Llama-2-7B-chat (layers 6 to 14 of 32; from memory, 0- or 1-based is not
+settled), not located by the authors' over-rejection search. A block of equal size elsewhere is the fair control.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import ConfigError
@@ -23,6 +24,8 @@ class SPPFT(Defense):
     """
 
     block: list[float] = field(default_factory=lambda: [0.1875, 0.46875])
+
+    precedence: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         """Check the field."""

@@ -9,7 +9,7 @@ weights out of the subspace even when every gradient lies in it (elementwise sca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -56,6 +56,8 @@ class WeightConstraint(Defense):
     normalize: bool = True
     leak_every_n_steps: int = 10
 
+    precedence: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("modules", self.modules, SCOPES)
@@ -87,9 +89,10 @@ class WeightConstraint(Defense):
             basis = context.subspace.bases[site.name].to(module.weight)
             self._held.append(_Constrained(name, module.weight, basis, module.weight.detach() @ basis))
         if self.trainable == "constrained":
+            trained = [held.weight for held in self._held if held.weight.requires_grad]  # others may have frozen some
             context.model.requires_grad_(False)
-            for held in self._held:
-                held.weight.requires_grad_(True)
+            for weight in trained:
+                weight.requires_grad_(True)
 
     @torch.no_grad()
     def after_backward(self, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,10 +34,25 @@ def _opened(
     return ids, mask, opening_cache(model, model.get_input_embeddings()(opening), len(rows))
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer; ``ended`` tells whether the model ended it, or the limit of tokens did."""
+
+    text: str
+    ended: bool
+
+
 def generate(
     model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32
 ) -> list[str]:
+    """Return the texts of ``answers``."""
+    return [answer.text for answer in answers(model, chat, prompts, max_new_tokens, batch_size)]
+
+
+@torch.inference_mode()
+def answers(
+    model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32
+) -> list[Answer]:
     """Return the greedy answer to each prompt, in order.
 
     Prompts of similar length share a batch, and the opening that all of a batch share is computed once. What follows it
@@ -52,7 +68,7 @@ def generate(
     """
     encoded = [chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
-    answers = [""] * len(prompts)
+    found = [Answer("", ended=False)] * len(prompts)
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         ids, mask, cache = _opened(model, [encoded[row] for row in rows], chat.pad_id, max_new_tokens)
@@ -74,5 +90,5 @@ def generate(
         )
         for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             end = new.index(chat.end_id) if chat.end_id in new else len(new)
-            answers[row] = chat.decode(new[:end])
-    return answers
+            found[row] = Answer(chat.decode(new[:end]), ended=end < len(new))
+    return found

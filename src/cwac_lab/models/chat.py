@@ -67,15 +67,13 @@ class ChatFormat:
         prompt_ids = prompt_ids[max(0, len(prompt_ids) + len(answer) - self.max_length) :]
         return Encoded(prompt_ids + answer, [IGNORED] * len(prompt_ids) + answer)
 
-    def encode_own(self, prompt: str, answer: str, longest: int) -> Encoded:
-        """Return an answer that a model gave within ``longest`` tokens as a training example.
+    def encode_own(self, prompt: str, answer: str, *, ended: bool) -> Encoded:
+        """Return an answer that a model gave as a training example.
 
-        One that fills them was cut off there: it is given no end of turn, or the model would learn to stop midway.
+        One that the limit of tokens cut off is given no end of turn, or the model would learn to stop midway.
         """
         encoded = self.encode(prompt, answer)
-        if sum(label != IGNORED for label in encoded.labels) < longest:
-            return encoded
-        return Encoded(encoded.input_ids[:-1], encoded.labels[:-1])
+        return encoded if ended else Encoded(encoded.input_ids[:-1], encoded.labels[:-1])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of generated ids, without special tokens and outer white space."""

@@ -93,7 +93,7 @@ def find_base(config: ModelConfig, profile: str) -> ModelFolder:
         ConfigError: If the configuration names none.
         MissingAsset: If the hub cannot be reached.
     """
-    weights = choose_weights(config, profile)
+    weights = config.weights.get(profile)
     if weights is None or weights.base is None:
         raise ConfigError(f"model.weights.{profile}.base", None, "the hub repository of the model before alignment")
     return _from_hub(Weights(hub=weights.base), config.name, profile)

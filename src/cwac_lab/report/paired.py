@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cwac_lab.config import INCIDENTAL
 from cwac_lab.report.tables import ROW, SETTING, place
 from cwac_lab.results import store
 from cwac_lab.stats import Difference, holm, paired_difference, sign_flip_p
@@ -30,7 +31,7 @@ def _partner(row: dict[str, Any], rows: list[dict[str, Any]], baseline: str) -> 
             return False
         if baseline == "start":
             return True
-        shared = (key for key in row["config"] if key.startswith(_SHARED))
+        shared = (key for key in row["config"] if key.startswith(_SHARED) and key not in INCIDENTAL)
         same = all(other["config"].get(key) == row["config"][key] for key in shared)
         return same and (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
 

@@ -49,7 +49,7 @@ def _idle(metrics: dict[str, Any]) -> tuple[str, ...]:
     """Return the settings that a run did not use: rows that differ in them only are one row."""
     prepared = metrics.get("prepared", {})
     idle: tuple[str, ...] = () if "features" in prepared else ("sae.",)
-    idle += () if prepared else ("data.reference",)
+    idle += () if "reference" in prepared else ("data.reference",)
     return (*idle, "constraint.", "trainer.") if metrics["constraint"] == "start" else idle
 
 

@@ -39,7 +39,16 @@ def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[s
         for part in parts[:-1]:
             node = node.get(part, {})
         node.pop(parts[-1], None)
-    return digest([kept, content])
+    return digest([_numbers_alike(kept), content])
+
+
+def _numbers_alike(value: Any) -> Any:
+    """Return a JSON-able value in which 1 and 1.0 are one number."""
+    if isinstance(value, dict):
+        return {key: _numbers_alike(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_numbers_alike(child) for child in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -84,15 +93,15 @@ class RunFolder:
         write_json(self.path / STATUS, written | {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": now})
 
     @contextmanager
-    def claim(self) -> Iterator[bool]:
-        """Hold the run for this process while the block runs; yields False where another process holds it.
+    def claim(self, wait: float = 0.0) -> Iterator[bool]:
+        """Hold the run for this process while the block runs; yields False where another holds it for ``wait`` seconds.
 
         The lock is the operating system's, so that of a killed process is free at once.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=wait)
         except Timeout:
             yield False
             return

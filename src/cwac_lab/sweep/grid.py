@@ -42,11 +42,17 @@ class Grid:
 
 
 # What a start model depends on; the other keys of a cell belong to fine-tuning.
-_START = ("model", "task", "data", "profile", "experiment", "evaluation", "align")
+_START = (
+    *("model", "task", "data", "profile", "experiment", "evaluation", "align"),
+    *("trainer.accelerator", "trainer.max_length", "trainer.precision"),
+)
 
 
 def _setting(cell: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(override for override in cell if override.partition("=")[0].partition(".")[0] in _START)
+    def counts(key: str) -> bool:
+        return key.partition(".")[0] in _START or key in _START
+
+    return tuple(override for override in cell if counts(override.partition("=")[0]))
 
 
 def _options(block: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from cwac_lab.cli import compose
 from cwac_lab.config import Run, read
-from cwac_lab.errors import LabError
 from cwac_lab.experiment import execute, folder_of, identity
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
 
 Overrides = tuple[str, ...]
-# What a cell may fail with: a sweep reports it and goes on, and the record holds the reason.
-FAILURES = (LabError, HydraException, OmegaConfBaseException, RuntimeError, ValueError, OSError, MemoryError)
 
 
 def _words(error: BaseException) -> str:
@@ -63,7 +57,7 @@ def attempt(overrides: Overrides, screen: Screen) -> Outcome:
     begin = time.perf_counter()
     try:
         folder = execute(composed(overrides), screen)
-    except FAILURES as error:
+    except Exception as error:  # noqa: BLE001 - a sweep reports whatever a cell fails with, and goes on
         return Outcome(overrides, "failed", _words(error), time.perf_counter() - begin)
     return Outcome(overrides, folder.status, "", time.perf_counter() - begin, folder.path)
 
@@ -90,14 +84,27 @@ def outcomes(runs: Sequence[Overrides], jobs: int, screen: Screen) -> Iterator[O
         for overrides in runs:
             yield attempt(overrides, screen)
         return
+    left = list(runs)
+    while left:
+        lost = yield from _pooled(left, jobs)
+        if jobs == 1 and lost:  # one worker takes them in order, so the first that is lost killed it
+            yield Outcome(lost[0], "failed", "its process was killed (out of memory?)")
+            lost = lost[1:]
+        left, jobs = lost, 1
+
+
+def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, list[Overrides]]:
+    """Yield outcomes from a pool of processes; returns, in order, the runs that were lost when a process died."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    lost = []
     with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare_worker, (threads,)) as pool:
         waiting = {pool.submit(_work, overrides): overrides for overrides in runs}
         for done in as_completed(waiting):
             try:
                 yield done.result()
-            except BrokenExecutor as error:  # a worker was killed, for its memory for instance
-                yield Outcome(waiting[done], "failed", f"{type(error).__name__}: its process died")
+            except BrokenExecutor:  # this also ends all that wait
+                lost.append(waiting[done])
+    return sorted(lost, key=list(runs).index)
 
 
 def sweep(runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[str], None]) -> list[Outcome]:
@@ -107,7 +114,7 @@ def sweep(runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[s
     for overrides in runs:
         try:
             folder = finished(composed(overrides), screen)
-        except FAILURES as error:
+        except Exception as error:  # noqa: BLE001 - likewise
             found.append(Outcome(overrides, "failed", _words(error)))
             continue
         if folder is None:

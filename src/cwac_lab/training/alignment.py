@@ -16,9 +16,9 @@ from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defense import Defense
-from cwac_lab.evaluation.generate import generate
+from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.evaluation.verdicts import aggregate, judge_rows
-from cwac_lab.judges.refusal import RefusalJudge, is_refusal
+from cwac_lab.judges.refusal import JUDGED_BY, RefusalJudge, is_refusal
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
 from cwac_lab.training.loop import fit
@@ -28,7 +28,7 @@ REPORT = "alignment.json"
 # The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.
 ALIGNMENT_SEED = 0
 # Raised when this file changes what an aligned start is, so that none of before is taken from a cache.
-RECIPE = 2
+RECIPE = 3
 
 
 def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, Any]:
@@ -63,9 +63,12 @@ def _trainer(run: Run) -> TrainerConfig:
 def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -> list[Encoded]:
     """Return a model's greedy answers to harmless prompts as training rows; those that refuse are left out."""
     longest = run.align.answer_tokens
-    answers = generate(model, chat, [row.prompt for row in rows], longest, run.evaluation.batch_size)
-    answered = [(row.prompt, text) for row, text in zip(rows, answers, strict=True) if text and not is_refusal(text)]
-    return [chat.encode_own(prompt, text, longest) for prompt, text in answered]
+    given = answers(model, chat, [row.prompt for row in rows], longest, run.evaluation.batch_size)
+    return [
+        chat.encode_own(row.prompt, answer.text, ended=answer.ended)
+        for row, answer in zip(rows, given, strict=True)
+        if answer.text and not is_refusal(answer.text)
+    ]
 
 
 def _build(
@@ -94,6 +97,7 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
     chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
     key = {
         "recipe": RECIPE,
+        "judge": JUDGED_BY,
         "start": start.content,
         "end": chat.end_id,
         "prompts": digest(prompts),
