@@ -234,6 +234,6 @@ def test_an_answer_tells_whether_the_model_ended_it():
     short, long = (answers(model, chat, prompts, limit, batch_size=8) for limit in (24, 48))
     assert {answer.ended for answer in short} == {True, False}
     for one, other in zip(short, long, strict=True):
-        assert other.text.startswith(one.text)
+        assert other.text.startswith(one.text.rstrip("\ufffd"))  # a cut may fall within a character
         if one.ended:
             assert one == other
