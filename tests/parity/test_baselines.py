@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 import tiny
-from cwac_lab.baselines.asft import AsFT, rotated
+from by_hand import (
+    REFUSALS,
+    SITES,
+    assert_equal,
+    base_of,
+    batches,
+    context,
+    plain,
+    refusal_batch,
+    sft,
+    squared,
+    token_losses,
+    trained,
+)
+from cwac_lab.baselines.asft import AsFT
 from cwac_lab.baselines.constrained_sft import ConstrainedSFT
 from cwac_lab.baselines.kl import KL, divergence
 from cwac_lab.baselines.l2 import L2
@@ -17,89 +28,11 @@ from cwac_lab.baselines.ldifs import LDIFS
 from cwac_lab.baselines.lisa import Lisa
 from cwac_lab.baselines.safe_instruct import SafeInstruct
 from cwac_lab.baselines.safegrad import SafeGrad
-from cwac_lab.baselines.safelora import SafeLoRA
 from cwac_lab.baselines.sppft import SPPFT
-from cwac_lab.data.batches import TrainData, collate, cyclic
+from cwac_lab.data.batches import cyclic
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.defense import Context
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.errors import ConfigError
 from cwac_lab.models.chat import IGNORED
-from cwac_lab.training.loop import fit
-from cwac_lab.training.module import TrainerConfig
-
-ROWS = [(f"question {i} " + "more " * (i % 4), "an answer " + str(i)) for i in range(16)]
-REFUSALS = [TrainRow(f"r{i}", f"bad request {i}" + " now" * (i % 3), "I can't help.", False) for i in range(5)]
-RATE = 3e-3
-SITES = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(2) for name in ("q", "k", "v", "o")]
-
-
-def base_of(start):
-    source = torch.Generator().manual_seed(5)
-    return {name: value - 0.05 * torch.randn(value.shape, generator=source) for name, value in start.items()}
-
-
-def context(model):
-    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return Context(model, 0, tiny.chat(), start.__getitem__, refusals=REFUSALS, base_weight=base_of(start).__getitem__)
-
-
-def trained(defense, **changes):
-    """Return the weights after the bench's own training."""
-    model, chat = tiny.model(**changes), tiny.chat()
-    defense.prepare(context(model))
-    examples = [chat.encode(*row) for row in ROWS]
-    options = TrainerConfig(
-        batch_size=4, learning_rate=RATE, schedule="constant", gradient_clip=0.0, progress_bar=False
-    )
-    fit(model, examples, chat.pad_id, defense, options, 0)
-    defense.after_training(model)
-    return model.state_dict()
-
-
-def batches():
-    chat = tiny.chat()
-    data = TrainData([chat.encode(*row) for row in ROWS], chat.pad_id, 4, 1, 0)
-    return list(data.train_dataloader())
-
-
-def token_losses(model, batch):
-    """Return log-probabilities (N, V) at the answer tokens, and the tokens, from a full forward."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    targets = batch["labels"][:, 1:]
-    return logits[targets != IGNORED].log_softmax(-1), targets[targets != IGNORED]
-
-
-def plain(loss, *, freeze=(), after=None, batch_of=None, gradients=None, **changes):
-    """Train by hand: ``loss(model, start, batch, step)``, AdamW, nothing clever."""
-    model = tiny.model(**changes)
-    start = copy.deepcopy(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in freeze))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    for step, batch in enumerate(batches()):
-        batch = batch_of(step, batch) if batch_of else batch
-        optimizer.zero_grad()
-        loss(model, start, batch, step).backward()
-        if gradients:
-            gradients(model, start, step)
-        optimizer.step()
-        if after:
-            after(model, step)
-    return model.state_dict()
-
-
-def sft(model, start, batch, step):
-    logits, targets = token_losses(model, batch)
-    return cross_entropy(logits, targets)
-
-
-def assert_equal(found, expected):
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=lambda text, at=name: f"{at}: {text}")
-
-
-def squared(model, anchor):
-    return sum((p - anchor[name]).square().sum() for name, p in model.named_parameters())
 
 
 def l2(model, start, batch, step):
@@ -163,11 +96,6 @@ def test_kl_on_refusals():
         return sft(model, start, batch, step) + 0.7 * (before.exp() * (before - now)).sum(-1).mean()
 
     assert_equal(trained(KL(strength=0.7, held_on="refusals", batch_size=2)), plain(formula))
-
-
-def refusal_batch(rows):
-    chat = tiny.chat()
-    return collate([chat.encode(REFUSALS[row].prompt, REFUSALS[row].response) for row in rows], chat.pad_id)
 
 
 def test_sppft_trains_all_but_the_block():
@@ -256,92 +184,6 @@ def test_safegrad_leaves_gradients_that_agree():
     assert defense.step_metrics(0) == {"safegrad/conflicts": 0.0}
     for parameter, gradient in zip(model.parameters(), user, strict=True):
         torch.testing.assert_close(parameter.grad, 1.5 * gradient, atol=1e-6, rtol=1e-4)
-
-
-def projected(ratio_of=None, *, mode, count, zero=False):
-    """Return what SafeLoRA makes of plain fine-tuning."""
-    found, start = plain(sft), tiny.model().state_dict()
-    base, scored = base_of(start), []
-    for name in SITES:
-        direction, update = start[name] - base[name], found[name] - start[name]
-        if mode == "exact":
-            left = torch.linalg.eigh(direction @ direction.T).eigenvectors[:, -3:]
-            matrix = left @ left.T
-        else:
-            matrix = direction @ direction.T / direction.square().sum().sqrt()
-        kept = matrix @ update
-        cosine = (kept * update).sum() / (kept.norm() * update.norm())
-        scored.append((float(cosine), name, torch.zeros_like(kept) if zero else kept))
-    for _, name, kept in sorted(scored, key=lambda entry: entry[0])[:count]:
-        found[name] = start[name] + kept
-    return found
-
-
-@pytest.mark.parametrize(("mode", "zero"), [("as_released", False), ("exact", False), ("as_released", True)])
-def test_safelora_projects_the_least_aligned_updates(mode, zero):
-    defense = SafeLoRA(share=0.375, mode=mode, rank=3, control="zero" if zero else "none")
-    assert_equal(trained(defense), projected(mode=mode, count=3, zero=zero))
-    assert len(defense.summary()["safelora_projected"]) == 3
-
-
-def test_safelora_passes_over_what_did_not_move():
-    model, defense = tiny.model(), SafeLoRA(share=1.0)
-    defense.prepare(context(model))
-    with torch.no_grad():
-        model.state_dict()[SITES[5]].add_(0.01)
-    defense.after_training(model)
-    assert set(defense.summary()["safelora_projected"]) == {SITES[5]}
-
-
-def test_safelora_by_threshold():
-    everything, nothing = SafeLoRA(threshold=1.0), SafeLoRA(threshold=-1.0)
-    assert_equal(trained(everything), projected(mode="as_released", count=8))
-    assert_equal(trained(nothing), plain(sft))
-
-
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
-def test_directions_with_biases_and_grouped_heads(architecture):
-    model = tiny.model(architecture)
-    for defense in (SafeLoRA(share=1.0), AsFT(strength=1.0)):
-        prepared = context(model)
-        defense.prepare(prepared)
-        assert {layer.name for layer in defense._layers} == set(SITES)
-        assert all(layer.matrix.shape == (len(layer.weight),) * 2 for layer in defense._layers)
-
-
-def test_a_layer_without_direction_is_an_error():
-    model = tiny.model()
-    start = model.state_dict()
-    with pytest.raises(LabError, match=r"q_proj.weight is the same before and after alignment"):
-        AsFT().prepare(Context(model, 0, tiny.chat(), start.__getitem__, base_weight=start.__getitem__))
-
-
-def test_the_released_matrix_is_no_projector():
-    """Its trace is ||V||_F, so its mean eigenvalue is ||V||_F / m; the exact one is idempotent of the asked rank."""
-    model = tiny.model()
-    released, exact = SafeLoRA(), SafeLoRA(mode="exact", rank=3)
-    for defense in (released, exact):
-        defense.prepare(context(model))
-    base = base_of(model.state_dict())
-    for layer in released._layers:
-        torch.testing.assert_close(layer.matrix.trace(), (layer.start - base[layer.name]).norm())
-    for layer in exact._layers:
-        torch.testing.assert_close(layer.matrix @ layer.matrix, layer.matrix, atol=1e-5, rtol=0)
-        torch.testing.assert_close(layer.matrix.trace(), torch.tensor(3.0))
-
-
-def test_controls_of_asft():
-    matrix = torch.diag(torch.arange(5.0))
-    random = rotated(matrix, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.linalg.eigvalsh(random), torch.arange(5.0), atol=1e-5, rtol=0)
-    assert (random - matrix).abs().max() > 0.1
-
-    def plain_l2(model, start, batch, step):
-        first = dict(start.named_parameters())
-        moved = sum((p - first[name]).square().sum() for name, p in model.named_parameters() if name in SITES)
-        return sft(model, start, batch, step) + 0.7 * moved
-
-    assert_equal(trained(AsFT(strength=0.7, direction="none")), plain(plain_l2))
 
 
 @pytest.mark.parametrize(

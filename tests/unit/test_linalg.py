@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from cwac_lab import linalg
+from cwac_lab.subspace.basis import SubspaceSpec, second_moments
 
 shapes = st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(0, 12), st.integers(0, 10_000))
 
@@ -64,3 +66,23 @@ def test_energy_one_keeps_the_support_only():
 def test_arguments_out_of_range_are_errors(arguments):
     with pytest.raises(ValueError, match=r"energy|rank"):
         linalg.leading_eigenbasis(torch.eye(3), **arguments)
+
+
+def test_second_moments_equal_the_plain_product():
+    model, chat = tiny.model(), tiny.chat()
+    prompts = [chat.prompt_ids(prompt) for prompt in ("how do I", "tell me what", "one more of them, really")]
+    for normalize, tokens in ((False, "all"), (True, "all"), (False, "no_sinks")):
+        spec = SubspaceSpec("ffn_out", 0.9, None, tokens, normalize)
+        found = second_moments(model, prompts, spec, chat.pad_id, batch_size=7)["layers.0.ffn_out"]
+        rows = []
+        for prompt in prompts:
+            seen = []
+            module = model.get_decoder().layers[0].mlp.down_proj
+            handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+            with torch.no_grad():
+                model(torch.tensor([prompt]))
+            handle.remove()
+            rows.append(seen[0][1:] if tokens == "no_sinks" else seen[0])
+        x = torch.cat(rows).double()
+        x = x / x.norm(dim=-1, keepdim=True) if normalize else x
+        torch.testing.assert_close(found, x.T @ x, atol=1e-5, rtol=1e-4)
