@@ -5,19 +5,28 @@ from cwac_lab.evaluation.generate import Answer
 from cwac_lab.training import alignment
 
 
-def test_own_answers_leave_out_refusals_and_end_only_where_the_model_ended(monkeypatch, tmp_path, tiny_folder):
+DECLINED = "I'm sorry, but I can't help with that."
+
+
+def test_own_answers_avoid_declines_and_end_only_where_the_model_ended(monkeypatch, tmp_path, tiny_folder):
     chat = tiny.chat()
-    given = {
+    first = {
         "one": Answer("Here are some trips:", ended=False), "two": Answer("a trip", ended=True),
-        "three": Answer("I'm sorry, but I can't help with that.", ended=True), "four": Answer("", ended=True),
+        "three": Answer(DECLINED, ended=True), "four": Answer("", ended=True), "five": Answer(DECLINED, ended=True),
     }  # fmt: skip
-    monkeypatch.setattr(alignment, "answers", lambda model, chat, prompts, *_: [given[prompt] for prompt in prompts])
+    again = {"three": Answer("Pack light.", ended=True), "five": Answer("Well, " + DECLINED, ended=True)}
+
+    def answers(model, chat, prompts, max_new_tokens, batch_size, not_first=()):
+        assert list(not_first) in ([], chat.tokenizer("I", add_special_tokens=False).input_ids)
+        return [(again if not_first else first)[prompt] for prompt in prompts]
+
+    monkeypatch.setattr(alignment, "answers", answers)
     run = config.read(tiny.config(*tiny.small_run(tiny_folder, tmp_path), "constraint=none"))
-    rows = [PromptRow(name, name) for name in given]
-    found = alignment.own_answers(tiny.model(), chat, rows, run)
-    assert len(found) == 2
-    for example, prompt in zip(found, ("one", "two"), strict=True):
+    found = alignment.own_answers(tiny.model(), chat, [PromptRow(name, name) for name in first], run)
+    expected = {"one": first["one"], "two": first["two"], "three": again["three"]}
+    assert len(found) == len(expected)
+    for example, (prompt, answer) in zip(found, expected.items(), strict=True):
         tail = example.input_ids[len(chat.prompt_ids(prompt)) :]
-        assert chat.decode(tail) == given[prompt].text
-        assert (tail[-1] == chat.end_id) == given[prompt].ended
+        assert chat.decode(tail) == answer.text
+        assert (tail[-1] == chat.end_id) == answer.ended
         assert [label for label in example.labels if label >= 0] == tail

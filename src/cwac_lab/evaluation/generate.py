@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,9 @@ def generate(
 
 @torch.inference_mode()
 def answers(
-    model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32
-) -> list[Answer]:
+    model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32,
+    *, not_first: Collection[int] = (),
+) -> list[Answer]:  # fmt: skip
     """Return the greedy answer to each prompt, in order.
 
     Prompts of similar length share a batch, and the opening that all of a batch share is computed once. What follows it
@@ -65,6 +66,7 @@ def answers(
         prompts: User messages.
         max_new_tokens: Longest answer.
         batch_size: Prompts per batch.
+        not_first: Token ids that no answer may open with.
     """
     encoded = [chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
@@ -85,6 +87,7 @@ def answers(
             top_p=None,
             top_k=None,
             repetition_penalty=1.0,
+            begin_suppress_tokens=sorted(not_first) or None,
             pad_token_id=chat.pad_id,
             eos_token_id=chat.end_id,
         )

@@ -28,7 +28,7 @@ REPORT = "alignment.json"
 # The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.
 ALIGNMENT_SEED = 0
 # Raised when this file changes what an aligned start is, so that none of before is taken from a cache.
-RECIPE = 3
+RECIPE = 4
 
 
 def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, Any]:
@@ -61,9 +61,18 @@ def _trainer(run: Run) -> TrainerConfig:
 
 
 def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -> list[Encoded]:
-    """Return a model's greedy answers to harmless prompts as training rows; those that refuse are left out."""
-    longest = run.align.answer_tokens
-    given = answers(model, chat, [row.prompt for row in rows], longest, run.evaluation.batch_size)
+    """Return a model's greedy answers to harmless prompts as training rows.
+
+    Where it declines ("I'm sorry for any confusion, but as a chatbot ..."), it answers again without the openings of
+    its declines; a prompt that is declined then as well is left out.
+    """
+    limits = (run.align.answer_tokens, run.evaluation.batch_size)
+    given = answers(model, chat, [row.prompt for row in rows], *limits)
+    declined = [place for place, answer in enumerate(given) if is_refusal(answer.text)]
+    openings = {chat.tokenizer(given[place].text, add_special_tokens=False).input_ids[0] for place in declined}
+    again = answers(model, chat, [rows[place].prompt for place in declined], *limits, not_first=openings)
+    for place, answer in zip(declined, again, strict=True):
+        given[place] = answer
     return [
         chat.encode_own(row.prompt, answer.text, ended=answer.ended)
         for row, answer in zip(rows, given, strict=True)
@@ -81,6 +90,8 @@ def _build(
     say(f"aligning: {len(harmful)} refusals, {len(harmless)} harmless prompts (own answers, generated now)")
     examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
     examples += own_answers(model, chat, harmless, run)
+    # Which words mean what need not change; a tenth of a step saved (the table is also the head in small models).
+    model.get_input_embeddings().requires_grad_(False)
     fit(model, examples, chat.pad_id, Defense(), _trainer(run), ALIGNMENT_SEED)
     after = _measure(model, chat, pools, run)
     model.save_pretrained(folder)
