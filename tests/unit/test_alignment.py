@@ -4,7 +4,6 @@ from cwac_lab.data.sources import PromptRow
 from cwac_lab.evaluation.generate import Answer
 from cwac_lab.training import alignment
 
-
 DECLINED = "I'm sorry, but I can't help with that."
 
 
