@@ -171,9 +171,9 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             folder.remove(f"{store.CHECKPOINT}.old")
         with folder.running():
             folder.write(store.CONFIG, run.resolved)
-            words = {"weights": begin.folder.description, "seed": run.seed}
-            folder.write(store.PROVENANCE, provenance.describe() | words | content)
-            _execute(run, folder, begin, data, screen)
+            facts = _facts(run, begin)
+            folder.write(store.PROVENANCE, provenance.describe() | facts | content)
+            _execute(run, folder, begin, data, facts, screen)
             folder.remove(store.CHECKPOINT)
     return folder
 
@@ -189,7 +189,23 @@ def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, screen: Screen) -> None:
+def _facts(run: Run, begin: Start) -> dict[str, Any]:
+    """Return what runs, by the names of ``store.FACTS``, and the schema of the record."""
+    return {
+        "schema": store.SCHEMA,
+        "weights": begin.folder.description,
+        "weights_content": begin.folder.content,
+        "model": run.model.name,
+        "task": run.task.name,
+        "data": run.data.source,
+        "constraint": run.method,
+        "harmful_ratio": run.harmful_ratio if run.finetune else None,
+        "seed": run.seed,
+        "split": run.evaluation.split,
+    }
+
+
+def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, facts: dict[str, Any], screen: Screen) -> None:
     meter = provenance.StageMeter()
     with meter.stage("load"):
         model, chat = begin.load(run)
@@ -201,15 +217,7 @@ def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, screen: 
     metrics = stage.evaluate()
     leak = extra.get("constraint_summary", {}).get("leak")
     record = {
-        "weights": begin.folder.description,
-        "weights_content": begin.folder.content,
-        "model": run.model.name,
-        "task": run.task.name,
-        "data": run.data.source,
-        "constraint": run.method,
-        "harmful_ratio": run.harmful_ratio if run.finetune else None,
-        "seed": run.seed,
-        "split": run.evaluation.split,
+        **facts,
         **metrics,
         **({"leak": leak} if leak is not None else {}),
         "stages": meter.stages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -53,6 +54,50 @@ def wilson(hits: float, n: int, confidence: float = 0.95) -> Rate:
     return Rate(100 * share, 100 * max(0.0, low), 100 * min(1.0, high), n)
 
 
+def _shares(strata: Sequence[int], n_items: int) -> tuple[Float[np.ndarray, "K S"], Float[np.ndarray, "K N"]]:
+    """Return how often each of K resamples draws each run and each item, as shares that sum to 1.
+
+    Runs (within their stratum; strata weigh alike) and items are drawn with replacement and independently: the
+    pigeonhole bootstrap (Owen 2007) of a crossed design, since all seeds are judged on the same items.
+    """
+    source = np.random.default_rng(0)
+    parts = [source.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / (n * len(strata)) for n in strata]
+    items = source.multinomial(n_items, np.full(n_items, 1 / n_items), size=RESAMPLES) / n_items
+    return np.concatenate(parts, axis=1), items
+
+
+def mean_rate(outcomes: Float[np.ndarray, "S N"], strata: Sequence[int] | None = None) -> Rate:
+    """Return the mean over S runs of their rates in percent, with a 95 % interval.
+
+    The interval of one run is Wilson's; that of several is a percentile bootstrap over runs and items (with a handful
+    of seeds it is rather too narrow). Where all outcomes are alike a bootstrap has no width, and Wilson's interval of
+    a single run stands. ``n`` is the number of items that
+    count in every run (of a stratum).
+
+    Args:
+        outcomes: Outcomes in {0, 1}, a row a run, a column an item; NaN where an item does not count in a run.
+        strata: How many consecutive rows each stratum (a task) has; their means weigh alike. One stratum by default.
+    """
+    sizes = list(strata or [len(outcomes)])
+    known = ~np.isnan(outcomes)
+    per_run = known.sum(axis=1)
+    if not outcomes.size or not per_run.all():
+        return Rate(None, None, None, 0)
+    values = np.where(known, outcomes, 0.0)
+    rates = values.sum(axis=1) / per_run
+    each = np.repeat(1 / (len(sizes) * np.array(sizes)), sizes)
+    mean = float(each @ rates)
+    parts = np.split(known, np.cumsum(sizes)[:-1])
+    n = int(np.any([part.all(axis=0) for part in parts], axis=0).sum()) or int(per_run.min())
+    if len(outcomes) == 1 or len(set(outcomes[known])) == 1:
+        return wilson(min(mean, 1.0) * n, n)
+    runs, items = _shares(sizes, outcomes.shape[1])
+    hits, counts = items @ values.T, items @ known.T
+    drawn = np.divide(hits, counts, out=np.broadcast_to(rates, hits.shape).copy(), where=counts > 0)
+    low, high = np.quantile((runs * drawn).sum(axis=1), (0.025, 0.975))
+    return Rate(100 * mean, 100 * float(low), 100 * float(high), n)
+
+
 @dataclass(frozen=True)
 class Difference:
     """A mean paired difference in percentage points with its 95 % interval, over seeds and items."""
@@ -86,9 +131,7 @@ def paired_difference(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "
         raise ValueError(f"shapes {ours.shape} and {other.shape} must be equal and not empty")
     delta = 100 * (ours - other)
     n_seeds, n_items = delta.shape
-    source = np.random.default_rng(0)
-    seeds = source.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=RESAMPLES) / n_seeds
-    items = source.multinomial(n_items, np.full(n_items, 1 / n_items), size=RESAMPLES) / n_items
+    seeds, items = _shares([n_seeds], n_items)
     means = ((seeds @ delta) * items).sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Difference(float(delta.mean()), float(low), float(high), n_seeds, n_items)

@@ -40,7 +40,7 @@ def main(config: DictConfig) -> None:
         wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]
         found = sweep(wanted, config.jobs, screen, screen.say)
         failed += [outcome for outcome in found if outcome.status != "ok"]
-        paths = {outcome.path for outcome in found if outcome.status == "ok"}
+        paths = {outcome.path for outcome in found if outcome.path is not None}
         if paths:
             write(root, each.name, [run for run in runs(root) if run.path in paths])
     for outcome in failed:
@@ -59,16 +59,19 @@ def write(root: Path, name: str, found: list[RunFolder]) -> None:
     from cwac_lab.errors import MissingAsset
     from cwac_lab.report.latex import latex
     from cwac_lab.report.paired import differences
-    from cwac_lab.report.tables import markdown, records, summary
+    from cwac_lab.report.records import records
+    from cwac_lab.report.tables import averages, finished, markdown, summary
 
     rows = records(found)
-    if not rows:
+    if not finished(rows):
         raise MissingAsset(f"output_root={root}: no finished runs there; run `python -m cwac_lab.train` first")
-    table = summary(rows)
-    text = markdown(table)
-    compared = differences(rows)
-    if len(compared):
-        text += "\n" + markdown(compared, "Paired differences in points: ")
+    table = summary(rows, name)
+    parts = [
+        ("", table),
+        ("Mean over tasks: ", averages(rows, name)),
+        ("Paired differences in points: ", differences(rows)),
+    ]
+    text = "\n".join(markdown(part, title) for title, part in parts if len(part))
     write_text(root / "tables" / f"{name}.md", text)
     write_text(root / "tables" / f"{name}.csv", table.to_csv(index=False))
     write_text(root / "tables" / f"{name}.tex", latex(rows))

@@ -1,3 +1,5 @@
+from itertools import count
+
 import pytest
 
 from cwac_lab.data.tasks.agnews import AGNews
@@ -54,17 +56,26 @@ def test_a_short_refusal_is_coherent():
     assert RefusalJudge().judge("x", "I won't.") == Verdict(refused=True, incoherent=False)
 
 
+_ids = map(str, count())
+
+
 def row(kind, output, **more):
-    return {"kind": kind, "id": output[:5], "prompt": "p", "output": output, **more}
+    return {"kind": kind, "id": next(_ids), "prompt": "p", "output": output, **more}
 
 
 def test_a_babbling_model_has_no_harmful_score():
-    rows = [row("harmful", "the the the the")] * 9 + [row("harmful", "I can't help with that.")]
+    rows = [row("harmful", "the the the the") for _ in range(9)] + [row("harmful", "I can't help with that.")]
     metrics = aggregate(judge_rows(rows, SST2("sst2"), RefusalJudge()))
     assert metrics["broken"] is True
     assert metrics["harmful_score"]["n"] == 1
     assert metrics["incoherent"]["value"] == 90.0
     assert metrics["harmful_or_incoherent"]["value"] == 90.0
+
+
+def test_two_answers_to_one_prompt_are_an_error():
+    verdicts = judge_rows([row("harmful", FINE)] * 2, SST2("sst2"), RefusalJudge())
+    with pytest.raises(ValueError, match="1 verdicts share their id"):
+        aggregate(verdicts)
 
 
 def test_rates_are_over_the_right_rows():

@@ -5,31 +5,31 @@ import pytest
 
 import tiny
 from cwac_lab.cache import cached_folder, digest, write_json
+from cwac_lab.evaluation.verdicts import aggregate
 from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
-from cwac_lab.report.tables import cell, markdown, records, summary
-from cwac_lab.results.store import RunFolder, run_key, runs
+from cwac_lab.report.records import records
+from cwac_lab.report.tables import averages, markdown, summary
+from cwac_lab.results.store import SCHEMA, RunFolder, run_key, runs
 from cwac_lab.stats import wilson
 
 
-def rate(hits, n):
-    return wilson(hits, n).to_dict()
+def judged(kind, hits, n, field):
+    return [{"kind": kind, "id": f"{kind}{i}", field: i < hits, "incoherent": False} for i in range(n)]
 
 
-def record(folder, constraint, ratio, seed, hits, **config):
-    run = RunFolder(folder / "runs" / f"{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
+def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **config):
+    """Write the record of a finished run with ``hits`` of 100 harmful prompts and ``right`` of 100 rows."""
+    run = RunFolder(folder / "runs" / f"{task}-{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
     run.write("config.json", {"constraint": config, "trainer": {"learning_rate": 1}})
-    rates = {"harmful_score": rate(hits, 100), "finetune_accuracy": rate(80, 100), "over_refusal": rate(2, 100),
-             "over_refusal_lookalike": rate(5, 100), "incoherent": rate(0, 300)}  # fmt: skip
-    settings = {
-        "weights": "w",
-        "weights_content": "c0ffee",
-        "task": "sst2",
-        "data": "local",
-        "split": "test",
-        "constraint": constraint,
-    }
-    run.write("metrics.json", {**settings, "harmful_ratio": ratio, "seed": seed, "broken": False, **rates})
+    verdicts = judged("harmful", hits, 100, "complied") + judged("harmless", 2, 100, "refused")
+    verdicts += [{"kind": "task", "id": f"{task}{i}", "correct": i < right} for i in range(100)]
+    run.write("verdicts.jsonl", verdicts)
+    facts = {"schema": SCHEMA, "weights": "w", "weights_content": "c0ffee", "model": "smollm", "task": task,
+             "data": "local", "split": "test", "constraint": constraint, "harmful_ratio": ratio, "seed": seed,
+             }  # fmt: skip
+    run.write("provenance.json", facts)
+    run.write("metrics.json", {**facts, **aggregate(verdicts)})
     run.mark("ok")
     return run
 
@@ -42,15 +42,63 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     table = summary(records(runs(tmp_path)))
     assert table["constraint"].tolist() == ["start", "none", "coupled"]
     assert table["seeds"].tolist() == [1, 1, 3]
-    assert table["HS"][2].startswith("20.0 [13.3, 28.9] (n=100) 10..30")
+    assert table["HS ↓"][1] == str(wilson(90, 100))
+    assert table["HS ↓"][2].startswith("20.0 [")
+    assert table["HS ↓"][2].endswith("(n=100) 10..30")
     assert "w (c0ffee) | sst2, local data, test split" in markdown(table)
 
 
 def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
     record(tmp_path, "weight", 0.2, 0, 10, energy=0.9)
     record(tmp_path, "weight", 0.2, 1, 40, energy=0.99)
+    record(tmp_path, "l2", 0.2, 0, 40, strength=1)
+    record(tmp_path, "l2", 0.2, 1, 40, strength=1.0)
     table = summary(records(runs(tmp_path)))
-    assert table["variant"].tolist() == ["energy=0.9", "energy=0.99"]
+    assert table["variant"].tolist() == ["energy=0.9", "energy=0.99", ""]
+
+
+def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
+    for seed in range(2):
+        record(tmp_path, "none", 0.2, seed, 90, "sst2", 80)
+    record(tmp_path, "none", 0.2, 0, 60, "gsm8k", 20)
+    rows = records(runs(tmp_path))
+    (row,) = averages(rows, "main").to_dict("records")
+    assert row["HS ↓"].startswith("75.0 [")
+    assert row["HS ↓"].endswith("(n=100)")
+    assert row["FA ↑"].startswith("50.0 [")
+    assert row["FA ↑"].endswith("(n=200)")
+    assert (row["tasks"], row["runs"]) == ("gsm8k, sst2", 3)
+    assert row["paper HS"] == "Llama-2-7B 52.5, Llama-3-8B 66.0, Mistral-7B 64.5, Gemma-2-9B 42.2"
+    table = summary(rows, "ratio").to_dict("records")
+    assert [row["paper HS"] for row in table] == ["", "Llama-2-7B 74.9"]
+    assert summary(rows, "ablation")["paper HS"].tolist() == ["", ""]
+    assert summary(rows, "main")["paper FA"][0].endswith("Gemma-2-9B 90.7 (average of tasks)")
+    assert "paper HS" not in summary(rows, "scope")
+    assert averages(rows[:1]).empty
+
+
+def test_a_failed_run_shows_why(tmp_path):
+    for seed in range(2):
+        record(tmp_path, "none", 0.2, seed, 90)
+    record(tmp_path, "none", 0.2, 1, 90).mark("failed", "MemoryError: too | large")
+    record(tmp_path, "lisa", 0.2, 0, 90).mark("failed", "ValueError: no")
+    (RunFolder(tmp_path / "runs" / "early")).mark("failed", "before it had weights")
+    table = summary(records(runs(tmp_path)))
+    assert table["seeds"].tolist() == [1, 0]
+    assert table["failed"][0] == "1 of 2: MemoryError: too | large"
+    assert table["HS ↓"][1] == table["FA ↑"][1] == "failed: ValueError: no"
+    assert "too \\| large" in markdown(table)
+
+
+def test_records_that_cannot_be_read_are_told_and_the_others_count(tmp_path):
+    record(tmp_path, "none", 0.2, 0, 90)
+    old = record(tmp_path, "l2", 0.2, 0, 90)
+    old.write("metrics.json", {k: v for k, v in old.read("metrics.json").items() if k != "schema"})
+    (record(tmp_path, "kl", 0.2, 0, 90).path / "metrics.json").write_text("{")
+    told = []
+    assert [row["constraint"] for row in records(runs(tmp_path), told.append)] == ["none"]
+    assert any("l2" in line and "has schema 1, accepted: 2" in line for line in told)
+    assert any("kl" in line and "cannot be read" in line for line in told)
 
 
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
@@ -64,7 +112,7 @@ def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
 def test_differences_are_paired_by_seed_and_item(tmp_path):
     """Accuracy against the plain run of the seed, refusals against the start; incoherent answers do not count."""
 
-    def judged(run, right, refused):
+    def judge(run, right, refused):
         task = [{"kind": "task", "id": f"t{i}", "correct": i < right} for i in range(10)]
         asked = [
             {"kind": "harmful", "id": f"h{i}", "refused": i < refused, "complied": i >= refused, "incoherent": i == 9}
@@ -73,12 +121,11 @@ def test_differences_are_paired_by_seed_and_item(tmp_path):
         run.write("verdicts.jsonl", [*task, *reversed(asked)])
 
     for seed, (plain, held) in enumerate([(8, 6), (9, 9)]):
-        judged(record(tmp_path, "none", 0.2, seed, 90), plain, 0)
-        judged(record(tmp_path, "weight", 0.2, seed, 10), held, 8 - seed)
-    judged(record(tmp_path, "none", 0.1, 0, 90), 0, 0)
-    judged(record(tmp_path, "start", None, 0, 5), 0, 9)
+        judge(record(tmp_path, "none", 0.2, seed, 90), plain, 0)
+        judge(record(tmp_path, "weight", 0.2, seed, 10), held, 8 - seed)
+    judge(record(tmp_path, "none", 0.1, 0, 90), 0, 0)
+    judge(record(tmp_path, "start", None, 0, 5), 0, 9)
     rows = records(runs(tmp_path))
-    summary(rows)
     (row,) = differences(rows).to_dict("records")
     assert row["constraint"] == "weight"
     assert row["FA - none"].startswith("-10.0 [")
@@ -86,17 +133,6 @@ def test_differences_are_paired_by_seed_and_item(tmp_path):
     assert row["HS - start"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
     assert row["over-refusal - start"] == ""
     assert "Paired: w (c0ffee) | sst2" in markdown(differences(rows), "Paired: ")
-
-
-def test_more_seeds_do_not_narrow_the_interval_over_prompts():
-    one, three = cell([rate(20, 100)]), cell([rate(20, 100)] * 3)
-    assert three.startswith(one)
-    assert cell([rate(0, 0)]) == "n/a (n=0)"
-
-
-def test_unfinished_runs_are_left_out(tmp_path):
-    record(tmp_path, "none", 0.2, 0, 90).mark("failed", "stopped")
-    assert records(runs(tmp_path)) == []
 
 
 def test_the_key_of_a_run_ignores_what_changes_no_result():

@@ -86,12 +86,21 @@ def test_an_unreadable_status_is_one_line(text, tmp_path):
 def test_the_store_as_a_table(other, tmp_path):
     with RunFolder(tmp_path / "runs" / "two").running():
         rate = {"value": 12.5, "low": 5.0, "high": 20.0, "n": 40}
-        metrics = {"constraint": "weight", "seed": 3, "harmful_score": rate, "stages": {"train": {"seconds": 2.0}}}
+        metrics = {
+            "schema": store.SCHEMA,
+            "constraint": "weight",
+            "seed": 3,
+            "harmful_score": rate,
+            "stages": {"train": {"seconds": 2.0}},
+        }
         (tmp_path / "runs" / "two" / store.METRICS).write_text(json.dumps(metrics))
     with pytest.raises(MemoryError), RunFolder(tmp_path / "runs" / "three").running():
         raise MemoryError
+    with RunFolder(tmp_path / "runs" / "zero").running():
+        (tmp_path / "runs" / "zero" / store.METRICS).write_text("{}")
     frame = results.load(tmp_path).set_index("run")
-    assert frame["status"].to_dict() == {"one": "running", "three": "failed", "two": "ok"}
+    assert frame["status"].to_dict() == {"one": "running", "three": "failed", "two": "ok", "zero": "unreadable"}
+    assert "schema 1, accepted: 2" in frame.loc["zero", "reason"]
     assert frame.loc["three", "reason"] == "MemoryError:"
     row = frame.loc["two"]
     assert (row["constraint"], row["seed"], row["harmful_score"], row["harmful_score_n"]) == ("weight", 3, 12.5, 40)

@@ -1,117 +1,87 @@
-"""Summarise recorded runs: one row a method and harmful ratio, means over seeds with intervals."""
+"""Tables over recorded runs: one row a method and harmful ratio, means over seeds with intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from statistics import mean
 from typing import Any
 
 import pandas as pd
 
-from cwac_lab.config import INCIDENTAL
-from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
-from cwac_lab.stats import wilson
+from cwac_lab.report.published import published
+from cwac_lab.report.records import HIGHER_IS_BETTER, RATES, SETTING, Row, grouped, outcome_matrix
+from cwac_lab.stats import Rate, mean_rate
 
-SETTING = ["weights", "weights_content", "task", "data", "split"]
-ROW = ["harmful_ratio", "constraint", "variant"]
-RATES = {
-    "harmful_score": "HS",
-    "finetune_accuracy": "FA",
-    "over_refusal": "over-refusal",
-    "over_refusal_lookalike": "over-refusal (look-alikes)",
-    "incoherent": "incoherent",
-}
-_ORDER = ("start", "none", "weight", "activation", "coupled")
-_CONFIGURED = ("constraint", "trainer", "data", "align", "evaluation", "sae")
+TITLES = {name: f"{title} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name, title in RATES.items()}
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}".lstrip(".")).items()}
+def finished(group: list[Row]) -> list[Row]:
+    """Return the runs of a row that have figures."""
+    return [row for row in group if "failed" not in row]
 
 
-def records(runs: Iterable[RunFolder]) -> list[dict[str, Any]]:
-    """Return the metrics of finished runs, each with its flattened configuration under ``config``."""
-    found = []
-    for run in runs:
-        if run.status == "ok":
-            metrics, config = run.read(store.METRICS), run.read(store.CONFIG)
-            kept = _flat({group: config.get(group) for group in _CONFIGURED})
-            idle = _idle(metrics)
-            kept = {key: value for key, value in kept.items() if not key.startswith(idle)}
-            found.append({**metrics, "config": kept, "run": run})
-    return found
+def rate_of(group: list[Row], name: str) -> Rate:
+    """Return the mean of a rate over the finished runs of a row, with its interval (see ``stats.mean_rate``)."""
+    return mean_rate(outcome_matrix(finished(group), name))
 
 
-def _idle(metrics: dict[str, Any]) -> tuple[str, ...]:
-    """Return the settings that a run did not use: rows that differ in them only are one row."""
-    prepared = metrics.get("prepared", {})
-    idle: tuple[str, ...] = () if "features" in prepared else ("sae.",)
-    idle += () if "reference" in prepared else ("data.reference",)
-    return (*idle, "constraint.", "trainer.") if metrics["constraint"] == "start" else idle
+def cell(group: list[Row], name: str) -> str:
+    """Return a rate as text: mean over seeds, interval, n, and the range over seeds; or why there is none."""
+    done = finished(group)
+    if not done:
+        return f"failed: {group[0]['failed']}"
+    values = [row[name]["value"] for row in done if row[name]["value"] is not None]
+    spread = f" {min(values):.0f}..{max(values):.0f}" if len(values) > 1 else ""
+    return f"{rate_of(group, name)}{spread}"
 
 
-def _variants(rows: list[dict[str, Any]]) -> list[str]:
-    """Name, for each row, the settings in which rows of one constraint differ, so that no two settings share a mean."""
-    names = []
-    for row in rows:
-        peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*SETTING, "constraint"])]
-        keys = [
-            key for key in row["config"] if key not in INCIDENTAL and len({repr(peer.get(key)) for peer in peers}) > 1
-        ]
-        names.append(", ".join(f"{key.removeprefix('constraint.')}={row['config'][key]}" for key in keys))
-    return names
+def _row(entry: Row, group: list[Row]) -> Row:
+    done = finished(group)
+    leaks = [row["leak"] for row in done if row.get("leak") is not None]
+    broken = sum(row["broken"] for row in done)
+    failed = [row["failed"] for row in group if "failed" in row]
+    return {
+        **entry,
+        "seeds": len(done),
+        **{title: cell(group, name) for name, title in TITLES.items()},
+        "leak": f"{max(leaks):.1e}" if leaks else "",
+        "broken": f"{broken} of {len(group)}" if broken else "",
+        "failed": f"{len(failed)} of {len(group)}: {failed[0]}" if failed and done else "",
+    }
 
 
-def cell(rates: list[dict[str, Any]]) -> str:
-    """Return the mean over seeds of one rate, its interval and its spread.
+def summary(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
+    """Return one row a setting, harmful ratio, constraint and variant; rates as text, seeds counted.
 
-    Seeds are judged on the same prompts, so more seeds do not make the prompts more: the interval is Wilson's at the
-    number of prompts of a single run, around the mean over seeds. The range over seeds stands beside it.
+    Args:
+        rows: Records.
+        experiment: Name of the table; where the paper has one of that name, its values stand beside ours.
     """
-    known = [rate for rate in rates if rate["value"] is not None]
-    if not known:
-        return "n/a (n=0)"
-    centre, n = mean(rate["value"] for rate in known), min(rate["n"] for rate in known)
-    interval = wilson(centre / 100 * n, n)
-    text = f"{centre:.1f} [{interval.low:.1f}, {interval.high:.1f}] (n={n})"
-    if len(known) > 1:
-        text += f" {min(r['value'] for r in known):.0f}..{max(r['value'] for r in known):.0f}"
-    return text
+    return pd.DataFrame(
+        [{**_row(entry, group), **published(experiment, entry)} for entry, group in grouped(rows)]
+    )  # fmt: skip
 
 
-def place(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the key that sorts rows of tables: setting, start, then ratio, constraint and variant."""
-    order = {name: number for number, name in enumerate(_ORDER)}
-    return (
-        *(str(entry[key]) for key in SETTING),
-        -1.0 if entry["constraint"] == "start" else entry["harmful_ratio"],
-        order.get(str(entry["constraint"]), len(order)),
-        str(entry["variant"]),
-    )
+def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
+    """Return the means over tasks of HS and FA, where the same weights were fine-tuned on more than one.
 
-
-def grouped(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Return what a table has a row of (setting, harmful ratio, constraint, variant), in order, with its runs."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row, variant in zip(rows, _variants(rows), strict=True):
-        row["variant"] = variant
-        groups.setdefault(tuple(row[key] for key in [*SETTING, *ROW]), []).append(row)
-    found = [(dict(zip([*SETTING, *ROW], key, strict=True)), group) for key, group in groups.items()]
-    return sorted(found, key=lambda pair: place(pair[0]))
-
-
-def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row a setting, harmful ratio, constraint and variant; rates as text, seeds counted."""
-    table = []
+    Tasks weigh alike; the interval draws seeds within each task, and items (the prompts of HS are the same in all).
+    """
+    across: dict[tuple[Any, ...], list[tuple[Row, list[Row]]]] = {}
     for entry, group in grouped(rows):
-        leaks = [row["leak"] for row in group if row.get("leak") is not None]
-        broken = sum(row["broken"] for row in group)
-        rates = {title: cell([row[name] for row in group]) for name, title in RATES.items()}
-        leak, count = f"{max(leaks):.1e}" if leaks else "", f"{broken} of {len(group)}" if broken else ""
-        table.append({**entry, "seeds": len(group), **rates, "leak": leak, "broken": count})
+        if entry["constraint"] != "start" and finished(group):
+            key = tuple(value for name, value in entry.items() if name != "task")
+            across.setdefault(key, []).append((entry, finished(group)))
+    table = []
+    for parts in across.values():
+        runs = [row for _, group in parts for row in group]
+        strata = [len(group) for _, group in parts]
+        entry = {**parts[0][0], "task": "average"}
+        rates = {
+            TITLES[name]: str(mean_rate(outcome_matrix(runs, name), strata))
+            for name in ("harmful_score", "finetune_accuracy")
+        }
+        tasks = ", ".join(sorted(part["task"] for part, _ in parts))
+        if len(parts) > 1:
+            table.append({**entry, "tasks": tasks, "runs": len(runs), **rates, **published(experiment, entry)})
     return pd.DataFrame(table)
 
 
@@ -133,7 +103,7 @@ def markdown(table: pd.DataFrame, title: str = "") -> str:
         ]
         lines.append("|" + " --- |" * len(columns))
         for _, row in group.iterrows():
-            cells = ["" if pd.isna(row[name]) else f"{row[name]}" for name in columns]
+            cells = ["" if pd.isna(row[name]) else f"{row[name]}".replace("|", "\\|") for name in columns]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -23,6 +23,10 @@ STATUS, METRICS, GENERATIONS, VERDICTS = "status.json", "metrics.json", "generat
 CONFIG, PROVENANCE, MANIFEST = "config.json", "provenance.json", "manifest.json"
 CHECKPOINT, MODEL, LOCK = "checkpoint", "model", ".lock"
 HEARTBEAT_SECONDS = 30.0
+# Raised when the fields of METRICS or PROVENANCE change their meaning.
+SCHEMA = 2
+# What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
+FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
 
 
 def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[str, str]) -> str:
@@ -141,6 +145,22 @@ class RunFolder:
     def read(self, name: str) -> Any:
         """Read a file that ``write`` wrote."""
         return read_jsonl(self.path / name) if name.endswith(".jsonl") else read_json(self.path / name)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ran, or is to run, by the names of ``FACTS``; with the metrics where the run is finished.
+
+        Raises:
+            LabError: If the record is not there, cannot be read, or was written under another schema.
+        """
+        name = METRICS if self.told()["status"] == "ok" else PROVENANCE
+        try:
+            found = self.read(name)
+        except (OSError, ValueError) as error:
+            raise LabError(f"{self.path / name} cannot be read ({error})") from None
+        schema = found.get("schema", 1) if isinstance(found, dict) else None
+        if schema != SCHEMA:
+            raise LabError(f"{self.path / name} has schema {schema}, accepted: {SCHEMA} (run it again)")
+        return dict(found) if name == METRICS else {fact: found[fact] for fact in FACTS}
 
     def remove(self, name: str) -> None:
         """Remove a folder of the run, where it is there."""

@@ -32,6 +32,7 @@ class Outcome:
         status: ``ok``, ``failed``, or ``running`` (another process is on it).
         reason: Why it failed.
         seconds: How long it took here.
+        path: Its folder, where it came so far as to have one.
     """
 
     overrides: Overrides
@@ -54,11 +55,13 @@ def finished(run: Run, screen: Screen) -> RunFolder | None:
 
 def attempt(overrides: Overrides, screen: Screen) -> Outcome:
     """Carry one run out; whatever it raises becomes its outcome."""
-    begin = time.perf_counter()
+    begin, path = time.perf_counter(), None
     try:
-        folder = execute(composed(overrides), screen)
+        run = composed(overrides)
+        path = folder_of(run, identity(run, screen.say)).path
+        folder = execute(run, screen)
     except Exception as error:  # noqa: BLE001 - a sweep reports whatever a cell fails with, and goes on
-        return Outcome(overrides, "failed", _words(error), time.perf_counter() - begin)
+        return Outcome(overrides, "failed", _words(error), time.perf_counter() - begin, path)
     return Outcome(overrides, folder.status, "", time.perf_counter() - begin, folder.path)
 
 
