@@ -73,17 +73,21 @@ class EvaluationConfig:
         split: ``test``, or ``validation`` for every choice of a setting.
         batch_size: Prompts per batch of generation.
         max_new_tokens: Length of answers to harmful and harmless prompts.
+        n_prompts: At most so many prompts of each kind (harmful, harmless, look-alike); all by default.
     """
 
     split: str = "test"
     batch_size: int = 64
     max_new_tokens: int = 48
+    n_prompts: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("split", self.split, ("test", "validation"))
         in_range("batch_size", self.batch_size, 1)
         in_range("max_new_tokens", self.max_new_tokens, 1)
+        if self.n_prompts is not None:
+            in_range("n_prompts", self.n_prompts, 1)
 
 
 @dataclass

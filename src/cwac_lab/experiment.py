@@ -91,9 +91,9 @@ class _Stage:
 
 def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
     """Return what is asked of the model, by kind: prompts of the chosen split, and the task's rows."""
-    split = run.evaluation.split
+    split, most = run.evaluation.split, run.evaluation.n_prompts
     rows: dict[str, list[dict[str, Any]]] = {
-        kind: [{"kind": kind, "id": row.id, "prompt": row.prompt} for row in pools.get(kind, split)]
+        kind: [{"kind": kind, "id": row.id, "prompt": row.prompt} for row in pools.get(kind, split)[:most]]
         for kind in PROMPT_KINDS
     }
     asked = data.test if split == "test" else data.validation

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(config: DictConfig) -> None:
-    """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``: Markdown, CSV, LaTeX."""
+    """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.errors import MissingAsset, in_range
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import runs
@@ -50,13 +50,14 @@ def main(config: DictConfig) -> None:
 
 
 def write(root: Path, name: str, found: list[RunFolder]) -> None:
-    """Write and print the table of some runs.
+    """Write the table of some runs (Markdown, CSV, LaTeX) and its figures (SVG, PNG); print the first.
 
     Raises:
         MissingAsset: If none of them is finished.
     """
     from cwac_lab.cache import write_text
     from cwac_lab.errors import MissingAsset
+    from cwac_lab.report.figures import draw
     from cwac_lab.report.latex import latex
     from cwac_lab.report.paired import differences
     from cwac_lab.report.records import records
@@ -75,6 +76,7 @@ def write(root: Path, name: str, found: list[RunFolder]) -> None:
     write_text(root / "tables" / f"{name}.md", text)
     write_text(root / "tables" / f"{name}.csv", table.to_csv(index=False))
     write_text(root / "tables" / f"{name}.tex", latex(rows))
+    draw(rows, root / "figures", name)
     print(text)
 
 

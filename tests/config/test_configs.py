@@ -86,6 +86,7 @@ BAD = [
     (["model=mistral", "profile=small"], "profile=small: accepted: for model=mistral: embedded | paper"),
     (["seed="], "seed"),
     (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: accepted: 32-true"),
+    (["evaluation.n_prompts=0"], "evaluation.n_prompts=0: accepted: a number in [1, inf)"),
     (["evaluation.split=train"], "evaluation.split=train: accepted: test | validation"),
     (["'bad override"], "bad override"),
 ]

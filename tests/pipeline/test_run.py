@@ -62,6 +62,12 @@ def test_the_record_is_complete(output, method):
     assert {kind: kinds.count(kind) for kind in kinds} == {"harmful": 3, "harmless": 3, "lookalike": 3, "task": 4}
 
 
+def test_fewer_prompts_can_be_asked(tiny_folder, tmp_path):
+    tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "finetune=false", "evaluation.n_prompts=2"])
+    kinds = [row["kind"] for row in read_jsonl(folder_of(tmp_path, "start") / "generations.jsonl")]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"harmful": 2, "harmless": 2, "lookalike": 2, "task": 4}
+
+
 def test_what_a_constraint_reports(output):
     metrics = {name: read_json(folder_of(output, name) / "metrics.json") for name in CONSTRAINTS}
     assert metrics["weight"]["leak"] < 1e-3
@@ -137,6 +143,8 @@ def test_tables_read_the_store(output, capsys):
     assert " start " in rows[2]
     assert len(paired) == 2 + len(CONSTRAINTS) - 1  # plain fine-tuning is what the others are compared with
     assert (output / "tables" / "summary.csv").is_file()
+    drawn = [path.name for path in (output / "figures").iterdir()]
+    assert {name.rpartition("-")[2] for name in drawn} == {"p0.2.svg", "p0.2.png"}
 
 
 def test_a_failed_run_is_marked_with_its_reason(tiny_folder, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Grids of tiny runs: what is missing is made, what is recorded is left alone, what fails is told."""
 
 import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.results.console import Screen
 from cwac_lab.sweep import grid, runner
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmful_ratio": 0.2},
          "cells": [{"constraint": ["none", "l2"]}]}  # fmt: skip
 
@@ -41,6 +43,22 @@ def test_the_cells_of_a_grid(tmp_path):
     assert len(runs) == len(set(runs)) == 1 + 10
     assert runs[0] == ("profile=embedded", "task=sst2", "finetune=false")
     assert "task=gsm8k" in grid.read(tmp_path / "mine", "paper").cells[0]
+
+
+def test_the_cells_of_a_profile_replace_the_others(tmp_path):
+    write(tmp_path, "mine", {**SMALL, "profiles": {"small": {"task": "gsm8k", "cells": [{"constraint": "kl"}]}}})
+    cells = {profile: grid.read(tmp_path / "mine", profile).cells for profile in ("small", "paper")}
+    assert cells["small"] == (("profile=small", "task=gsm8k", "harmful_ratio=0.2", "constraint=kl"),)
+    assert len(cells["paper"]) == 2
+
+
+@pytest.mark.parametrize("folder", grid.find(ROOT / "experiments", None), ids=lambda folder: folder.name)
+def test_every_grid_of_the_project_composes(folder):
+    assert (folder / "README.md").is_file()
+    for profile in ("embedded", "small", "paper"):
+        runs = grid.read(folder, profile).runs(1)
+        for overrides in runs if profile == "embedded" else (runs[0], runs[-1]):
+            runner.composed((*overrides, "trainer.accelerator=cpu"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import tiny
 from cwac_lab.cache import cached_folder, digest, write_json
 from cwac_lab.evaluation.verdicts import aggregate
+from cwac_lab.report.figures import draw, pareto
 from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
@@ -191,3 +192,28 @@ def test_latex_marks_the_best_and_the_second_of_each_ratio(tmp_path):
         assert lines[plain].split(" & ")[3][0].isdigit()
     assert text.count(r"\toprule") == 1
     assert r"95 \% interval" in text
+
+
+def test_the_front_holds_what_nothing_beats():
+    assert pareto([(10, 80), (5, 70), (20, 90), (20, 85), (5, 60), (30, 90)]) == [1, 0, 2]
+
+
+def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
+    for ratio in (0.1, 0.2):
+        for seed in range(2):
+            record(tmp_path, "none", ratio, seed, 90)
+            for strength in (0.1, 1.0, 10.0):
+                record(tmp_path, "l2", ratio, seed, 50, strength=strength, mode="a")
+    record(tmp_path, "l2", 0.2, 0, 50, strength=1.0, mode="b")
+    record(tmp_path, "start", None, 0, 5)
+    rows = records(runs(tmp_path))
+    files = draw(rows, tmp_path / "one", "mine")
+    stem = "mine-sst2-c0ffee-test"
+    assert {path.name for path in files if path.suffix == ".png"} == {
+        f"{stem}-{what}.png" for what in ("trade_off-p0.1", "trade_off-p0.2", "over-harmful_ratio", "over-strength")
+    }  # fmt: skip
+    for again in draw(rows, tmp_path / "two", "mine"):
+        assert again.read_bytes() == (tmp_path / "one" / again.name).read_bytes()
+    text = (tmp_path / "one" / f"{stem}-over-strength.svg").read_text()
+    assert "l2, p=0.2, mode=a" in text
+    assert "mode=b" not in text  # one value is no curve

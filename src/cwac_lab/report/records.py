@@ -69,14 +69,14 @@ def _idle(facts: Row) -> tuple[str, ...]:
     return (*idle, "constraint.", "trainer.") if facts["constraint"] == "start" else idle
 
 
-def _variants(rows: list[Row]) -> list[str]:
-    """Name, for each row, the settings in which rows of one constraint differ, so that no two settings share a mean."""
-    names = []
+def _varied(rows: list[Row]) -> list[dict[str, Any]]:
+    """Return, for each row, its values of the settings in which rows of its constraint differ."""
+    found = []
     for row in rows:
         peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*SETTING, "constraint"])]
         keys = [key for key in row["config"] if key not in INCIDENTAL and _differs(peers, key)]
-        names.append(", ".join(f"{key.removeprefix('constraint.')}={row['config'][key]}" for key in keys))
-    return names
+        found.append({key.removeprefix("constraint."): row["config"][key] for key in keys})
+    return found
 
 
 def _differs(configs: list[dict[str, Any]], key: str) -> bool:
@@ -99,11 +99,13 @@ def place(entry: Row) -> tuple[Any, ...]:
 def grouped(rows: list[Row]) -> list[tuple[Row, list[Row]]]:
     """Return what a table has a row of (setting, harmful ratio, constraint, variant), in order, with its runs.
 
-    Every row is also told its ``variant``.
+    No two settings of a constraint share a row: ``variant`` names those that differ. Every run is told its ``variant``,
+    and as ``varied`` its values of them.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row, variant in zip(rows, _variants(rows), strict=True):
-        row["variant"] = variant
+    for row, varied in zip(rows, _varied(rows), strict=True):
+        row["varied"] = varied
+        row["variant"] = ", ".join(f"{key}={value}" for key, value in varied.items())
         groups.setdefault(tuple(row[key] for key in [*SETTING, *ROW]), []).append(row)
     found = [(dict(zip([*SETTING, *ROW], key, strict=True)), group) for key, group in groups.items()]
     return sorted(found, key=lambda pair: place(pair[0]))

@@ -69,7 +69,8 @@ def read(folder: Path, profile: str) -> Grid:
     """Read an experiment's grid for a profile.
 
     The file has ``title``; ``fixed``: overrides of all cells; ``cells``: a list of blocks, each the product of its
-    values; ``start``: true adds the start model; ``profiles``: per profile, values that replace those of ``fixed``.
+    values; ``start``: true adds the start model; ``profiles``: per profile, values that replace those of ``fixed``, and
+    ``cells`` that replace the others.
 
     Raises:
         MissingAsset: If the folder holds no grid.
@@ -85,9 +86,11 @@ def read(folder: Path, profile: str) -> Grid:
             raise ConfigError(f"{folder.name}/{FILE}: {key}", text[key], f"one of the keys {', '.join(_KEYS)}")
     if not text.get("cells"):
         raise ConfigError(f"{folder.name}/{FILE}: cells", text.get("cells"), "a list of blocks")
-    fixed = {**text.get("fixed", {}), **text.get("profiles", {}).get(profile, {})}
+    own = dict(text.get("profiles", {}).get(profile, {}))
+    blocks = own.pop("cells", text["cells"])
+    fixed = {**text.get("fixed", {}), **own}
     cells = []
-    for number, block in enumerate(text["cells"]):
+    for number, block in enumerate(blocks):
         if not isinstance(block, Mapping):
             where = f"{folder.name}/{FILE}: cells[{number}]"
             raise ConfigError(where, block, "a mapping of configuration keys to a value or a list of values")

@@ -1,0 +1,146 @@
+"""Figures of a table: the trade-off of HS and FA with its Pareto front, and curves over what a grid varies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cwac_lab.report.records import SETTING, Row, grouped
+from cwac_lab.report.tables import finished, rate_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Cells = list[tuple[Row, list[Row]]]
+Lines = dict[str, list[tuple[float, list[Row]]]]
+_PANELS = {"harmful_score": "harmful score (%), lower is better", "finetune_accuracy": "accuracy (%), higher is better"}
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00")
+_MARKERS = "osD^vP*X"
+_STYLE = {"svg.hashsalt": "cwac-lab", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
+          "axes.spines.right": False}  # fmt: skip
+
+
+def _name(entry: Row) -> str:
+    return " ".join(filter(None, (str(entry["constraint"]), str(entry["variant"]))))
+
+
+def _broken(group: list[Row]) -> bool:
+    return any(row["broken"] for row in group)
+
+
+def pareto(points: list[tuple[float, float]]) -> list[int]:
+    """Return the places of the points (HS, FA) on the front: no other point is as good in both, and better in one."""
+    front, best = [], float("-inf")
+    for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[place][1] > best:
+            best = points[place][1]
+            front.append(place)
+    return front
+
+
+def _errors(rate: Any) -> list[list[float]]:
+    return [[max(0.0, rate.value - rate.low)], [max(0.0, rate.high - rate.value)]]
+
+
+def trade_off(axes: Axes, cells: Cells) -> None:
+    """Draw FA against HS of every method at one harmful ratio; broken models are hollow and on no front."""
+    sound: list[tuple[float, float]] = []
+    for number, (entry, group) in enumerate(cells):
+        harm, right = (rate_of(group, name) for name in _PANELS)
+        if harm.value is None or right.value is None:
+            continue
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+        axes.errorbar(
+            harm.value, right.value, xerr=_errors(harm), yerr=_errors(right), label=_name(entry), fmt=marker,
+            color=colour, markerfacecolor="none" if _broken(group) else colour, capsize=2, linewidth=0.8, markersize=5,
+        )  # fmt: skip
+        if not _broken(group):
+            sound.append((harm.value, right.value))
+    front = [sound[place] for place in pareto(sound)]
+    axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.6", linestyle=":", zorder=0)
+    axes.set_xlabel(_PANELS["harmful_score"])
+    axes.set_ylabel(_PANELS["finetune_accuracy"])
+    axes.legend(fontsize=7, loc="best")
+
+
+def curves(figure: Figure, lines: Lines, label: str) -> None:
+    """Draw HS and FA over a setting, a line a method, with bands of the 95 % intervals."""
+    for axes, (name, title) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
+        for number, (method, points) in enumerate(lines.items()):
+            rates = [(x, rate_of(group, name)) for x, group in sorted(points, key=lambda point: point[0])]
+            known = [(x, rate.value, rate.low, rate.high) for x, rate in rates if rate.value is not None]
+            if known:
+                xs, values, lows, highs = zip(*known, strict=True)
+                colour = _COLOURS[number % len(_COLOURS)]
+                axes.plot(xs, values, marker=_MARKERS[number % len(_MARKERS)], color=colour, label=method, markersize=4)
+                axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        spread = [x for points in lines.values() for x, _ in points]
+        if min(spread) > 0 and max(spread) >= 20 * min(spread):
+            axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(-3, 103)
+    axes.legend(fontsize=7)
+
+
+def _lines(cells: Cells) -> Iterator[tuple[str, Lines]]:
+    """Yield what was varied, the harmful ratio or a numeric setting, and a line for every way to hold all else."""
+    ratios: Lines = {}
+    settings: dict[str, Lines] = {}
+    for entry, group in cells:
+        ratios.setdefault(_name(entry), []).append((entry["harmful_ratio"], group))
+        varied = group[0]["varied"]
+        for key, value in varied.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                rest = [f"{other}={varied[other]}" for other in varied if other != key]
+                name = ", ".join([str(entry["constraint"]), f"p={entry['harmful_ratio']:g}", *rest])
+                settings.setdefault(key, {}).setdefault(name, []).append((float(value), group))
+    for label, lines in {"harmful ratio": ratios, **settings}.items():
+        long = {name: points for name, points in lines.items() if len(points) > 1}
+        if long:
+            yield label, long
+
+
+def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
+    """Write the figures of a table as SVG and PNG; returns the files.
+
+    One setting (weights, task, split) is one set of figures: ``NAME-TASK-WEIGHTS-trade_off-pRATIO`` for every harmful
+    ratio with two methods or more, ``...-over-SETTING`` for whatever a method was run at several values of.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: dict[tuple[Any, ...], Cells] = {}
+    for entry, group in grouped(rows):
+        if entry["constraint"] != "start" and finished(group):
+            settings.setdefault(tuple(entry[key] for key in SETTING), []).append((entry, finished(group)))
+    written = []
+    for (weights, content, task, data, split), cells in settings.items():
+        title = f"{weights} ({str(content)[:8]})\n{task}, {data} data, {split} split"
+        stem = f"{name}-{task}-{str(content)[:8]}-{split}"
+        with rc_context(_STYLE):
+            for ratio in sorted({entry["harmful_ratio"] for entry, _ in cells}):
+                alike = [cell for cell in cells if cell[0]["harmful_ratio"] == ratio]
+                if len(alike) > 1:
+                    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+                    trade_off(figure.subplots(), alike)
+                    figure.suptitle(f"{title}, harmful ratio {ratio:g}", fontsize=8)
+                    written += _save(figure, folder / f"{stem}-trade_off-p{ratio:g}")
+            for label, lines in _lines(cells):
+                figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+                curves(figure, lines, label)
+                figure.suptitle(title, fontsize=8)
+                written += _save(figure, folder / f"{stem}-over-{label.replace(' ', '_')}")
+    return written
+
+
+def _save(figure: Figure, stem: Path) -> list[Path]:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
+    for file in files:
+        # The date would make two figures of the same runs differ.
+        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else {"Software": None})
+    return files
