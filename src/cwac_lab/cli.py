@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -40,6 +41,8 @@ def _frame(overrides: tuple[str, ...], config_name: str) -> DictConfig:
         return hydra.compose(config_name, list(overrides))
 
 
+# A full disk, a full quota.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Plain keys of the top level, which composing does not depend on.
 _PLAIN = ("seed", "harmful_ratio", "force", "finetune", "output_root")
 
@@ -74,6 +77,11 @@ def launch(task: Callable[[DictConfig], None], config_name: str = "config") -> N
             task(config)
         except (LabError, OmegaConfBaseException) as error:
             report(error)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            kept = f"what was recorded in {config.get('output_root', 'outputs')} is whole"
+            report(LabError(f"{error.strerror}: free some and run it again; {kept}"))
 
     decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)
     try:

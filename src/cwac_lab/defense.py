@@ -21,6 +21,8 @@ from cwac_lab.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.subspace.basis import Subspace, SubspaceSpec
 
 T = TypeVar("T")
+# Reference prompts that a constraint can hold on to: the harmful ones, or benign ones as well.
+HELD_ON = ("harmful", "both")
 
 
 @dataclass(frozen=True)

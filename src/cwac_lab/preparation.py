@@ -102,7 +102,7 @@ class _Workshop:
 
     def subspace(self, spec: SubspaceSpec) -> Path:
         """Return the folder with the bases of the weight constraint."""
-        prompts = self.ids(self.held.harmful)
+        prompts = self.ids(self.held.harmful + (self.held.benign if spec.held_on == "both" else []))
 
         def build(folder: Path) -> None:
             self.say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")

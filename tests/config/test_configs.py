@@ -80,6 +80,7 @@ BAD = [
     (["harmful_ratio=1", "data.n_train=1000"], "harmful_ratio=1.0: accepted: at most"),
     (["data.harmful.test={nolist: 3}"], "data.harmful.test"),
     (["data.reference=some"], "data.reference=some: accepted: refused | all"),
+    (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both"),
     (["constraint.activation.held_on=none"], "constraint.activation.held_on=none: accepted: harmful | both"),
     (["data=local"], "data.root=None: accepted: an existing folder"),
     (["model.path=/nowhere"], "model.path=/nowhere: accepted: a folder with config.json"),

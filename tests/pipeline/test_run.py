@@ -83,6 +83,17 @@ def test_what_a_constraint_reports(output):
     assert [int(i) for i in layer["scores"]] == metrics["coupled"]["constraint_summary"]["latents"]["1"]
 
 
+def test_benign_prompts_can_be_protected_as_well(output, tiny_folder, tmp_path):
+    more = ["constraint=weight", "constraint.weight.held_on=both"]
+    tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), *more])
+    harmful, both = (
+        read_json(folder_of(root, "weight") / "metrics.json")["constraint_summary"]["rank"]
+        for root in (output, tmp_path)
+    )
+    assert all(both[site] >= rank for site, rank in harmful.items())
+    assert sum(both.values()) > sum(harmful.values())
+
+
 def test_steps_are_logged(output):
     import pandas as pd
 

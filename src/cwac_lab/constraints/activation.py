@@ -20,13 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cwac_lab.data.batches import cyclic, pad
-from cwac_lab.defense import Context, Defense, Requirements
+from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.models.answers import Batch
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures, topk_codes
 
-HELD = ("harmful", "both")
 SELECTIONS = ("mean_difference", "frequency_difference", "attribution", "random")
 
 
@@ -75,7 +74,7 @@ class ActivationConstraint(Defense):
         in_range("strength", self.strength, 0)
         if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
             raise ConfigError("depths", list(self.depths), "a list of relative depths in [0, 1)")
-        one_of("held_on", self.held_on, HELD)
+        one_of("held_on", self.held_on, HELD_ON)
         one_of("selection", self.selection, SELECTIONS)
         one_of("code", self.code, ("pre", "topk"))
         one_of("scale", self.scale, ("std", "none"))

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab import linalg
-from cwac_lab.defense import Context, Defense, Requirements
+from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.models.sites import SCOPES, linears
 from cwac_lab.subspace.basis import SubspaceSpec
@@ -42,6 +42,7 @@ class WeightConstraint(Defense):
         projection: ``update`` (exact under any optimizer) or ``gradient`` (the paper's literal text).
         energy: Share of the trace of C that is protected; exclusive with ``rank``.
         rank: Fixed number of protected directions; 0 switches the constraint off.
+        held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
@@ -52,6 +53,7 @@ class WeightConstraint(Defense):
     projection: str = "update"
     energy: float | None = 0.97
     rank: int | None = None
+    held_on: str = "harmful"
     tokens: str = "all"
     normalize: bool = True
     leak_every_n_steps: int = 10
@@ -63,6 +65,7 @@ class WeightConstraint(Defense):
         one_of("modules", self.modules, SCOPES)
         one_of("trainable", self.trainable, ("all", "constrained"))
         one_of("projection", self.projection, ("update", "gradient"))
+        one_of("held_on", self.held_on, HELD_ON)
         one_of("tokens", self.tokens, ("all", "no_sinks"))
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
         if (self.energy is None) == (self.rank is None):
@@ -77,7 +80,7 @@ class WeightConstraint(Defense):
     @property
     def requirements(self) -> Requirements:
         """Reference prompts and the subspace of the chosen scope."""
-        spec = SubspaceSpec(self.modules, self.energy, self.rank, self.tokens, self.normalize)
+        spec = SubspaceSpec(self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on)
         return Requirements(True, exact_projection=self.projection == "update", subspace=spec)
 
     def prepare(self, context: Context) -> None:

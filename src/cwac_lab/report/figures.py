@@ -63,7 +63,8 @@ def trade_off(axes: Axes, cells: Cells) -> None:
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.6", linestyle=":", zorder=0)
     axes.set_xlabel(_PANELS["harmful_score"])
     axes.set_ylabel(_PANELS["finetune_accuracy"])
-    axes.legend(fontsize=7, loc="best")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, loc="best")
 
 
 def curves(figure: Figure, lines: Lines, label: str) -> None:

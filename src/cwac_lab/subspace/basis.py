@@ -29,6 +29,7 @@ class SubspaceSpec:
         rank: Fixed number of protected directions per site.
         tokens: ``all`` tokens of the reference prompts, or ``no_sinks``.
         normalize: Scale each token's activation to unit norm, so that energy is not owned by outlier tokens.
+        held_on: ``harmful`` reference prompts, or ``both`` kinds.
     """
 
     modules: str
@@ -36,6 +37,7 @@ class SubspaceSpec:
     rank: int | None
     tokens: str
     normalize: bool
+    held_on: str = "harmful"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""Sweeps that are killed, and several of them on one store: nothing is lost, nothing is done twice."""
+
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+import tiny
+from cwac_lab import experiment, results, tables, train
+from cwac_lab.results.console import Screen
+from cwac_lab.results.store import runs
+from cwac_lab.sweep import runner
+
+# Forked children start with everything imported, so that most of their short life is work.
+FORK = multiprocessing.get_context("fork")
+
+
+def cells(folder, output, seeds, **changes):
+    settings = [*tiny.small_run(folder, output), "profile=embedded", "evaluation.max_new_tokens=2", "data.n_test=2"]
+    settings += [f"{key}={value}" for key, value in changes.items()]
+    return [(*settings, f"constraint={name}", f"seed={seed}") for seed in range(seeds) for name in ("none", "l2")]
+
+
+def sweep(wanted, trace=None):
+    """Make what is missing; every run that is really carried out leaves a line in ``trace``."""
+    if trace is not None:
+        carried_out = experiment._execute
+
+        def noted(run, folder, *rest):
+            with trace.open("a") as stream:
+                stream.write(f"{folder.path.name}\n")
+            carried_out(run, folder, *rest)
+
+        experiment._execute = noted
+    return runner.sweep(wanted, 1, Screen(quiet=True), lambda _: None)
+
+
+def table_of(root):
+    tables.write(root, "all", list(runs(root)))
+    return {path.name: path.read_bytes() for kind in ("tables", "figures") for path in (root / kind).iterdir()}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_thirty_times_ends_with_the_same_table(tiny_folder, tmp_path):
+    settings = {"trainer.checkpoint_every_n_steps": 1, "trainer.learning_rate": 0.01}
+    whole, broken = (cells(tiny_folder, tmp_path / name, 12, **settings) for name in ("whole", "broken"))
+    assert all(outcome.status == "ok" for outcome in sweep(whole))
+    source, unfinished, seen = random.Random(0), 0, set()
+    for _ in range(30):
+        child = FORK.Process(target=sweep, args=(broken,))
+        child.start()
+        child.join(source.uniform(0.2, 1.5))
+        unfinished += child.is_alive()
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        seen |= {run.status for run in runs(tmp_path / "broken")}
+    assert unfinished == 30
+    assert "interrupted" in seen
+    assert all(outcome.status == "ok" for outcome in sweep(broken))
+    assert table_of(tmp_path / "broken") == table_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_four_workers_on_one_store_do_every_cell_once(tiny_folder, tmp_path):
+    wanted, trace = cells(tiny_folder, tmp_path, 100), tmp_path / "trace"
+    workers = [FORK.Process(target=sweep, args=(wanted, trace)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    done = trace.read_text().split()
+    assert len(done) == len(set(done)) == len(wanted) == 200
+    assert results.load(tmp_path)["status"].tolist() == ["ok"] * 200
+    begin = time.perf_counter()
+    assert {outcome.status for outcome in sweep(wanted)} == {"ok"}
+    print(f"a recorded cell is skipped in {(time.perf_counter() - begin) / len(wanted) * 1000:.0f} ms")
+
+
+def test_a_full_disk_is_one_line_and_loses_no_record(tiny_folder, tmp_path, monkeypatch, capsys):
+    shared = [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"]
+    tiny.launch(train.main, [*shared, "seed=0"])
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    real = os.fdopen
+
+    def full(handle, *rest, **more):
+        stream = real(handle, *rest, **more)
+        if any((tmp_path / "runs").glob("*-s1-*/generations.jsonl")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stream
+
+    monkeypatch.setattr("cwac_lab.cache.os.fdopen", full)
+    with pytest.raises(SystemExit) as stopped:
+        tiny.launch(train.main, [*shared, "seed=1"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        line == f"error: No space left on device: free some and run it again; what was recorded in {tmp_path} is whole"
+    )
+    monkeypatch.undo()
+    assert before == {path: path.read_bytes() for path in before}
+    assert [run.status for run in runs(tmp_path)] == ["ok", "interrupted"]
+    tiny.launch(train.main, [*shared, "seed=1"])
+    assert [run.status for run in runs(tmp_path)] == ["ok", "ok"]
