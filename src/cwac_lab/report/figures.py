@@ -19,7 +19,7 @@ _PANELS = {"harmful_score": "harmful score (%), lower is better", "finetune_accu
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00")
 _MARKERS = "osD^vP*X"
-_STYLE = {"svg.hashsalt": "cwac-lab", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
+_STYLE: Any = {"svg.hashsalt": "cwac-lab", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
           "axes.spines.right": False}  # fmt: skip
 
 
