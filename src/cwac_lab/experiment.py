@@ -19,7 +19,7 @@ from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.preparation import Start, artefacts, start
+from cwac_lab.preparation import Start, artefacts, base, start
 from cwac_lab.results import store
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
@@ -117,12 +117,13 @@ def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
     return aggregate(verdicts)
 
 
-def _content(begin: Start, data: TaskData) -> dict[str, str]:
+def _content(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
     """Return hashes of what a run starts from."""
     parts = (data.train, data.validation, data.test)
+    before = base(run, begin) if begin.before or run.constraint.requirements.base_weights else None
     return {
         "weights_content": begin.folder.content,
-        "base_content": begin.before.content if begin.before is not None else "",
+        "base_content": before.content if before is not None else "",
         "task_data_sha256": digest([[[row.prompt, row.response, row.gold] for row in part] for part in parts]),
         "pools_sha256": digest(
             [
@@ -140,9 +141,9 @@ _known: dict[str, dict[str, str]] = {}
 def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
     """Return hashes of what a run starts from, remembered for runs of one process that start alike."""
     groups = ("model", "profile", "task", "data", "align", "trainer", "evaluation", "cache_root")
-    key = digest({group: run.resolved[group] for group in groups})
+    key = digest([{group: run.resolved[group] for group in groups}, run.constraint.requirements.base_weights])
     if key not in _known:
-        _known[key] = _content(start(run, say), split_task(run.data, run.task))
+        _known[key] = _content(run, start(run, say), split_task(run.data, run.task))
     return _known[key]
 
 
@@ -155,7 +156,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
         LabError: If weights, data or an artefact are missing or too poor; a run that raises is marked as failed.
     """
     begin, data = start(run, screen.say), split_task(run.data, run.task)
-    content = _content(begin, data)
+    content = _content(run, begin, data)
     folder = folder_of(run, content)
     with folder.claim(wait=1.0) as free:  # a reader that looks whether the run is alive holds it for a moment
         if not free:

@@ -62,6 +62,15 @@ def start(run: Run, say: Say) -> Start:
     return Start(aligned(folder, pools, run, say), pools, before=folder)
 
 
+def base(run: Run, begin: Start) -> ModelFolder:
+    """Return the weights before alignment.
+
+    Raises:
+        LabError: If the model was aligned elsewhere and its base is not named or not there.
+    """
+    return begin.before or find_base(run.model, run.profile.name)
+
+
 def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
     """Return a reader of single start weights by parameter name, which keeps nothing in memory.
 
@@ -197,7 +206,7 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
     needs = run.constraint.requirements
     facts: dict[str, Any] = {}
     if needs.base_weights:
-        before = begin.before or find_base(run.model, run.profile.name)
+        before = base(run, begin)
         context = replace(context, base_weight=start_weights(before.path))
         facts["base"] = before.content
     if not needs.reference_prompts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -55,11 +57,16 @@ def constrained(model, start, batch, step):
 
 
 def ldifs(model, start, batch, step):
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    real = batch["attention_mask"].bool()
-    now, before = (m(**inputs, output_hidden_states=True).hidden_states[1][real] for m in (model, start))
-    now, before = (x / x.norm(dim=-1, keepdim=True) for x in (now, before.detach()))
-    return sft(model, start, batch, step) + 5.0 * (now - before).square().sum(-1).mean()
+    real, moved = batch["attention_mask"].bool(), []
+    for layer in range(2):
+        features = []
+        for each in (model, start):
+            hook = each.model.layers[layer].register_forward_hook(lambda _, __, out, seen=features: seen.append(out))
+            each(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            hook.remove()
+        now, before = (x[real] / x[real].norm(dim=-1, keepdim=True) for x in features)
+        moved.append((now - before.detach()).square().sum(-1).mean())
+    return sft(model, start, batch, step) + 5.0 * (moved[0] + moved[1]) / 2
 
 
 def asft(model, start, batch, step):
@@ -78,7 +85,7 @@ LOSSES = {
     "l2": (lambda: L2(strength=0.7), l2),
     "kl": (lambda: KL(strength=0.7), kl),
     "constrained_sft": (lambda: ConstrainedSFT(), constrained),
-    "ldifs": (lambda: LDIFS(strength=5.0, depths=[0.0]), ldifs),
+    "ldifs": (lambda: LDIFS(strength=5.0, depths=[0.0, 0.5]), ldifs),
     "asft": (lambda: AsFT(strength=0.7), asft),
 }
 
@@ -106,27 +113,30 @@ def test_sppft_trains_all_but_the_block():
     assert held == {name for name in start if ".layers.1." in name}
 
 
-@pytest.mark.parametrize("warmup", [0.0, 0.5])
-def test_lisa_alternates_and_holds_on_to_the_other_state(warmup):
-    anchors, previous = {}, []
+@pytest.mark.parametrize(("warmup", "states"), [(0.0, "susu"), (0.5, "susu"), (0.0, "ssus"), (0.0, "suus")])
+def test_lisa_alternates_and_holds_on_to_the_other_state(warmup, states):
+    """``states`` says what each of the four steps trains on: safety or user data."""
+    anchors = {}
 
     def batch_of(step, batch):
-        return refusal_batch(cyclic(5, 4, step // 2, "lisa/0")) if step % 2 == 0 else batch
+        if states[step] == "u":
+            return batch
+        return refusal_batch(cyclic(5, 4, states[:step].count("s"), "lisa/0"))
 
     def formula(model, start, batch, step):
         if not anchors:
             anchors.update(safe=start.state_dict(), user=start.state_dict())
-        other = "user" if step % 2 == 0 else "safe"
+        other = "user" if states[step] == "s" else "safe"
         pull = 0.5 * 3.0 * squared(model, anchors[other]) if step >= warmup * 4 else 0.0
         return sft(model, start, batch, step) + pull
 
     def after(model, step):
-        anchors["safe" if step % 2 == 0 else "user"] = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        previous.append(step)
+        state = "safe" if states[step] == "s" else "user"
+        anchors[state] = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
-    defense = Lisa(safety_steps=1, user_steps=1, strength=3.0, warmup_share=warmup)
+    defense = Lisa(states.count("ss") + 1, states.count("uu") + 1, strength=3.0, warmup_share=warmup)
     assert_equal(trained(defense), plain(formula, batch_of=batch_of, after=after))
-    assert defense.summary() == {"lisa_switches": 3}
+    assert defense.summary() == {"lisa_switches": sum(a != b for a, b in pairwise(states))}
 
 
 def test_lisa_draws_new_refusals_for_every_micro_batch():

@@ -105,3 +105,22 @@ def test_controls_of_asft():
         return sft(model, start, batch, step) + 0.7 * moved
 
     assert_equal(trained(AsFT(strength=0.7, direction="none")), plain(plain_l2))
+
+
+def test_asft_with_a_random_direction():
+    """The penalty of each layer with its C turned by one fixed stream of rotations, layer after layer."""
+    turned, source = {}, torch.Generator().manual_seed(0)
+    first = tiny.model().state_dict()
+    for name in SITES:
+        direction = first[name] - base_of(first)[name]
+        basis = torch.linalg.qr(torch.randn(2 * (len(direction),), generator=source)).Q
+        turned[name] = basis @ (direction @ direction.T / direction.norm()) @ basis.T
+
+    def formula(model, start, batch, step):
+        total = sft(model, start, batch, step)
+        for name, weight in model.named_parameters():
+            if name in SITES:
+                total = total + 0.7 * ((weight - first[name]) - turned[name] @ (weight - first[name])).square().sum()
+        return total
+
+    assert_equal(trained(AsFT(strength=0.7, direction="random")), plain(formula))
