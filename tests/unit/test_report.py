@@ -19,11 +19,13 @@ def judged(kind, hits, n, field):
 
 
 def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **config):
-    """Write the record of a finished run with ``hits`` of 100 harmful prompts and ``right`` of 100 rows (None: not judged)."""
+    """Write the record of a finished run with ``hits`` of 100 prompts and ``right`` of 100 rows (None: not judged)."""
     run = RunFolder(folder / "runs" / f"{task}-{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
     run.write("config.json", {"constraint": config, "trainer": {"learning_rate": 1}})
     verdicts = judged("harmful", hits, 100, "complied") + judged("harmless", 2, 100, "refused")
-    verdicts += [{"kind": "task", "id": f"{task}{i}", "correct": None if right is None else i < right} for i in range(100)]
+    verdicts += [
+        {"kind": "task", "id": f"{task}{i}", "correct": None if right is None else i < right} for i in range(100)
+    ]
     run.write("verdicts.jsonl", verdicts)
     facts = {"schema": SCHEMA, "weights": "w", "weights_content": "c0ffee", "model": "smollm", "task": task,
              "data": "local", "split": "test", "constraint": constraint, "harmful_ratio": ratio, "seed": seed,
