@@ -58,7 +58,7 @@ BAD = [
     (["harmful_ratio=1.5"], "harmful_ratio=1.5: accepted: a number in [0, 1]"),
     (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
     (["seed=-1"], "seed=-1: accepted"),
-    (["task=imdb"], "task=imdb: accepted: agnews | gsm8k | sst2"),
+    (["task=imdb"], "task=imdb: accepted: agnews | alpaca | gsm8k | pubmedqa | sst2"),
     (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
     (["constraint=magic"], "constraint=magic: accepted: activation | asft | "),
     (["no_such_key=1"], "no_such_key: no such key; accepted: "),

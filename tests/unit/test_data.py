@@ -5,13 +5,14 @@ import pandas as pd
 import pytest
 
 import tiny
-from cwac_lab.config import bind
+from cwac_lab.config import bind, read
 from cwac_lab.data import mixing
 from cwac_lab.data.batches import TrainData, collate, pad, plan_batches
 from cwac_lab.data.pools import POOLS, assert_disjoint, build_pools
 from cwac_lab.data.responses import REFUSALS, compliance
 from cwac_lab.data.sources import DataConfig, PromptRow, Prompts, load_prompts, load_task_rows
 from cwac_lab.data.tasks.base import TaskRow
+from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
 from cwac_lab.judges.refusal import is_refusal
@@ -115,6 +116,40 @@ def test_a_missing_column_is_named(tmp_path):
     (tmp_path / "sst2" / "train.jsonl").write_text('{"text": "a", "label": 1}\n')
     with pytest.raises(ConfigError, match="sentence"):
         load_task_rows("local", SST2("sst2"), "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"),
+    [
+        ("sst2", ("stanfordnlp/sst2", None, None, "train"), ("stanfordnlp/sst2", None, None, "validation")),
+        ("pubmedqa", ("qiaojin/PubMedQA", "pqa_artificial", None, "train"),
+         ("qiaojin/PubMedQA", "pqa_labeled", None, "train")),
+        ("alpaca", ("tatsu-lab/alpaca", None, None, "train"), ("json", None, "alpaca_eval.json", "train")),
+    ],
+)  # fmt: skip
+def test_train_and_test_rows_of_the_hub(name, train, test, monkeypatch):
+    asked = []
+
+    def load_dataset(path, config, *, data_files, split, revision):
+        asked.append((path, config, data_files and data_files.rpartition("/")[2], split))
+        return []
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    task = read(tiny.config(f"task={name}")).task
+    assert [load_task_rows("hub", task, split, None) for split in ("train", "test")] == [[], []]
+    assert asked == [train, test]
+
+
+def test_nested_local_rows_are_read(tmp_path):
+    context = {"contexts": ["Plants were watered.", "They grew."]}
+    frame = pd.DataFrame({"question": ["Do they grow?"], "context": [context], "final_decision": ["yes"]})
+    (tmp_path / "pubmedqa").mkdir()
+    frame.to_json(tmp_path / "pubmedqa" / "train.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "pubmedqa" / "test.parquet", index=False)
+    task = PubMedQA("pubmedqa")
+    (train,), (test,) = (load_task_rows("local", task, split, tmp_path) for split in ("train", "test"))
+    assert train.prompt == test.prompt
+    assert train.prompt.endswith("Input: Plants were watered. They grew.\n\nQuestion: Do they grow?")
 
 
 @pytest.mark.parametrize(("rows", "size", "epochs"), [(10, 4, 1), (33, 8, 3), (300, 8, 1)])

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cwac_lab.data.embedded import abstracts as studies
+from cwac_lab.data.embedded.abstracts import abstracts
+from cwac_lab.data.embedded.exercises import exercises
 from cwac_lab.data.embedded.news import LABELS, news
 from cwac_lab.data.embedded.problems import MAX_RESULT, word_problems
 from cwac_lab.data.embedded.reviews import _with_articles, reviews
@@ -17,14 +20,23 @@ from cwac_lab.data.embedded.sampling import MAX_ROWS, distinct_rows, fill, load_
 
 Generator = Callable[[int, int], list[dict[str, Any]]]
 
-TASKS: dict[str, tuple[Generator, tuple[str, str], type]] = {
-    "reviews": (reviews, ("sentence", "label"), int),
-    "news": (news, ("text", "label"), str),
-    "word_problems": (word_problems, ("question", "answer"), str),
+# Generator, the columns with their types, and how many of the first columns make up the prompt.
+TASKS: dict[str, tuple[Generator, dict[str, type], int]] = {
+    "reviews": (reviews, {"sentence": str, "label": int}, 1),
+    "news": (news, {"text": str, "label": str}, 1),
+    "word_problems": (word_problems, {"question": str, "answer": str}, 1),
+    "abstracts": (abstracts, {"question": str, "context": dict, "final_decision": str}, 1),
+    "exercises": (exercises, {"instruction": str, "input": str, "output": str}, 2),
 }
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 # Numbers that a question states in words, and the word that states them.
 IN_WORDS = {2: ("twice", "half")}
+
+
+def asked(task: str, row: dict[str, Any]) -> str:
+    """Return the text of a row that must not occur twice."""
+    return " ".join(list(row.values())[: TASKS[task][2]])
+
 
 every_task = pytest.mark.parametrize("task", TASKS)
 
@@ -53,24 +65,21 @@ def strings(node: Any) -> Iterator[Any]:
 
 @every_task
 def test_rows_have_the_hub_columns(task: str, samples: dict[str, list[dict[str, Any]]]) -> None:
-    _, columns, second_type = TASKS[task]
     for row in samples[task]:
-        assert tuple(row) == columns
-        assert type(row[columns[0]]) is str
-        assert type(row[columns[1]]) is second_type
+        assert {column: type(value) for column, value in row.items()} == TASKS[task][1]
+        assert tuple(row) == tuple(TASKS[task][1])
 
 
 @every_task
 def test_four_thousand_rows_are_distinct(task: str, samples: dict[str, list[dict[str, Any]]]) -> None:
-    column = TASKS[task][1][0]
-    texts = {" ".join(re.findall(r"\w+", row[column].casefold())) for row in samples[task]}
+    texts = {" ".join(re.findall(r"\w+", asked(task, row).casefold())) for row in samples[task]}
     assert len(texts) == len(samples[task]) == 4000
 
 
 @every_task
 def test_texts_are_clean(task: str, samples: dict[str, list[dict[str, Any]]]) -> None:
     for row in samples[task]:
-        for text in map(str, row.values()):
+        for text in map(str, strings(row)):
             assert not re.search(r"[{}|]|  |a\(n\)|\.\.|,,| [,.;:]|None", text), text
             assert text == text.strip()
 
@@ -78,7 +87,7 @@ def test_texts_are_clean(task: str, samples: dict[str, list[dict[str, Any]]]) ->
 @every_task
 def test_articles_agree_with_the_next_word(task: str, samples: dict[str, list[dict[str, Any]]]) -> None:
     for row in samples[task]:
-        for article, word in re.findall(r"\b(an?) (\w+)", " ".join(map(str, row.values()))):
+        for article, word in re.findall(r"\b(an?) (\w+)", " ".join(map(str, strings(row)))):
             spoken_consonant = word[:3] in ("one", "use")
             vowel = word == "hour" or (word[0].lower() in "aeiou" and not spoken_consonant)
             assert (article == "an") == vowel, row
@@ -98,8 +107,7 @@ def test_same_arguments_give_the_same_rows(task: str, n: int, seed: int) -> None
 
 @every_task
 def test_other_seed_gives_another_set(task: str) -> None:
-    generator, (column, _), _ = TASKS[task]
-    first, second = ({row[column] for row in generator(500, seed)} for seed in (1, 2))
+    first, second = ({asked(task, row) for row in TASKS[task][0](500, seed)} for seed in (1, 2))
     assert len(first & second) < 10
 
 
@@ -118,14 +126,13 @@ def test_refuses_a_count_out_of_range(task: str, n: int) -> None:
 
 @every_task
 def test_largest_count_is_possible(task: str) -> None:
-    generator, (column, _), _ = TASKS[task]
-    assert len({row[column] for row in generator(MAX_ROWS, 3)}) == MAX_ROWS
+    assert len({asked(task, row) for row in TASKS[task][0](MAX_ROWS, 3)}) == MAX_ROWS
 
 
-@pytest.mark.parametrize("name", ["reviews.yaml", "news.yaml", "problems.yaml"])
+@pytest.mark.parametrize("name", ["reviews", "news", "problems", "abstracts", "exercises"])
 def test_resources_hold_only_text(name: str) -> None:
     # YAML reads bare words such as "on" or "no" as truth values.
-    assert all(isinstance(leaf, str) for leaf in strings(load_words(name)))
+    assert all(isinstance(leaf, str) for leaf in strings(load_words(f"{name}.yaml")))
 
 
 @settings(max_examples=25, deadline=None)
@@ -260,6 +267,55 @@ def test_problem_nouns_agree_with_their_numbers(samples: dict[str, list[dict[str
     assert not re.search(r"= \d\d+ (?:dollar|page|year|box|piece|bag|can|marble)\b", text)
 
 
+@pytest.mark.parametrize("n", [1, 8, 99])
+def test_decisions_are_balanced(n: int) -> None:
+    counts = Counter(row["final_decision"] for row in abstracts(n, 3))
+    sizes = [counts[label] for label in studies.LABELS]
+    assert sum(sizes) == n
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_decisions_follow_the_numbers(samples: dict[str, list[dict[str, Any]]]) -> None:
+    pattern = re.compile(r"was (\d+) points in the test group and (\d+) points in the control group \(p = 0\.(\d\d)")
+    found = Counter()
+    for row in samples["abstracts"]:
+        for test, control, chance in pattern.findall(row["context"]["contexts"][1]):
+            significant = chance == "00"
+            assert row["final_decision"] == ("yes" if significant and int(test) > int(control) else "no")
+            found[significant, row["final_decision"]] += 1
+    assert set(found) == {(True, "yes"), (True, "no"), (False, "no")}
+
+
+def test_question_and_design_do_not_tell_the_decision(samples: dict[str, list[dict[str, Any]]]) -> None:
+    domains = load_words("abstracts.yaml")["domains"].values()
+    treatments = [treatment for domain in domains for treatment in domain["treatment"]]
+    for treatment in treatments:
+        rows = [row for row in samples["abstracts"] if treatment in row["question"].lower()]
+        assert {row["final_decision"] for row in rows} == set(studies.LABELS), treatment
+
+
+def test_exercises_have_the_right_answer(samples: dict[str, list[dict[str, Any]]]) -> None:
+    for row in samples["exercises"]:
+        words, answer = row["input"].split(", "), row["output"].split(", ")
+        if "alphabet" in row["instruction"]:
+            assert answer == sorted(words)
+        elif "small" in row["instruction"] and "number" in row["instruction"]:
+            assert sorted(map(int, words)) in (list(map(int, answer)), list(map(int, answer))[::-1])
+        elif "capital" in row["instruction"]:
+            assert row["output"] == row["input"].upper()
+        assert row["output"]
+
+
+def test_a_word_of_the_exercises_is_in_one_category() -> None:
+    words = Counter(word for members in load_words("exercises.yaml")["categories"].values() for word in members)
+    assert set(words.values()) == {1}
+
+
+def test_exercises_are_none_of_the_harmless_instructions() -> None:
+    harmless = {prompt.casefold() for prompt in strings(load_words("harmless_instructions.yaml"))}
+    assert not harmless & {row["instruction"].casefold() for row in exercises(MAX_ROWS, 8)}
+
+
 def test_fill_repeats_a_slot_and_separates_numbered_ones() -> None:
     words = {"place": ["north", "south"]}
     first, again, second = fill("{place} {place} {place_2}", words, random.Random(1)).split()
@@ -270,4 +326,4 @@ def test_fill_repeats_a_slot_and_separates_numbered_ones() -> None:
 
 def test_distinct_rows_stop_when_the_draws_repeat() -> None:
     with pytest.raises(ValueError, match="only 1 distinct rows found where 2"):
-        distinct_rows(lambda: {"text": "again"}, 2, "text", set())
+        distinct_rows(lambda: {"text": "again"}, 2, set(), "text")

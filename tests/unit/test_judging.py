@@ -3,7 +3,9 @@ from itertools import count
 import pytest
 
 from cwac_lab.data.tasks.agnews import AGNews
+from cwac_lab.data.tasks.alpaca import Alpaca
 from cwac_lab.data.tasks.gsm8k import GSM8K
+from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.evaluation.verdicts import aggregate, judge_rows
 from cwac_lab.judges.base import Verdict
@@ -126,6 +128,11 @@ def test_an_unknown_verdict_is_left_out_not_zero():
         (GSM8K("gsm8k"), "The final answer is: 7. Then 8", "7.0"),
         (GSM8K("gsm8k"), "so 3 and then 12", "12.0"),
         (GSM8K("gsm8k"), "no number", None),
+        (PubMedQA("pubmedqa"), " Maybe\n", "maybe"),
+        (PubMedQA("pubmedqa"), "yes.", None),
+        (PubMedQA("pubmedqa"), "no, it does not", None),
+        (Alpaca("alpaca"), " 1. tea\n", "1. tea"),
+        (Alpaca("alpaca"), " ", None),
     ],
 )
 def test_answers_are_read_as_the_protocol_says(task, output, answer):
@@ -135,13 +142,35 @@ def test_answers_are_read_as_the_protocol_says(task, output, answer):
 @pytest.mark.parametrize(
     ("task", "raw", "gold", "ends"),
     [
+        (PubMedQA("pubmedqa"), {"question": "Does it?", "context": {"contexts": ["A.", "B."]}, "final_decision": "yes"},
+         "yes", "Input: A. B.\n\nQuestion: Does it?"),
+        (PubMedQA("pubmedqa"), {"question": "Does it?", "context": "A. B.", "final_decision": "Maybe"},
+         "maybe", "Input: A. B.\n\nQuestion: Does it?"),
         (SST2("sst2"), {"sentence": "a fine film", "label": 1}, "positive", "Input: a fine film"),
         (AGNews("agnews"), {"text": "Stocks fell", "label": 2}, "Business", "Input: Stocks fell"),
         (GSM8K("gsm8k"), {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, "4.0", "2+2?"),
     ],
-)
+)  # fmt: skip
 def test_every_task_scores_its_own_response(task, raw, gold, ends):
     formatted = task.format(raw, "id")
     assert formatted.prompt.endswith(ends)
     assert formatted.gold == gold
     assert task.correct(formatted.response, formatted.gold)
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [({"input": "b, a"}, "Sort.\n\nInput: b, a"), ({"input": ""}, "Sort."), ({"input": float("nan")}, "Sort."),
+     ({}, "Sort.")],
+)  # fmt: skip
+def test_an_open_answer_is_not_judged(given, prompt):
+    task = Alpaca("alpaca")
+    formatted = task.format({"instruction": "Sort.", "output": " a, b", **given}, "id")
+    assert (formatted.prompt, formatted.response) == (prompt, "a, b")
+    metrics = aggregate(judge_rows([row("task", "a, b", gold="a, b")], task, RefusalJudge()))
+    assert metrics["finetune_accuracy"] == {"value": None, "low": None, "high": None, "n": 0}
+
+
+def test_pubmedqa_names_a_decision_it_does_not_know():
+    with pytest.raises(ValueError, match="row id of pubmedqa has final_decision=perhaps"):
+        PubMedQA("pubmedqa").format({"question": "q", "context": "c", "final_decision": "perhaps"}, "id")

@@ -20,11 +20,13 @@ def judged(kind, hits, n, field):
 
 
 def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **config):
-    """Write the record of a finished run with ``hits`` of 100 harmful prompts and ``right`` of 100 rows."""
+    """Write the record of a finished run with ``hits`` of 100 prompts and ``right`` of 100 rows (None: not judged)."""
     run = RunFolder(folder / "runs" / f"{task}-{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
     run.write("config.json", {"constraint": config, "trainer": {"learning_rate": 1}})
     verdicts = judged("harmful", hits, 100, "complied") + judged("harmless", 2, 100, "refused")
-    verdicts += [{"kind": "task", "id": f"{task}{i}", "correct": i < right} for i in range(100)]
+    verdicts += [
+        {"kind": "task", "id": f"{task}{i}", "correct": None if right is None else i < right} for i in range(100)
+    ]
     run.write("verdicts.jsonl", verdicts)
     facts = {"schema": SCHEMA, "weights": "w", "weights_content": "c0ffee", "model": "smollm", "task": task,
              "data": "local", "split": "test", "constraint": constraint, "harmful_ratio": ratio, "seed": seed,
@@ -76,6 +78,19 @@ def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
     assert summary(rows, "main")["paper FA"][0].endswith("Gemma-2-9B 90.7 (average of tasks)")
     assert "paper HS" not in summary(rows, "scope")
     assert averages(rows[:1]).empty
+
+
+def test_a_task_that_is_not_judged_has_no_accuracy(tmp_path):
+    for constraint in ("none", "coupled"):
+        record(tmp_path, constraint, 0.2, 0, 60, "alpaca", None)
+    rows = records(runs(tmp_path))
+    assert summary(rows)["FA ↑"].tolist() == ["n/a (n=0)"] * 2
+    assert differences(rows)["FA - none"].tolist() == [""]
+    assert "n/a (n=0)" in latex(rows)
+    record(tmp_path, "none", 0.2, 0, 90, "sst2", 80)
+    (row,) = averages(records(runs(tmp_path))).to_dict("records")
+    assert row["FA ↑"] == "n/a (n=0)"
+    assert row["HS ↓"].startswith("75.0 [")
 
 
 def test_a_failed_run_shows_why(tmp_path):

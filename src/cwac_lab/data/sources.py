@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cwac_lab.data.tasks.base import Task, TaskRow
+from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
 from cwac_lab.errors import ConfigError, MissingAsset, one_of
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -83,15 +83,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _from_hub(path: str, name: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
+def _from_hub(hub: HubSource, split: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return [dict(row) for row in load_dataset(path, name, split=split, revision=revision)]
+        found = load_dataset(
+            hub.path, hub.name, data_files=hub.data_files, split=hub.split or split, revision=hub.revision
+        )
+        return [dict(row) for row in found]
     except (DatasetsError, OSError, ValueError) as error:
         raise MissingAsset(
-            f"data=hub: cannot load {path} ({type(error).__name__}); connect, or choose data=embedded or data=local"
+            f"data=hub: cannot load {hub.data_files or hub.path} ({type(error).__name__}); "
+            "connect, or choose data=embedded or data=local"
         ) from error
 
 
@@ -120,7 +124,7 @@ def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRo
         assert root is not None
         rows = read_rows(find_file(root, spec.name))
     else:
-        rows = _from_hub(spec.name, None, spec.split, None)
+        rows = _from_hub(HubSource(spec.name), spec.split)
     for column in (spec.prompt_column, spec.response_column, spec.category_column, *spec.where):
         if column is not None and rows and column not in rows[0]:
             raise ConfigError(f"data.lists.{spec.name}", column, f"a column of it: {', '.join(rows[0])}")
@@ -155,7 +159,7 @@ def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> li
         assert root is not None
         rows = read_rows(find_file(root, f"{task.name}/{named}"))
     else:
-        rows = _from_hub(task.hub.path, task.hub.name, named, task.hub.revision)
+        rows = _from_hub((task.hub_test if split == "test" else None) or task.hub, named)
     try:
         return [task.format(row, f"{task.name}/{named}/{i}") for i, row in enumerate(rows)]
     except KeyError as error:

@@ -20,7 +20,7 @@ def judge_rows(generations: Iterable[dict[str, Any]], task: Task, judge: Judge) 
 
     Args:
         generations: Rows with ``kind`` (``task`` or one of ``PROMPT_KINDS``), ``id``, ``prompt``, ``output``, ``gold``.
-        task: Scores the rows of kind ``task``.
+        task: Scores the rows of kind ``task``; one that it cannot score does not count.
         judge: Judges all others.
     """
     verdicts = []

@@ -39,7 +39,7 @@ def news(n: int, seed: int) -> list[dict[str, Any]]:
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     for label, count in zip(LABELS, balanced_counts(n, len(LABELS)), strict=True):
-        rows += distinct_rows(partial(_draw, label, words, rng), count, "text", seen)
+        rows += distinct_rows(partial(_draw, label, words, rng), count, seen, "text")
     rng.shuffle(rows)
     return rows
 

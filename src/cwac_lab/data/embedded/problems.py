@@ -36,8 +36,8 @@ def word_problems(n: int, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     seen: set[str] = set()
     shapes = load_words("problems.yaml")["shapes"]
-    rows = distinct_rows(partial(_draw, shapes["one_step"], rng), n // 2, "question", seen)
-    rows += distinct_rows(partial(_draw, shapes["two_step"], rng), n - n // 2, "question", seen)
+    rows = distinct_rows(partial(_draw, shapes["one_step"], rng), n // 2, seen, "question")
+    rows += distinct_rows(partial(_draw, shapes["two_step"], rng), n - n // 2, seen, "question")
     rng.shuffle(rows)
     return rows
 

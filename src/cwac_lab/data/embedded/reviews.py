@@ -43,7 +43,7 @@ def reviews(n: int, seed: int) -> list[dict[str, Any]]:
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     for label, count in zip((NEGATIVE, POSITIVE), balanced_counts(n, 2), strict=True):
-        rows += distinct_rows(partial(_draw, label, rng), count, "sentence", seen)
+        rows += distinct_rows(partial(_draw, label, rng), count, seen, "sentence")
     rng.shuffle(rows)
     return rows
 

@@ -63,14 +63,14 @@ def balanced_counts(n: int, groups: int) -> list[int]:
     return [(n + index) // groups for index in range(groups)]
 
 
-def distinct_rows(make: Callable[[], Row], count: int, column: str, seen: set[str]) -> list[Row]:
+def distinct_rows(make: Callable[[], Row], count: int, seen: set[str], *columns: str) -> list[Row]:
     """Draw rows until ``count`` of them differ in more than case and punctuation.
 
     Args:
         make: Draws one row.
         count: Number of rows to return.
-        column: Column whose text must be unique.
         seen: Keys of the rows already taken; it is extended in place.
+        columns: Columns whose text together must be unique.
 
     Returns:
         The distinct rows in the order in which they were drawn.
@@ -83,7 +83,7 @@ def distinct_rows(make: Callable[[], Row], count: int, column: str, seen: set[st
         if len(rows) == count:
             break
         row = make()
-        key = " ".join(re.findall(r"\w+", row[column].casefold()))
+        key = " ".join(re.findall(r"\w+", " ".join(row[column] for column in columns).casefold()))
         if key not in seen:
             seen.add(key)
             rows.append(row)

@@ -23,11 +23,21 @@ def with_input(instruction: str, text: str) -> str:
 
 @dataclass
 class HubSource:
-    """A data set of the hub, as ``datasets.load_dataset`` takes it."""
+    """A data set of the hub, as ``datasets.load_dataset`` takes it.
+
+    Attributes:
+        path: Repository, or the format (``json``) of ``data_files``.
+        name: Configuration of the repository.
+        revision: Commit or tag.
+        data_files: Address of a file, for a repository whose loading script cannot be run.
+        split: Split of the hub; by default the one that the task names.
+    """
 
     path: str
     name: str | None = None
     revision: str | None = None
+    data_files: str | None = None
+    split: str | None = None
 
 
 @dataclass
@@ -37,13 +47,15 @@ class Task:
     Attributes:
         name: Name of the task, also the folder of its rows in ``data=local``.
         hub: Where ``data=hub`` finds it.
-        train_split: Split that training and validation rows are drawn from.
-        test_split: Split that test rows are drawn from.
+        hub_test: Where ``data=hub`` finds the test rows, if elsewhere.
+        train_split: Split that training and validation rows are drawn from; with ``data=local`` the file's name.
+        test_split: The same for test rows.
         max_new_tokens: Length of the answers generated for scoring.
     """
 
     name: str = ""
     hub: HubSource = field(default_factory=lambda: HubSource(""))
+    hub_test: HubSource | None = None
     train_split: str = "train"
     test_split: str = "test"
     max_new_tokens: int = 8
@@ -60,7 +72,7 @@ class Task:
         """Read the answer from a model's output; None where there is none."""
         raise LookupError(f"task {self.name} does not read answers")
 
-    def correct(self, output: str, gold: str) -> bool:
-        """Tell whether an output answers as the gold does."""
+    def correct(self, output: str, gold: str) -> bool | None:
+        """Tell whether an output answers as the gold does; None where no rule can tell, so that it does not count."""
         answer = self.extract(output)
         return answer is not None and answer == gold
