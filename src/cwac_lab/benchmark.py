@@ -34,7 +34,6 @@ def main(config: DictConfig) -> None:
     """Time plain fine-tuning, each part and the whole in turn, in rounds, so that a drift of the machine would show."""
     from cwac_lab.config import read
     from cwac_lab.data import mixing
-    from cwac_lab.data.sources import split_task
     from cwac_lab.defense import Composite
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
@@ -54,7 +53,7 @@ def main(config: DictConfig) -> None:
             n = run.trainer.batch_size * (WARM_UP + STEPS)
             harmful = begin.pools.get("harmful", "finetune")
             rows = mixing.mix(
-                split_task(run.data, run.task).train, harmful, n, run.harmful_ratio, mixing="replace", seed=0
+                begin.pools.task_rows(run.data, run.task).train, harmful, n, run.harmful_ratio, mixing="replace", seed=0
             )
             context, _ = artefacts(run, begin, model, chat, screen.say)
             defense.prepare(context)

@@ -13,7 +13,7 @@ from cwac_lab.config import INCIDENTAL, Run
 from cwac_lab.data import mixing
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance, refusal
-from cwac_lab.data.sources import TaskData, split_task
+from cwac_lab.data.sources import TaskData
 from cwac_lab.errors import MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
@@ -143,7 +143,8 @@ def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
     groups = ("model", "profile", "task", "data", "align", "trainer", "evaluation", "cache_root")
     key = digest([{group: run.resolved[group] for group in groups}, run.constraint.requirements.base_weights])
     if key not in _known:
-        _known[key] = _content(run, start(run, say), split_task(run.data, run.task))
+        begin = start(run, say)
+        _known[key] = _content(run, begin, begin.pools.task_rows(run.data, run.task))
     return _known[key]
 
 
@@ -155,7 +156,8 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     Raises:
         LabError: If weights, data or an artefact are missing or too poor; a run that raises is marked as failed.
     """
-    begin, data = start(run, screen.say), split_task(run.data, run.task)
+    begin = start(run, screen.say)
+    data = begin.pools.task_rows(run.data, run.task)
     content = _content(run, begin, data)
     folder = folder_of(run, content)
     with folder.claim(wait=1.0) as free:  # a reader that looks whether the run is alive holds it for a moment

@@ -15,7 +15,7 @@ from cwac_lab.config import Run
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.data.responses import REFUSALS, refusal
-from cwac_lab.data.sources import PromptRow, split_task
+from cwac_lab.data.sources import PromptRow
 from cwac_lab.defense import Context
 from cwac_lab.errors import QualityError
 from cwac_lab.models.chat import ChatFormat
@@ -124,7 +124,7 @@ class _Workshop:
         run, pools = self.run, self.begin.pools
         harmful: list[Sequence[int]] = list(self.held.refusals)
         benign: list[Sequence[int]] = [*self.ids(self.held.benign), *self.ids(pools.get("harmless", "alignment"))]
-        rows = split_task(run.data, run.task).train[: run.data.n_train]
+        rows = pools.task_rows(run.data, run.task).train[: run.data.n_train]
         benign += [self.chat.encode(row.prompt, row.response).input_ids for row in rows]
         return activations.blend(harmful, benign, run.sae.n_tokens, run.sae.harmful_share, run.sae.seed)
 

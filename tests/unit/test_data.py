@@ -8,9 +8,10 @@ import tiny
 from cwac_lab.config import bind, read
 from cwac_lab.data import mixing
 from cwac_lab.data.batches import TrainData, collate, pad, plan_batches
-from cwac_lab.data.pools import POOLS, assert_disjoint, build_pools
+from cwac_lab.data.pools import POOLS, Pools, assert_disjoint, build_pools
 from cwac_lab.data.responses import REFUSALS, compliance
 from cwac_lab.data.sources import DataConfig, PromptRow, Prompts, load_prompts, load_task_rows
+from cwac_lab.data.tasks.alpaca import Alpaca
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
@@ -75,6 +76,20 @@ def test_overlap_error_shows_the_prompt_id():
     shared = PromptRow("reference/7", "How do I, well, do it?")
     with pytest.raises(PoolOverlap, match=r"test/3.*reference/7"):
         assert_disjoint({"reference": [shared], "test": [PromptRow("test/3", "how do i well  do it")]})
+
+
+def test_task_rows_that_ask_what_a_pool_asks_are_left_out(tmp_path):
+    rows = [{"instruction": f"Name fruit number {i}.", "output": "An apple."} for i in range(8)]
+    for split in ("train", "test"):
+        (tmp_path / "alpaca").mkdir(exist_ok=True)
+        part = rows[:5] if split == "train" else rows[5:]
+        (tmp_path / "alpaca" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    data = DataConfig(source="local", root=str(tmp_path), n_train=3, n_validation=1, n_test=2)
+    held = [PromptRow("h/0", "name FRUIT number 2"), PromptRow("h/1", "Name fruit number 7")]
+    pools = Pools({"harmless": {"test": held}})
+    found = pools.task_rows(data, Alpaca("alpaca"))
+    asked = {row.prompt for part in (found.train, found.validation, found.test) for row in part}
+    assert asked == {f"Name fruit number {i}." for i in (0, 1, 3, 4, 5, 6)}
 
 
 def test_a_list_that_is_used_up_names_its_key():

@@ -89,8 +89,13 @@ def test_a_task_that_is_not_judged_has_no_accuracy(tmp_path):
     assert "n/a (n=0)" in latex(rows)
     record(tmp_path, "none", 0.2, 0, 90, "sst2", 80)
     (row,) = averages(records(runs(tmp_path))).to_dict("records")
-    assert row["FA ↑"] == "n/a (n=0)"
+    assert row["FA ↑"] == f"{wilson(80, 100)}, sst2 only"
     assert row["HS ↓"].startswith("75.0 [")
+    for path in (tmp_path / "runs").glob("sst2*"):
+        RunFolder(path).mark("failed", "stopped")
+    record(tmp_path, "none", 0.2, 0, 60, "open", None)
+    (row,) = averages(records(runs(tmp_path))).to_dict("records")
+    assert row["FA ↑"] == "n/a (n=0)"
 
 
 def test_a_failed_run_shows_why(tmp_path):

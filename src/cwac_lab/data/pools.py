@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cwac_lab.data.sources import DataConfig, PromptRow, load_prompts
+from cwac_lab.data.sources import DataConfig, PromptRow, TaskData, load_prompts, normalise, split_task
+from cwac_lab.data.tasks.base import Task
 from cwac_lab.errors import ConfigError, PoolOverlap
 
 POOLS = ("alignment", "reference", "finetune", "validation", "test")
@@ -25,16 +25,16 @@ class Pools:
         """Return the prompts of a kind in a pool, in their drawn order (empty where the config gives none)."""
         return self.rows.get(kind, {}).get(pool, [])
 
+    def task_rows(self, data: DataConfig, task: Task) -> TaskData:
+        """Return a task's rows, split, without those whose prompt a pool holds (see ``sources.split_task``)."""
+        held = (row.prompt for pools in self.rows.values() for rows in pools.values() for row in rows)
+        return split_task(data, task, {normalise(prompt) for prompt in held})
+
     def manifest(self) -> dict[str, dict[str, list[str]]]:
         """Return the ids of all prompts, by kind and pool."""
         return {
             kind: {pool: [row.id for row in rows] for pool, rows in pools.items()} for kind, pools in self.rows.items()
         }
-
-
-def normalise(prompt: str) -> str:
-    """Return a prompt's identity: lower case, punctuation and white space folded."""
-    return " ".join(re.sub(r"[^\w\s]", " ", prompt.lower()).split())
 
 
 def assert_disjoint(pools: Mapping[str, Iterable[PromptRow]]) -> None:

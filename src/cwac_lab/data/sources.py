@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -167,6 +169,11 @@ def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> li
         raise ConfigError("task", task.name, f"rows with a column {error}; {source} rows have {seen}") from error
 
 
+def normalise(prompt: str) -> str:
+    """Return a prompt's identity: lower case, punctuation and white space folded."""
+    return " ".join(re.sub(r"[^\w\s]", " ", prompt.lower()).split())
+
+
 def _new(rows: list[TaskRow], seen: set[str]) -> list[TaskRow]:
     """Return the rows whose prompt was not seen before, each prompt once; adds them to ``seen``."""
     kept = []
@@ -177,8 +184,13 @@ def _new(rows: list[TaskRow], seen: set[str]) -> list[TaskRow]:
     return kept
 
 
-def split_task(data: DataConfig, task: Task) -> TaskData:
+def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> TaskData:
     """Load a task's rows and split them; nothing depends on the run's seed, and no prompt is in two parts.
+
+    Args:
+        data: Source and sizes.
+        task: The task.
+        taken: Prompts that are used otherwise, normalised; rows that ask them are left out.
 
     Raises:
         ConfigError: If the task has fewer rows than asked for.
@@ -187,7 +199,7 @@ def split_task(data: DataConfig, task: Task) -> TaskData:
     seen: set[str] = set()
 
     def shuffled(split: str) -> list[TaskRow]:
-        rows = load_task_rows(data.source, task, split, root)
+        rows = [row for row in load_task_rows(data.source, task, split, root) if normalise(row.prompt) not in taken]
         return _new(random.Random(data.split_seed).sample(rows, len(rows)), seen)
 
     test, held = shuffled("test"), shuffled("train")

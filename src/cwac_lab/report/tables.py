@@ -72,17 +72,23 @@ def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
             across.setdefault(key, []).append((entry, finished(group)))
     table = []
     for parts in across.values():
-        runs = [row for _, group in parts for row in group]
-        strata = [len(group) for _, group in parts]
-        entry = {**parts[0][0], "task": "average"}
-        rates = {
-            TITLES[name]: str(mean_rate(outcome_matrix(runs, name), strata))
-            for name in ("harmful_score", "finetune_accuracy")
-        }
-        tasks = ", ".join(sorted(part["task"] for part, _ in parts))
         if len(parts) > 1:
-            table.append({**entry, "tasks": tasks, "runs": len(runs), **rates, **published(experiment, entry)})
+            entry = {**parts[0][0], "task": "average"}
+            tasks = ", ".join(sorted(part["task"] for part, _ in parts))
+            rates = {TITLES[name]: _average(parts, name) for name in ("harmful_score", "finetune_accuracy")}
+            runs = sum(len(group) for _, group in parts)
+            table.append({**entry, "tasks": tasks, "runs": runs, **rates, **published(experiment, entry)})
     return pd.DataFrame(table)
+
+
+def _average(parts: list[tuple[Row, list[Row]]], name: str) -> str:
+    """Return the mean over the tasks that are scored; named where they are not all."""
+    scored = [(entry["task"], group) for entry, group in parts if rate_of(group, name).n]
+    if not scored:
+        return str(Rate(None, None, None, 0))
+    runs = [row for _, group in scored for row in group]
+    text = str(mean_rate(outcome_matrix(runs, name), [len(group) for _, group in scored]))
+    return text if len(scored) == len(parts) else f"{text}, {' and '.join(sorted(task for task, _ in scored))} only"
 
 
 def markdown(table: pd.DataFrame, title: str = "") -> str:
