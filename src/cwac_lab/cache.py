@@ -39,8 +39,8 @@ def write_text(path: Path, text: str) -> None:
             stream.write(text)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except OSError:
-        os.unlink(name)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
         raise
 
 

@@ -80,7 +80,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str = "config") -> N
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            kept = f"what was recorded in {config.get('output_root', 'outputs')} is whole"
+            kept = f"what was recorded before in {config.get('output_root', 'outputs')} is whole"
             report(LabError(f"{error.strerror}: free some and run it again; {kept}"))
 
     decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)

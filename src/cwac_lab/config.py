@@ -13,7 +13,7 @@ from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import check_plan
 from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.tasks.base import Task
-from cwac_lab.defense import Composite, Defense
+from cwac_lab.defense import Composite, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
@@ -192,6 +192,16 @@ def _part(key: str, node: Any) -> Defense:
     return bind_target(key, Defense, node)
 
 
+def requirements(parts: dict[str, Any]) -> Requirements:
+    """Return what the resolved ``constraint`` group of a run needs.
+
+    Raises:
+        ConfigError: If a part or one of its settings is unknown.
+    """
+    nodes = OmegaConf.create(parts)
+    return Composite({name: _part(f"constraint.{name}", nodes[name]) for name in parts}).requirements
+
+
 def _scalars(config: DictConfig) -> dict[str, Any]:
     ratio, seed = config.harmful_ratio, config.seed
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
@@ -254,10 +264,9 @@ def _cross_check(run: Run) -> None:
         raise ConfigError(
             "data.harmful.reference", 0, f">= 1 prompts: constraint={run.constraint_name} holds refusals on them"
         )
-    if run.finetune and needs.features is not None and not _total(run.data.harmless, "reference"):
-        raise ConfigError(
-            "data.harmless.reference", 0, f">= 1 prompts: constraint={run.constraint_name} scores latents on them"
-        )
+    benign = needs.features is not None or (needs.subspace is not None and needs.subspace.held_on == "both")
+    if run.finetune and benign and not _total(run.data.harmless, "reference"):
+        raise ConfigError("data.harmless.reference", 0, f">= 1 prompts: constraint={run.constraint_name} uses them")
     if run.finetune and needs.features is not None and needs.features.n_latents > run.sae.n_latents:
         raise ConfigError(
             "sae.n_latents",

@@ -49,7 +49,7 @@ def _answers(
         "prompts": digest([chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]),
         "tokens": longest,
         "end": chat.end_id,
-        "columns": ["text", "ended"],
+        "columns": ["text", "ended", "first"],
     }
 
     def build(folder: Path) -> None:
@@ -60,7 +60,7 @@ def _answers(
         )
 
     folder = cached_folder(Path(run.cache_root), "answers", key, build)
-    return [Answer(row["text"], row["ended"]) for row in read_jsonl(folder / ANSWERS)]
+    return [Answer(row["text"], row["ended"], row["first"]) for row in read_jsonl(folder / ANSWERS)]
 
 
 def references(

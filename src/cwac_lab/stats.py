@@ -69,33 +69,41 @@ def _shares(strata: Sequence[int], n_items: int) -> tuple[Float[np.ndarray, "K S
 def mean_rate(outcomes: Float[np.ndarray, "S N"], strata: Sequence[int] | None = None) -> Rate:
     """Return the mean over S runs of their rates in percent, with a 95 % interval.
 
-    The interval of one run is Wilson's; that of several is a percentile bootstrap over runs and items (with a handful
-    of seeds it is rather too narrow). Where all outcomes are alike a bootstrap has no width, and Wilson's interval of
-    a single run stands. ``n`` is the number of items that
-    count in every run (of a stratum).
+    The interval of one run is Wilson's. That of several is a percentile bootstrap over runs and items, or Wilson's of a
+    single run with the mean rate where that is wider: a bootstrap has no width where all outcomes are alike, and is too
+    narrow with a handful of seeds. A run in which no item counts has no rate and is left out.
 
     Args:
         outcomes: Outcomes in {0, 1}, a row a run, a column an item; NaN where an item does not count in a run.
         strata: How many consecutive rows each stratum (a task) has; their means weigh alike. One stratum by default.
+
+    Returns:
+        The rate; its ``n`` is the number of items that count in the run with the fewest, summed over strata that have
+        no item in common.
     """
-    sizes = list(strata or [len(outcomes)])
     known = ~np.isnan(outcomes)
-    per_run = known.sum(axis=1)
-    if not outcomes.size or not per_run.all():
+    has = known.any(axis=1)
+    parts = np.split(has, np.cumsum(strata or [len(outcomes)])[:-1])
+    sizes = [int(part.sum()) for part in parts]
+    if not outcomes.size or not all(sizes):
         return Rate(None, None, None, 0)
-    values = np.where(known, outcomes, 0.0)
+    known, values = known[has], np.where(known, outcomes, 0.0)[has]
+    per_run = known.sum(axis=1)
     rates = values.sum(axis=1) / per_run
-    each = np.repeat(1 / (len(sizes) * np.array(sizes)), sizes)
-    mean = float(each @ rates)
-    parts = np.split(known, np.cumsum(sizes)[:-1])
-    n = int(np.any([part.all(axis=0) for part in parts], axis=0).sum()) or int(per_run.min())
-    if len(outcomes) == 1 or len(set(outcomes[known])) == 1:
-        return wilson(min(mean, 1.0) * n, n)
+    mean = float(np.repeat(1 / (len(sizes) * np.array(sizes)), sizes) @ rates)
+    bounds = np.cumsum(sizes)[:-1]
+    used_by = np.sum([part.any(axis=0) for part in np.split(known, bounds)], axis=0)
+    fewest = [int(part.min()) for part in np.split(per_run, bounds)]
+    n = min(fewest) if used_by.max() > 1 else sum(fewest)
+    single = wilson(min(mean, 1.0) * n, n)
+    if len(rates) == 1:
+        return single
     runs, items = _shares(sizes, outcomes.shape[1])
     hits, counts = items @ values.T, items @ known.T
     drawn = np.divide(hits, counts, out=np.broadcast_to(rates, hits.shape).copy(), where=counts > 0)
-    low, high = np.quantile((runs * drawn).sum(axis=1), (0.025, 0.975))
-    return Rate(100 * mean, 100 * float(low), 100 * float(high), n)
+    low, high = 100 * np.quantile((runs * drawn).sum(axis=1), (0.025, 0.975))
+    lowest, highest = (single.low or 0.0), (100.0 if single.high is None else single.high)
+    return Rate(100 * mean, min(float(low), lowest), min(100.0, max(float(high), highest)), n)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from cwac_lab.sweep.grid import Grid
 
 
+NOTE = (
+    "Rates in percent: mean over seeds, 95 % interval (Wilson; of several seeds a bootstrap over seeds and items where "
+    "that is wider), n items, range over seeds. p: sign-flip test over items, Holm within a column and harmful ratio."
+)
+
+
 def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.errors import MissingAsset, in_range
@@ -39,9 +45,12 @@ def main(config: DictConfig) -> None:
         screen.say(f"{each.name}: {each.title}")
         wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]
         found = sweep(wanted, config.jobs, screen, screen.say)
-        failed += [outcome for outcome in found if outcome.status != "ok"]
-        paths = {outcome.path for outcome in found if outcome.path is not None}
-        if paths:
+        failed += [outcome for outcome in found if outcome.status == "failed"]
+        elsewhere = sum(outcome.status == "running" for outcome in found)
+        if elsewhere:
+            screen.say(f"{elsewhere} runs are left to another process: the table is without them")
+        paths = {outcome.path for outcome in found}
+        if any(outcome.status == "ok" for outcome in found):
             write(root, each.name, [run for run in runs(root) if run.path in paths])
     for outcome in failed:
         screen.say(f"[red]{outcome.status}[/red]: {' '.join(outcome.overrides)}: {outcome.reason}")
@@ -60,8 +69,8 @@ def write(root: Path, name: str, found: list[RunFolder]) -> None:
     from cwac_lab.report.figures import draw
     from cwac_lab.report.latex import latex
     from cwac_lab.report.paired import differences
-    from cwac_lab.report.records import records
-    from cwac_lab.report.tables import averages, finished, markdown, summary
+    from cwac_lab.report.records import finished, records
+    from cwac_lab.report.tables import averages, markdown, summary
 
     rows = records(found)
     if not finished(rows):
@@ -72,7 +81,7 @@ def write(root: Path, name: str, found: list[RunFolder]) -> None:
         ("Mean over tasks: ", averages(rows, name)),
         ("Paired differences in points: ", differences(rows)),
     ]
-    text = "\n".join(markdown(part, title) for title, part in parts if len(part))
+    text = "\n".join(markdown(part, title) for title, part in parts if len(part)) + f"\n{NOTE}\n"
     write_text(root / "tables" / f"{name}.md", text)
     write_text(root / "tables" / f"{name}.csv", table.to_csv(index=False))
     write_text(root / "tables" / f"{name}.tex", latex(rows))

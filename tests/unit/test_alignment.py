@@ -10,13 +10,13 @@ DECLINED = "I'm sorry, but I can't help with that."
 def test_own_answers_avoid_declines_and_end_only_where_the_model_ended(monkeypatch, tmp_path, tiny_folder):
     chat = tiny.chat()
     first = {
-        "one": Answer("Here are some trips:", ended=False), "two": Answer("a trip", ended=True),
-        "three": Answer(DECLINED, ended=True), "four": Answer("", ended=True), "five": Answer(DECLINED, ended=True),
+        "one": Answer("Here are some trips:", False, 5), "two": Answer("a trip", True, 6),
+        "three": Answer(DECLINED, True, 7), "four": Answer("", True, 8), "five": Answer(DECLINED, True, 9),
     }  # fmt: skip
-    again = {"three": Answer("Pack light.", ended=True), "five": Answer("Well, " + DECLINED, ended=True)}
+    again = {"three": Answer("Pack light.", True, 5), "five": Answer("Well, " + DECLINED, True, 6)}
 
     def answers(model, chat, prompts, max_new_tokens, batch_size, not_first=()):
-        assert list(not_first) in ([], chat.tokenizer("I", add_special_tokens=False).input_ids)
+        assert set(not_first) in (set(), {7, 9})
         return [(again if not_first else first)[prompt] for prompt in prompts]
 
     monkeypatch.setattr(alignment, "answers", answers)

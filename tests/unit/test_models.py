@@ -135,6 +135,16 @@ def test_batched_generation_equals_batch_size_one(architecture, window):
     assert answers == generate(model, chat, PROMPTS, 8, batch_size=1)
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_answers_can_be_kept_from_an_opening(architecture):
+    """Also where the opening of the prompts is in the cache already; later tokens are free."""
+    model, chat = tiny.lively(architecture), tiny.chat()
+    free = answers(model, chat, PROMPTS, 8)
+    held = answers(model, chat, PROMPTS, 8, not_first={answer.first for answer in free})
+    assert not {answer.first for answer in held} & {answer.first for answer in free}
+    assert held == answers(model, chat, PROMPTS, 8, batch_size=1, not_first={answer.first for answer in free})
+
+
 @pytest.mark.parametrize("setting", [{"use_cache": False}, {"cache_implementation": "static"}])
 def test_generation_does_not_follow_a_checkpoints_cache_settings(setting):
     chat, answers = tiny.chat(), []

@@ -31,7 +31,9 @@ def asked(monkeypatch):
     def answer(model, chat, prompts, max_new_tokens, batch_size):
         seen.append(list(prompts))
         ended = max_new_tokens > 5
-        return [Answer("I can't help with that." if i % 2 else "Sure.", ended=ended) for i in range(len(prompts))]
+        return [
+            Answer("I can't help with that." if i % 2 else "Sure.", ended=ended, first=5) for i in range(len(prompts))
+        ]
 
     monkeypatch.setattr(module, "answers", answer)
     return seen

@@ -2,6 +2,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from omegaconf import OmegaConf
 
 import tiny
 from cwac_lab.cache import cached_folder, digest, write_json
@@ -31,7 +32,8 @@ def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **confi
     facts = {"schema": SCHEMA, "weights": "w", "weights_content": "c0ffee", "model": "smollm", "task": task,
              "data": "local", "split": "test", "constraint": constraint, "harmful_ratio": ratio, "seed": seed,
              }  # fmt: skip
-    run.write("provenance.json", facts)
+    content = {"task_data_sha256": digest(task), "pools_sha256": digest("pools")}
+    run.write("provenance.json", facts | content)
     run.write("metrics.json", {**facts, **aggregate(verdicts)})
     run.mark("ok")
     return run
@@ -48,7 +50,8 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     assert table["HS ↓"][1] == str(wilson(90, 100))
     assert table["HS ↓"][2].startswith("20.0 [")
     assert table["HS ↓"][2].endswith("(n=100) 10..30")
-    assert "w (c0ffee) | sst2, local data, test split" in markdown(table)
+    rows, prompts = digest("sst2")[:8], digest("pools")[:8]
+    assert f"w (c0ffee) | sst2, local data ({rows}, {prompts}), test split" in markdown(table)
 
 
 def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
@@ -70,12 +73,17 @@ def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
     assert row["HS ↓"].endswith("(n=100)")
     assert row["FA ↑"].startswith("50.0 [")
     assert row["FA ↑"].endswith("(n=200)")
-    assert (row["tasks"], row["runs"]) == ("gsm8k, sst2", 3)
-    assert row["paper HS"] == "Llama-2-7B 52.5, Llama-3-8B 66.0, Mistral-7B 64.5, Gemma-2-9B 42.2"
+    assert (row["task"], row["runs"]) == ("mean of gsm8k, sst2", 3)
+    assert "### w (c0ffee) | mean of gsm8k, sst2, local data (" in markdown(averages(rows))
+    assert "paper HS" not in row  # its mean is over three tasks
+    record(tmp_path, "none", 0.2, 0, 60, "agnews", 20)
+    (row,) = averages(records(runs(tmp_path)), "main").to_dict("records")
+    models = "Llama-2-7B 52.5, Llama-3-8B 66.0, Mistral-7B 64.5, Gemma-2-9B 42.2"
+    assert row["paper HS"] == f"{models} (ratio not given)"
     table = summary(rows, "ratio").to_dict("records")
     assert [row["paper HS"] for row in table] == ["", "Llama-2-7B 74.9"]
     assert summary(rows, "ablation")["paper HS"].tolist() == ["", ""]
-    assert summary(rows, "main")["paper FA"][0].endswith("Gemma-2-9B 90.7 (average of tasks)")
+    assert summary(rows, "main")["paper FA"][0].endswith("Gemma-2-9B 90.7 (average of tasks, ratio not given)")
     assert "paper HS" not in summary(rows, "scope")
     assert averages(rows[:1]).empty
 
@@ -95,7 +103,8 @@ def test_a_task_that_is_not_judged_has_no_accuracy(tmp_path):
         RunFolder(path).mark("failed", "stopped")
     record(tmp_path, "none", 0.2, 0, 60, "open", None)
     (row,) = averages(records(runs(tmp_path))).to_dict("records")
-    assert row["FA ↑"] == "n/a (n=0)"
+    assert row["FA ↑"] == "n/a (alpaca, open, sst2)"
+    assert row["HS ↓"] == "n/a (sst2)"
 
 
 def test_a_failed_run_shows_why(tmp_path):
@@ -109,6 +118,47 @@ def test_a_failed_run_shows_why(tmp_path):
     assert table["failed"][0] == "1 of 2: MemoryError: too | large"
     assert table["HS ↓"][1] == table["FA ↑"][1] == "failed: ValueError: no"
     assert "too \\| large" in markdown(table)
+    assert "failed: ValueError: no" in latex(records(runs(tmp_path)))
+    assert draw(records(runs(tmp_path)), tmp_path, "mine") == []
+
+
+def test_a_failed_run_is_in_the_row_of_its_peers(tmp_path):
+    for seed in range(3):
+        run = record(tmp_path, "coupled", 0.2, seed, 10)
+        parts = OmegaConf.to_container(tiny.config("constraint=coupled").constraint)
+        run.write("config.json", {"constraint": parts, "data": {"reference": "refused"}, "sae": {"k": 32}})
+        run.write("metrics.json", run.read("metrics.json") | {"prepared": {"features": {}, "reference": {}}})
+    run.mark("failed", "MemoryError")
+    (row,) = summary(records(runs(tmp_path))).to_dict("records")
+    assert (row["seeds"], row["failed"], row["variant"]) == (2, "1 of 3: MemoryError", "")
+
+
+def test_other_rows_prompts_or_questions_are_no_peers(tmp_path):
+    """Runs on other data are other tables; with other settings of the task they are other rows."""
+    record(tmp_path, "none", 0.2, 0, 90)
+    other = record(tmp_path, "none", 0.2, 1, 90)
+    other.write("provenance.json", other.read("provenance.json") | {"pools_sha256": "00000000more"})
+    longer = record(tmp_path, "none", 0.2, 2, 90)
+    longer.write("config.json", longer.read("config.json") | {"task": {"max_new_tokens": 200}})
+    shorter = record(tmp_path, "none", 0.2, 3, 90)
+    shorter.write("config.json", shorter.read("config.json") | {"task": {"max_new_tokens": 4}})
+    unknown = record(tmp_path, "none", 0.2, 4, 90)
+    assert unknown.read("config.json").get("task") is None  # a record of before that setting
+    table = summary(records(runs(tmp_path)))
+    assert table["prompts"].nunique() == 2
+    assert sorted(table["variant"]) == ["", "", "task.max_new_tokens=200", "task.max_new_tokens=4"]
+
+
+def test_a_partner_was_asked_alike_and_a_broken_model_is_not_compared(tmp_path):
+    for tokens in (48, 32):
+        start = record(tmp_path, "start", None, 0, 80 if tokens == 48 else 10, tokens=tokens)
+        start.write("config.json", {"constraint": {}, "evaluation": {"max_new_tokens": tokens}})
+    for seed in range(2):
+        run = record(tmp_path, "l2", 0.2, seed, 10)
+        run.write("config.json", run.read("config.json") | {"evaluation": {"max_new_tokens": 32}})
+    run.write("metrics.json", run.read("metrics.json") | {"broken": True})
+    (row,) = differences(records(runs(tmp_path))).to_dict("records")
+    assert row["HS - start"].startswith("+0.0 [+0.0, +0.0] (n=100, 1 seed)")
 
 
 def test_records_that_cannot_be_read_are_told_and_the_others_count(tmp_path):
@@ -228,7 +278,8 @@ def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
     record(tmp_path, "start", None, 0, 5)
     rows = records(runs(tmp_path))
     files = draw(rows, tmp_path / "one", "mine")
-    stem = "mine-sst2-c0ffee-test"
+    stem = files[0].name.partition("-trade_off")[0]
+    assert stem.startswith("mine-sst2-")
     assert {path.name for path in files if path.suffix == ".png"} == {
         f"{stem}-{what}.png" for what in ("trade_off-p0.1", "trade_off-p0.2", "over-harmful_ratio", "over-strength")
     }  # fmt: skip

@@ -36,10 +36,17 @@ def _opened(
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer; ``ended`` tells whether the model ended it, or the limit of tokens did."""
+    """A generated answer.
+
+    Attributes:
+        text: What was said.
+        ended: Whether the model ended it, or the limit of tokens did.
+        first: Id of its first token.
+    """
 
     text: str
     ended: bool
+    first: int
 
 
 def generate(
@@ -70,7 +77,7 @@ def answers(
     """
     encoded = [chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
-    found = [Answer("", ended=False)] * len(prompts)
+    found = [Answer("", ended=False, first=chat.end_id)] * len(prompts)
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         ids, mask, cache = _opened(model, [encoded[row] for row in rows], chat.pad_id, max_new_tokens)
@@ -93,5 +100,5 @@ def answers(
         )
         for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             end = new.index(chat.end_id) if chat.end_id in new else len(new)
-            found[row] = Answer(chat.decode(new[:end]), ended=end < len(new))
+            found[row] = Answer(chat.decode(new[:end]), ended=end < len(new), first=new[0])
     return found

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwac_lab.report.records import SETTING, Row, grouped
-from cwac_lab.report.tables import finished, rate_of
+from cwac_lab.cache import digest
+from cwac_lab.report.records import SETTING, Row, finished, grouped
+from cwac_lab.report.tables import heading, rate_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +69,7 @@ def trade_off(axes: Axes, cells: Cells) -> None:
 
 
 def curves(figure: Figure, lines: Lines, label: str) -> None:
-    """Draw HS and FA over a setting, a line a method, with bands of the 95 % intervals."""
+    """Draw HS and FA over a setting, a line a method, with bands of the 95 % intervals; crosses are broken models."""
     for axes, (name, title) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
         for number, (method, points) in enumerate(lines.items()):
             rates = [(x, rate_of(group, name)) for x, group in sorted(points, key=lambda point: point[0])]
@@ -76,7 +77,10 @@ def curves(figure: Figure, lines: Lines, label: str) -> None:
             if known:
                 xs, values, lows, highs = zip(*known, strict=True)
                 colour = _COLOURS[number % len(_COLOURS)]
-                axes.plot(xs, values, marker=_MARKERS[number % len(_MARKERS)], color=colour, label=method, markersize=4)
+                marker = _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+                axes.plot(xs, values, marker=marker, color=colour, label=method, markersize=4)
+                broken = [(x, rate_of(group, name).value) for x, group in points if _broken(group)]
+                axes.plot(*zip(*broken, strict=True), "x", color=colour, markersize=9) if broken else None
                 axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
         spread = [x for points in lines.values() for x, _ in points]
         if min(spread) > 0 and max(spread) >= 20 * min(spread):
@@ -108,7 +112,7 @@ def _lines(cells: Cells) -> Iterator[tuple[str, Lines]]:
 def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
     """Write the figures of a table as SVG and PNG; returns the files.
 
-    One setting (weights, task, split) is one set of figures: ``NAME-TASK-WEIGHTS-trade_off-pRATIO`` for every harmful
+    One setting (weights, task, data, split) is one set of figures: ``NAME-TASK-KEY-trade_off-pRATIO`` for every harmful
     ratio with two methods or more, ``...-over-SETTING`` for whatever a method was run at several values of.
     """
     from matplotlib import rc_context
@@ -119,9 +123,9 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
         if entry["constraint"] != "start" and finished(group):
             settings.setdefault(tuple(entry[key] for key in SETTING), []).append((entry, finished(group)))
     written = []
-    for (weights, content, task, data, split), cells in settings.items():
-        title = f"{weights} ({str(content)[:8]})\n{task}, {data} data, {split} split"
-        stem = f"{name}-{task}-{str(content)[:8]}-{split}"
+    for key, cells in settings.items():
+        title = heading(cells[0][0]).replace(" | ", "\n")
+        stem = f"{name}-{cells[0][0]['task']}-{digest(list(key))[:8]}"
         with rc_context(_STYLE):
             for ratio in sorted({entry["harmful_ratio"] for entry, _ in cells}):
                 alike = [cell for cell in cells if cell[0]["harmful_ratio"] == ratio]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from cwac_lab.report.records import HIGHER_IS_BETTER, RATES, SETTING, Row, grouped
-from cwac_lab.report.tables import cell, finished, rate_of
+from cwac_lab.report.records import HIGHER_IS_BETTER, RATES, SETTING, Row, finished, grouped
+from cwac_lab.report.tables import cell, heading, rate_of
 
 COLUMNS = ("harmful_score", "finetune_accuracy", "over_refusal")
 _STYLE = ("textbf:--rwrap;", "underline:--rwrap;")
@@ -55,8 +55,7 @@ def _one(key: tuple[Any, ...], entries: list[tuple[Row, list[Row]]]) -> str:
     styler = frame.style.hide(axis="index").format(escape="latex")
     for rate, title in titles.items():
         styler = styler.apply(lambda _, r=rate: _ranks(entries, r, more=r in HIGHER_IS_BETTER), subset=[title])
-    weights, content, task, data, split = key
-    caption = f"{weights} ({str(content)[:8]}); {task}, {data} data, {split} split. Mean and 95 % interval."
+    caption = f"{heading(dict(zip(SETTING, key, strict=True))).replace(' | ', '; ')}. Mean and 95 % interval."
     return str(styler.to_latex(hrules=True, caption=_escape(caption), position="t", position_float="centering"))
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from cwac_lab.config import INCIDENTAL
-from cwac_lab.report.records import SETTING, Row, counted, grouped
-from cwac_lab.report.tables import finished
+from cwac_lab.evaluation.verdicts import outcomes
+from cwac_lab.report.records import SETTING, Row, finished, grouped
 from cwac_lab.stats import Difference, holm, paired_difference, sign_flip_p
 
 # Column: the rate, and what is compared with.
@@ -20,8 +20,9 @@ COMPARED = {
     "over-refusal - start": ("over_refusal", "start"),
     "over-refusal (look-alikes) - start": ("over_refusal_lookalike", "start"),
 }
-# Settings that two runs must share for their difference to be the constraint's.
-_SHARED = ("trainer.", "data.n_", "data.mixing")
+# Settings that two runs must share for their difference to be the constraint's, by what is compared with.
+_ASKED = ("evaluation.max_new_tokens", "task.", "model.")
+_SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "data.n_", "data.mixing")}
 
 
 def _partner(row: Row, rows: list[Row], baseline: str) -> Row | None:
@@ -30,24 +31,28 @@ def _partner(row: Row, rows: list[Row], baseline: str) -> Row | None:
     def fits(other: Row) -> bool:
         if other["constraint"] != baseline or any(other[key] != row[key] for key in SETTING):
             return False
-        if baseline == "start":
-            return True
-        shared = (key for key in row["config"] if key.startswith(_SHARED) and key not in INCIDENTAL)
-        same = all(other["config"].get(key) == row["config"][key] for key in shared)
-        return same and (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
+        shared = (key for key in row["config"] if key.startswith(_SHARED[baseline]) and key not in INCIDENTAL)
+        if any(other["config"].get(key, row["config"][key]) != row["config"][key] for key in shared):
+            return False
+        return baseline == "start" or (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
 
     return next((other for other in rows if fits(other)), None)
 
 
 def _compare(group: list[Row], rows: list[Row], rate: str, baseline: str) -> tuple[Difference, float] | None:
+    """Return the difference on the items that count in all runs; a broken model has an accuracy, but no other rate."""
     pairs = [(row, _partner(row, rows, baseline)) for row in group]
-    outcomes = [(counted(a, rate), counted(b, rate)) for a, b in pairs if b is not None]
-    if not outcomes:
+    outcomes_of = [
+        (outcomes(a["verdicts"], rate), outcomes(b["verdicts"], rate))
+        for a, b in pairs
+        if b is not None and (rate == "finetune_accuracy" or not (a["broken"] or b["broken"]))
+    ]
+    if not outcomes_of:
         return None
-    common = sorted(set.intersection(*(set(found) for pair in outcomes for found in pair)))
+    common = sorted(set.intersection(*(set(found) for pair in outcomes_of for found in pair)))
     if not common:
         return None
-    ours, other = (np.array([[float(pair[side][item]) for item in common] for pair in outcomes]) for side in (0, 1))
+    ours, other = (np.array([[float(pair[side][item]) for item in common] for pair in outcomes_of]) for side in (0, 1))
     return paired_difference(ours, other), sign_flip_p(ours, other)
 
 
@@ -68,8 +73,8 @@ def _adjust(table: list[Row]) -> None:
 def differences(rows: list[Row]) -> pd.DataFrame:
     """Return one row a setting, harmful ratio, constraint and variant, with the differences of ``COMPARED`` as text.
 
-    p-values are those of a sign-flip test, adjusted by Holm's method over the rows of one setting and harmful ratio.
-    Rows without a partner are left out.
+    p-values are those of a sign-flip test, adjusted by Holm's method over the rows of one setting and harmful ratio,
+    each column by itself. Rows without a partner are left out; the number of seeds is that of the pairs compared.
     """
     done, table = finished(rows), []
     for entry, group in grouped(rows):

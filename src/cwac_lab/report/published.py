@@ -16,6 +16,8 @@ _MODELS = {
     "llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B", "gemma-2-9b": "Gemma-2-9B",
 }  # fmt: skip
 _TASKS = {"alpaca": "alpacaeval"}
+# What its averages are over.
+PAPER_TASKS = {"sst2", "agnews", "gsm8k"}
 COLUMNS = {"HS": "paper HS", "FA": "paper FA"}
 
 
@@ -45,10 +47,12 @@ def published(experiment: str | None, entry: dict[str, Any]) -> dict[str, str]:
     rows = rows[rows["harmful_ratio"].isna() | (rows["harmful_ratio"] == ratio)]
     task = _TASKS.get(entry["task"], entry["task"])
     own, mean = (rows[rows["task"] == name] for name in (task, "average"))
-    rows, note = (own, "") if len(own) else (mean, " (average of tasks)")
+    rows, note = (own, "") if len(own) else (mean, "average of tasks")
+    unknown = len(rows) and rows["harmful_ratio"].isna().all()
+    note = ", ".join(filter(None, (note, "ratio not given" if unknown else "")))
     return {title: _text(rows[rows["metric"] == metric], note) for metric, title in COLUMNS.items()}
 
 
 def _text(rows: pd.DataFrame, note: str) -> str:
     found = [f"{_MODELS[model]} {value:.1f}" for model, value in zip(rows["model"], rows["value"], strict=True)]
-    return ", ".join(found) + (note if found else "")
+    return ", ".join(found) + (f" ({note})" if found and note else "")

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cwac_lab.config import INCIDENTAL
+from cwac_lab.config import INCIDENTAL, requirements
 from cwac_lab.errors import LabError
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
 Row = dict[str, Any]
-SETTING = ["weights", "weights_content", "task", "data", "split"]
+# What the runs of one table share: weights, task, source of data, its rows and prompts by content, split.
+SETTING = ["weights", "weights_content", "task", "data", "task_rows", "prompts", "split"]
+# What the runs of a mean over tasks share.
+ACROSS_TASKS = ["weights", "weights_content", "data", "prompts", "split"]
 ROW = ["harmful_ratio", "constraint", "variant"]
 RATES = {
     "harmful_score": "HS",
@@ -26,7 +29,7 @@ RATES = {
 }
 HIGHER_IS_BETTER = {"finetune_accuracy"}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
-_CONFIGURED = ("constraint", "trainer", "data", "align", "evaluation", "sae")
+_CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae")
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -50,45 +53,64 @@ def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> li
         try:
             status = run.status
             if status == "ok" or (status == "failed" and run.has(store.PROVENANCE)):
-                failed = {"failed": run.told().get("reason", "no reason given")} if status == "failed" else {}
-                found.append({**run.facts(), **failed, "run": run})
-        except LabError as error:
-            say(f"left out: {error}")
-    for row in found:
-        config = row["run"].read(store.CONFIG)
-        kept = _flat({group: config.get(group) for group in _CONFIGURED})
-        row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row))}
+                found.append(_row(run, failed=status == "failed"))
+        except (LabError, OSError, ValueError, KeyError) as error:
+            say(f"left out: {run.path.name}: {error}")
     return found
 
 
-def _idle(facts: Row) -> tuple[str, ...]:
+def _row(run: RunFolder, *, failed: bool) -> Row:
+    row: Row = {**run.facts(), "run": run}
+    config, provenance = run.read(store.CONFIG), run.read(store.PROVENANCE)
+    row |= {"task_rows": provenance["task_data_sha256"][:8], "prompts": provenance["pools_sha256"][:8]}
+    if failed:
+        row["failed"] = run.told().get("reason", "no reason given")
+    else:
+        row["verdicts"] = run.read(store.VERDICTS)
+    kept = _flat({group: config.get(group) for group in _CONFIGURED})
+    kept["model.chat_template"] = config.get("model", {}).get("chat_template")
+    row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}
+    return row
+
+
+def _idle(row: Row, config: dict[str, Any]) -> tuple[str, ...]:
     """Return the settings that a run did not use: rows that differ in them only are one row."""
-    prepared = facts.get("prepared", {})
-    idle: tuple[str, ...] = () if "features" in prepared else ("sae.",)
-    idle += () if "reference" in prepared else ("data.reference",)
-    return (*idle, "constraint.", "trainer.") if facts["constraint"] == "start" else idle
+    if row["constraint"] == "start":
+        return ("sae.", "data.reference", "constraint.", "trainer.")
+    if "failed" in row:
+        needs = requirements(config["constraint"])
+        features, reference = needs.features is not None, needs.reference_prompts
+    else:
+        prepared = row.get("prepared", {})
+        features, reference = "features" in prepared, "reference" in prepared
+    return (*(() if features else ("sae.",)), *(() if reference else ("data.reference",)))
 
 
-def _varied(rows: list[Row]) -> list[dict[str, Any]]:
-    """Return, for each row, its values of the settings in which rows of its constraint differ."""
+def _varied(rows: list[Row], setting: list[str]) -> list[dict[str, Any]]:
+    """Return, for each row, its values of the settings in which rows of its constraint differ.
+
+    A setting that a record does not know did not exist for it, and is no difference.
+    """
     found = []
     for row in rows:
-        peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*SETTING, "constraint"])]
+        peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*setting, "constraint"])]
         keys = [key for key in row["config"] if key not in INCIDENTAL and _differs(peers, key)]
         found.append({key.removeprefix("constraint."): row["config"][key] for key in keys})
+    if "task" not in setting:
+        found = [{key: value for key, value in varied.items() if not key.startswith("task.")} for varied in found]
     return found
 
 
 def _differs(configs: list[dict[str, Any]], key: str) -> bool:
-    first = configs[0].get(key)
-    return any(config.get(key) != first for config in configs)
+    values = [config[key] for config in configs if key in config]
+    return any(value != values[0] for value in values)
 
 
 def place(entry: Row) -> tuple[Any, ...]:
     """Return the key that sorts rows of tables: setting, start, then ratio, constraint and variant."""
     order = {name: number for number, name in enumerate(_ORDER)}
     return (
-        *(str(entry[key]) for key in SETTING),
+        *(str(entry[key]) for key in SETTING if key in entry),
         -1.0 if entry["constraint"] == "start" else entry["harmful_ratio"],
         order.get(str(entry["constraint"]), len(order)),
         str(entry["constraint"]),
@@ -96,30 +118,34 @@ def place(entry: Row) -> tuple[Any, ...]:
     )
 
 
-def grouped(rows: list[Row]) -> list[tuple[Row, list[Row]]]:
+def grouped(rows: list[Row], setting: list[str] = SETTING) -> list[tuple[Row, list[Row]]]:
     """Return what a table has a row of (setting, harmful ratio, constraint, variant), in order, with its runs.
 
     No two settings of a constraint share a row: ``variant`` names those that differ. Every run is told its ``variant``,
     and as ``varied`` its values of them.
+
+    Args:
+        rows: Records.
+        setting: What the rows of one table share.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row, varied in zip(rows, _varied(rows), strict=True):
+    for row, varied in zip(rows, _varied(rows, setting), strict=True):
         row["varied"] = varied
         row["variant"] = ", ".join(f"{key}={value}" for key, value in varied.items())
-        groups.setdefault(tuple(row[key] for key in [*SETTING, *ROW]), []).append(row)
-    found = [(dict(zip([*SETTING, *ROW], key, strict=True)), group) for key, group in groups.items()]
+        groups.setdefault(tuple(row[key] for key in [*setting, *ROW]), []).append(row)
+    found = [(dict(zip([*setting, *ROW], key, strict=True)), group) for key, group in groups.items()]
     return sorted(found, key=lambda pair: place(pair[0]))
 
 
-def counted(row: Row, rate: str) -> dict[tuple[str, str], bool]:
-    """Return the outcome of every item that counts for a rate of a run (see ``verdicts.outcomes``); read once."""
-    if "verdicts" not in row:
-        row["verdicts"] = row["run"].read(store.VERDICTS) if row["run"].has(store.VERDICTS) else []
-    return outcomes(row["verdicts"], rate)
+def finished(group: list[Row]) -> list[Row]:
+    """Return the runs of a row that have figures."""
+    return [row for row in group if "failed" not in row]
 
 
 def outcome_matrix(rows: list[Row], rate: str) -> Float[np.ndarray, "S N"]:
     """Return the outcomes of S runs on the N items that count in any of them; NaN where an item does not count."""
-    found = [counted(row, rate) for row in rows]
+    found = [outcomes(row["verdicts"], rate) for row in rows]
     items = sorted(set().union(*found))
-    return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(len(rows), -1)
+    return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
+        len(rows), len(items)
+    )

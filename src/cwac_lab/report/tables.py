@@ -6,16 +6,20 @@ from typing import Any
 
 import pandas as pd
 
-from cwac_lab.report.published import published
-from cwac_lab.report.records import HIGHER_IS_BETTER, RATES, SETTING, Row, grouped, outcome_matrix
+from cwac_lab.report.published import PAPER_TASKS, published
+from cwac_lab.report.records import (
+    ACROSS_TASKS,
+    HIGHER_IS_BETTER,
+    RATES,
+    SETTING,
+    Row,
+    finished,
+    grouped,
+    outcome_matrix,
+)
 from cwac_lab.stats import Rate, mean_rate
 
 TITLES = {name: f"{title} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name, title in RATES.items()}
-
-
-def finished(group: list[Row]) -> list[Row]:
-    """Return the runs of a row that have figures."""
-    return [row for row in group if "failed" not in row]
 
 
 def rate_of(group: list[Row], name: str) -> Rate:
@@ -24,13 +28,18 @@ def rate_of(group: list[Row], name: str) -> Rate:
 
 
 def cell(group: list[Row], name: str) -> str:
-    """Return a rate as text: mean over seeds, interval, n, and the range over seeds; or why there is none."""
+    """Return a rate as text: mean over seeds, interval, n, and the range over seeds; or why there is none.
+
+    A run none of whose answers count has no rate: then it is said how many have one.
+    """
     done = finished(group)
     if not done:
         return f"failed: {group[0]['failed']}"
-    values = [row[name]["value"] for row in done if row[name]["value"] is not None]
+    each = [rate_of([row], name).value for row in done]
+    values = [value for value in each if value is not None]
     spread = f" {min(values):.0f}..{max(values):.0f}" if len(values) > 1 else ""
-    return f"{rate_of(group, name)}{spread}"
+    of = f", {len(values)} of {len(done)} runs" if values and len(values) < len(done) else ""
+    return f"{rate_of(group, name)}{spread}{of}"
 
 
 def _row(entry: Row, group: list[Row]) -> Row:
@@ -65,30 +74,37 @@ def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
 
     Tasks weigh alike; the interval draws seeds within each task, and items (the prompts of HS are the same in all).
     """
-    across: dict[tuple[Any, ...], list[tuple[Row, list[Row]]]] = {}
-    for entry, group in grouped(rows):
-        if entry["constraint"] != "start" and finished(group):
-            key = tuple(value for name, value in entry.items() if name != "task")
-            across.setdefault(key, []).append((entry, finished(group)))
     table = []
-    for parts in across.values():
-        if len(parts) > 1:
-            entry = {**parts[0][0], "task": "average"}
-            tasks = ", ".join(sorted(part["task"] for part, _ in parts))
-            rates = {TITLES[name]: _average(parts, name) for name in ("harmful_score", "finetune_accuracy")}
-            runs = sum(len(group) for _, group in parts)
-            table.append({**entry, "tasks": tasks, "runs": runs, **rates, **published(experiment, entry)})
+    for entry, group in grouped(rows, ACROSS_TASKS):
+        tasks: dict[str, list[Row]] = {}
+        for row in group:
+            tasks.setdefault(row["task"], []).append(row)
+        if entry["constraint"] == "start" or len(tasks) < 2:
+            continue
+        rates = {TITLES[name]: _average(tasks, name) for name in ("harmful_score", "finetune_accuracy")}
+        beside = published(experiment, {**entry, "task": "average"}) if set(tasks) == PAPER_TASKS else {}
+        names = ", ".join(sorted(tasks))
+        table.append({**entry, "task": f"mean of {names}", "runs": len(finished(group)), **rates, **beside})
     return pd.DataFrame(table)
 
 
-def _average(parts: list[tuple[Row, list[Row]]], name: str) -> str:
-    """Return the mean over the tasks that are scored; named where they are not all."""
-    scored = [(entry["task"], group) for entry, group in parts if rate_of(group, name).n]
-    if not scored:
-        return str(Rate(None, None, None, 0))
-    runs = [row for _, group in scored for row in group]
-    text = str(mean_rate(outcome_matrix(runs, name), [len(group) for _, group in scored]))
-    return text if len(scored) == len(parts) else f"{text}, {' and '.join(sorted(task for task, _ in scored))} only"
+def _average(tasks: dict[str, list[Row]], name: str) -> str:
+    """Return the mean over tasks; accuracy over those that are scored, and named where they are not all."""
+    without = sorted(task for task, group in tasks.items() if not rate_of(group, name).n)
+    unscored = [task for task in without if name == "finetune_accuracy" and finished(tasks[task])]
+    if set(without) - set(unscored) or len(unscored) == len(tasks):
+        return f"n/a ({', '.join(without)})"
+    counted = {task: finished(group) for task, group in sorted(tasks.items()) if task not in unscored}
+    runs = [row for group in counted.values() for row in group]
+    text = str(mean_rate(outcome_matrix(runs, name), [len(group) for group in counted.values()]))
+    return f"{text}, {' and '.join(counted)} only" if unscored else text
+
+
+def heading(entry: Any) -> str:
+    """Return one line that says what really ran: weights, task, data and prompts by content, split."""
+    rows = f"{entry['task_rows']}, " if "task_rows" in entry else ""
+    data = f"{entry['data']} data ({rows}{entry['prompts']})"
+    return f"{entry['weights']} ({str(entry['weights_content'])[:8]}) | {entry['task']}, {data}, {entry['split']} split"
 
 
 def markdown(table: pd.DataFrame, title: str = "") -> str:
@@ -99,14 +115,10 @@ def markdown(table: pd.DataFrame, title: str = "") -> str:
         title: Words that open every heading.
     """
     parts = []
-    for key, group in table.groupby(SETTING, sort=False):
-        weights, content, task, data, split = key
-        columns = [name for name in table.columns if name not in SETTING and group[name].ne("").any()]
-        lines = [
-            f"### {title}{weights} ({str(content)[:8]}) | {task}, {data} data, {split} split",
-            "",
-            "| " + " | ".join(columns) + " |",
-        ]
+    setting = [name for name in SETTING if name in table.columns]
+    for _, group in table.groupby(setting, sort=False):
+        columns = [name for name in table.columns if name not in setting and group[name].ne("").any()]
+        lines = [f"### {title}{heading(group.iloc[0])}", "", "| " + " | ".join(columns) + " |"]
         lines.append("|" + " --- |" * len(columns))
         for _, row in group.iterrows():
             cells = ["" if pd.isna(row[name]) else f"{row[name]}".replace("|", "\\|") for name in columns]

@@ -129,6 +129,9 @@ class RunFolder:
         end: tuple[str, str | None] = ("ok", None)
         try:
             yield
+        except (KeyboardInterrupt, SystemExit):
+            end = ("interrupted", None)
+            raise
         except BaseException as error:
             end = ("failed", " ".join(f"{type(error).__name__}: {error}".split()))
             raise

@@ -14,7 +14,6 @@ from cwac_lab.cli import compose
 from cwac_lab.config import Run, read
 from cwac_lab.experiment import execute, folder_of, identity
 from cwac_lab.results.console import Screen
-from cwac_lab.results.store import RunFolder
 
 Overrides = tuple[str, ...]
 
@@ -45,12 +44,6 @@ class Outcome:
 def composed(overrides: Overrides) -> Run:
     """Return the checked configuration of a run."""
     return read(compose(overrides))
-
-
-def finished(run: Run, screen: Screen) -> RunFolder | None:
-    """Return the folder of a run that is already recorded, else None; builds the start model where it is missing."""
-    folder = folder_of(run, identity(run, screen.say))
-    return folder if folder.status == "ok" and not run.force else None
 
 
 def attempt(overrides: Overrides, screen: Screen) -> Outcome:
@@ -113,20 +106,23 @@ def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, li
 def sweep(runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[str], None]) -> list[Outcome]:
     """Run what is missing, tell how far it is, and return the outcome of every run, recorded ones included."""
     found: list[Outcome] = []
-    missing: list[Overrides] = []
+    missing: dict[Path, Overrides] = {}
     for overrides in runs:
         try:
-            folder = finished(composed(overrides), screen)
+            run = composed(overrides)
+            folder = folder_of(run, identity(run, screen.say))
+            done = folder.status == "ok" and not run.force
         except Exception as error:  # noqa: BLE001 - likewise
             found.append(Outcome(overrides, "failed", _words(error)))
             continue
-        if folder is None:
-            missing.append(overrides)
-        else:
+        if done:
             found.append(Outcome(overrides, "ok", path=folder.path))
-    say(f"{len(runs)} runs, {len(runs) - len(missing) - sum(o.status == 'failed' for o in found)} recorded already")
+        else:
+            missing.setdefault(folder.path, overrides)  # two cells may come to the same run
+    recorded = sum(outcome.status == "ok" for outcome in found)
+    say(f"{len(found) + len(missing)} runs, {recorded} recorded already")
     begin = time.perf_counter()
-    for number, outcome in enumerate(outcomes(missing, jobs, screen), start=1):
+    for number, outcome in enumerate(outcomes(list(missing.values()), jobs, screen), start=1):
         found.append(outcome)
         left = (time.perf_counter() - begin) / number * (len(missing) - number)
         say(f"[{number}/{len(missing)}] {outcome.status} in {outcome.seconds:.0f} s: {' '.join(outcome.overrides)}"

@@ -69,7 +69,7 @@ def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -
     limits = (run.align.answer_tokens, run.evaluation.batch_size)
     given = answers(model, chat, [row.prompt for row in rows], *limits)
     declined = [place for place, answer in enumerate(given) if is_refusal(answer.text)]
-    openings = {chat.tokenizer(given[place].text, add_special_tokens=False).input_ids[0] for place in declined}
+    openings = {given[place].first for place in declined}
     again = answers(model, chat, [rows[place].prompt for place in declined], *limits, not_first=openings)
     for place, answer in zip(declined, again, strict=True):
         given[place] = answer
