@@ -22,6 +22,9 @@ from cwac_lab.models.sites import SCOPES, linears
 from cwac_lab.subspace.basis import SubspaceSpec
 
 
+PROJECTIONS = ("gradient", "update", "both")
+
+
 @dataclass
 class _Constrained:
     """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k)."""
@@ -39,7 +42,8 @@ class WeightConstraint(Defense):
     Attributes:
         modules: Scope; the paper's is ``ffn_out``.
         trainable: ``all`` as in the paper, or ``constrained``: freeze whatever is not constrained.
-        projection: ``update`` (exact under any optimizer) or ``gradient`` (the paper's literal text).
+        projection: ``gradient`` (the paper's literal text), ``update`` (exact under any optimizer), or ``both``: exact,
+            and the optimizer's moments and the clipping see only what is allowed.
         energy: Share of the trace of C that is protected; exclusive with ``rank``.
         rank: Fixed number of protected directions; 0 switches the constraint off.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
@@ -64,7 +68,7 @@ class WeightConstraint(Defense):
         """Check the fields."""
         one_of("modules", self.modules, SCOPES)
         one_of("trainable", self.trainable, ("all", "constrained"))
-        one_of("projection", self.projection, ("update", "gradient"))
+        one_of("projection", self.projection, PROJECTIONS)
         one_of("held_on", self.held_on, HELD_ON)
         one_of("tokens", self.tokens, ("all", "no_sinks"))
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
@@ -81,7 +85,7 @@ class WeightConstraint(Defense):
     def requirements(self) -> Requirements:
         """Reference prompts and the subspace of the chosen scope."""
         spec = SubspaceSpec(self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on)
-        return Requirements(True, exact_projection=self.projection == "update", subspace=spec)
+        return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 
     def prepare(self, context: Context) -> None:
         """Take the bases, remember ``W0 V``, and freeze the rest if asked to."""
@@ -99,16 +103,16 @@ class WeightConstraint(Defense):
 
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
-        """With ``projection=gradient``, project the gradients: ``g <- g (I - V V^T)``."""
-        if self.projection == "gradient":
+        """With ``projection=gradient`` or ``both``, project the gradients: ``g <- g (I - V V^T)``."""
+        if self.projection != "update":
             for held in self._held:
                 if held.weight.grad is not None and held.basis.shape[1]:
                     held.weight.grad.copy_(linalg.remove_span(held.weight.grad, held.basis))
 
     @torch.no_grad()
     def after_optimizer_step(self, step: int) -> None:
-        """With ``projection=update``, take out of the weights what the step moved along V."""
-        if self.projection == "update":
+        """With ``projection=update`` or ``both``, take out of the weights what the step moved along V."""
+        if self.projection != "gradient":
             squares = [
                 linalg.restore_on_span_(held.weight, held.basis, held.anchor).square().sum()
                 for held in self._held
@@ -129,7 +133,7 @@ class WeightConstraint(Defense):
 
     def step_metrics(self, step: int) -> dict[str, float]:
         """Return what the last projection removed (Frobenius norm), and every n-th step the leak."""
-        found = {"weight/removed": self._removed} if self.projection == "update" else {}
+        found = {"weight/removed": self._removed} if self.projection != "gradient" else {}
         if self.leak_every_n_steps and (step + 1) % self.leak_every_n_steps == 0:
             found["weight/leak"] = self.leak()
         return found
