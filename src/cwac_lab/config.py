@@ -282,7 +282,7 @@ def _cross_check(run: Run) -> None:
         )
     if run.finetune and needs.exact_projection and run.trainer.precision == "bf16-true":
         raise ConfigError(
-            "trainer.precision", "bf16-true", "32-true | bf16-mixed with an exact projection (bf16 weights round it away)"
+            "trainer.precision", "bf16-true", "32-true | bf16-mixed: bf16 weights round an exact projection away"
         )
     _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
     held = _total(run.data.harmful, "finetune")

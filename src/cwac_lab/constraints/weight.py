@@ -21,7 +21,6 @@ from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.models.sites import SCOPES, linears
 from cwac_lab.subspace.basis import SubspaceSpec
 
-
 PROJECTIONS = ("gradient", "update", "both")
 
 
