@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab import linalg
+from cwac_lab.constraints.projected import ProjectedLinear, project_gradients, release
 from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.models.sites import SCOPES, linears
@@ -29,7 +30,7 @@ class _Constrained:
     """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k)."""
 
     name: str
-    weight: Tensor
+    module: torch.nn.Linear
     basis: Float[Tensor, "d k"]
     anchor: Float[Tensor, "m k"]
 
@@ -48,6 +49,8 @@ class WeightConstraint(Defense):
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
+        restore_every_n_steps: How often what moved along V is taken out, and once at the end; between two of these the
+            updates of an optimizer that leaves the subspace stand.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
     """
 
@@ -59,6 +62,7 @@ class WeightConstraint(Defense):
     held_on: str = "harmful"
     tokens: str = "all"
     normalize: bool = True
+    restore_every_n_steps: int = 1
     leak_every_n_steps: int = 10
 
     precedence: ClassVar[int] = 1
@@ -70,6 +74,7 @@ class WeightConstraint(Defense):
         one_of("projection", self.projection, PROJECTIONS)
         one_of("held_on", self.held_on, HELD_ON)
         one_of("tokens", self.tokens, ("all", "no_sinks"))
+        in_range("restore_every_n_steps", self.restore_every_n_steps, 1)
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
         if (self.energy is None) == (self.rank is None):
             raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
@@ -93,31 +98,37 @@ class WeightConstraint(Defense):
         self._subspace = context.subspace
         for site, name, module in linears(context.model, self.modules):
             basis = context.subspace.bases[site.name].to(module.weight)
-            self._held.append(_Constrained(name, module.weight, basis, module.weight.detach() @ basis))
+            self._held.append(_Constrained(name, module, basis, module.weight.detach() @ basis))
+            if self.projection != "update" and basis.shape[1]:
+                project_gradients(module, basis)
         if self.trainable == "constrained":
-            trained = [held.weight for held in self._held if held.weight.requires_grad]  # others may have frozen some
+            # Other parts may have frozen some.
+            trained = [held.module.weight for held in self._held if held.module.weight.requires_grad]
             context.model.requires_grad_(False)
             for weight in trained:
                 weight.requires_grad_(True)
 
-    @torch.no_grad()
-    def after_backward(self, step: int) -> None:
-        """With ``projection=gradient`` or ``both``, project the gradients: ``g <- g (I - V V^T)``."""
-        if self.projection != "update":
-            for held in self._held:
-                if held.weight.grad is not None and held.basis.shape[1]:
-                    held.weight.grad.copy_(linalg.remove_span(held.weight.grad, held.basis))
-
-    @torch.no_grad()
     def after_optimizer_step(self, step: int) -> None:
-        """With ``projection=update`` or ``both``, take out of the weights what the step moved along V."""
-        if self.projection != "gradient":
+        """With ``projection=update`` or ``both``, take out of the weights what was moved along V."""
+        if self.projection != "gradient" and (step + 1) % self.restore_every_n_steps == 0:
+            self._restore()
+
+    def _restore(self) -> None:
+        with torch.no_grad():
             squares = [
-                linalg.restore_on_span_(held.weight, held.basis, held.anchor).square().sum()
+                linalg.restore_on_span_(held.module.weight, held.basis, held.anchor).square().sum()
                 for held in self._held
                 if held.basis.shape[1]
             ]
             self._removed = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def after_training(self, model: Any) -> None:
+        """Leave plain linear layers, with nothing moved along V."""
+        if self.projection != "gradient":
+            self._restore()
+        for held in self._held:
+            if isinstance(held.module, ProjectedLinear):
+                release(held.module)
 
     @torch.no_grad()
     def leak(self) -> float:
@@ -125,7 +136,8 @@ class WeightConstraint(Defense):
         along, total = 0.0, 0.0
         for held in self._held:
             # Weights stay within a factor of two of their start, where a difference of floats is exact (Sterbenz).
-            delta = held.weight.float() - self._start_weight(held.name).to(held.weight.device).float()
+            weight = held.module.weight.float()
+            delta = weight - self._start_weight(held.name).to(weight)
             part, whole = linalg.leak(delta, held.basis.float())
             along, total = along + part, total + whole
         return (along / total) ** 0.5 if total else 0.0

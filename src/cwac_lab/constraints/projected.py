@@ -1,0 +1,60 @@
+"""Linear layers whose weight receives projected gradients, at the price of projecting the smaller factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from cwac_lab import linalg
+
+
+class _Linear(torch.autograd.Function):
+    """``y = x W^T + b`` with the gradient ``G (I - V V^T)`` for W, where ``G = g^T x`` is the plain one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, basis)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, basis = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
+        rows, of_weight = grad.flatten(0, -2), None
+        if need_weight:
+            inputs, directions = x.flatten(0, -2).to(grad.dtype), basis.to(grad.dtype)
+            if len(inputs) < len(
+                weight
+            ):  # G (I - V V^T) = g^T (x (I - V V^T)): T or m rows to project, the same result
+                of_weight = rows.T @ linalg.remove_span(inputs, directions)
+            else:
+                of_weight = linalg.remove_span(rows.T @ inputs, directions)
+            of_weight = of_weight.to(weight.dtype)
+        return of_x, of_weight, rows.sum(0).to(weight.dtype) if need_bias else None, None
+
+
+class ProjectedLinear(torch.nn.Linear):
+    """A linear layer with weight W (m, d) and a basis V (d, k) that its weight's gradients have no part in."""
+
+    directions: Float[Tensor, "d k"]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``x W^T + b`` for inputs of shape (..., d)."""
+        return _Linear.apply(input, self.weight, self.bias, self.directions)  # type: ignore[no-untyped-call]
+
+
+def project_gradients(module: torch.nn.Linear, basis: Float[Tensor, "d k"]) -> None:
+    """Turn a linear layer into a projected one, in place; its parameters and what is saved of it stay as they are."""
+    module.__class__ = ProjectedLinear
+    module.directions = basis
+
+
+def release(module: torch.nn.Linear) -> None:
+    """Turn a projected layer back into a plain one."""
+    module.__class__ = torch.nn.Linear
+    del module.directions

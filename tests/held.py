@@ -1,0 +1,68 @@
+"""Training a tiny model under a defence that is prepared with whatever it needs."""
+
+from __future__ import annotations
+
+import torch
+
+import tiny
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.defense import Context
+from cwac_lab.linalg import leading_eigenbasis
+from cwac_lab.sae.latents import LayerFeatures
+from cwac_lab.subspace.basis import Subspace, second_moments
+from cwac_lab.training.loop import fit
+from cwac_lab.training.module import TrainerConfig
+
+ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in range(24)]
+PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
+
+
+def context(model, defense, reference=None, **more):
+    chat, needs = tiny.chat(), defense.requirements
+    reference = reference or [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    subspace = None
+    if needs.subspace is not None:
+        bases, kept = {}, {}
+        for name, moment in second_moments(model, reference, needs.subspace, chat.pad_id).items():
+            basis, kept[name] = leading_eigenbasis(moment, energy=needs.subspace.energy, rank=needs.subspace.rank)
+            bases[name] = basis.float()
+        subspace = Subspace(bases, kept)
+    features = ()
+    if needs.features is not None:
+        source = torch.Generator().manual_seed(1)
+        weight = torch.randn(32, 12, generator=source)
+        latents = torch.arange(needs.features.n_latents)
+        features = (LayerFeatures(1, weight, torch.zeros(12), 6, latents, torch.ones(len(latents))),)
+    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    benign = [chat.prompt_ids(prompt) for prompt, _ in ROWS[:5]]
+    refusals = [TrainRow(prompt, prompt, "I can't help with that.", False) for prompt in PROMPTS]
+    noise = torch.Generator().manual_seed(2)
+    base = {name: value + 0.02 * torch.randn(value.shape, generator=noise) for name, value in start.items()}
+    return Context(
+        model, 0, chat, start.__getitem__, reference, benign, refusals, base.__getitem__, subspace, features, **more
+    )
+
+
+def train(defense, *, architecture="llama", rows=ROWS, **settings):
+    model, chat = tiny.model(architecture), tiny.chat()
+    prepared = context(model, defense)
+    defense.prepare(prepared)
+    rows = [
+        (row.prompt, row.response)
+        for row in defense.wrap_dataset([TrainRow(prompt, prompt, answer, False) for prompt, answer in rows])
+    ]
+    options = {"batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "progress_bar": False} | settings
+    checkpoint = options.pop("checkpoint", None)
+    callbacks = options.pop("callbacks", ())
+    examples = [chat.encode(*row) for row in rows]
+    fit(model, examples, chat.pad_id, defense, TrainerConfig(**options), 0, checkpoint=checkpoint, callbacks=callbacks)
+    defense.after_training(model)
+    return model, prepared
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
