@@ -56,8 +56,8 @@ class WeightConstraint(Defense):
 
     modules: str = "all_linear"
     trainable: str = "constrained"
-    projection: str = "update"
-    energy: float | None = 0.97
+    projection: str = "both"
+    energy: float | None = 0.99
     rank: int | None = None
     held_on: str = "harmful"
     tokens: str = "all"
