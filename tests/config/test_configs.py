@@ -48,7 +48,7 @@ def test_the_papers_profile_is_the_papers_setting():
     assert hubs == {
         "llama2": "meta-llama/Llama-2-7b-chat-hf",
         "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
-        "mistral": "mistralai/Mistral-7B-Instruct-v0.2",
+        "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
         "gemma": "google/gemma-2-9b-it",
         "qwen": "Qwen/Qwen2.5-7B-Instruct",
     }
