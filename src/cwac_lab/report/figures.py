@@ -64,8 +64,6 @@ def trade_off(axes: Axes, cells: Cells) -> None:
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color="0.6", linestyle=":", zorder=0)
     axes.set_xlabel(_PANELS["harmful_score"])
     axes.set_ylabel(_PANELS["finetune_accuracy"])
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, loc="best")
 
 
 def curves(figure: Figure, lines: Lines, label: str) -> None:
@@ -88,7 +86,6 @@ def curves(figure: Figure, lines: Lines, label: str) -> None:
         axes.set_xlabel(label)
         axes.set_title(title, fontsize=9)
         axes.set_ylim(-3, 103)
-    axes.legend(fontsize=7)
 
 
 def _lines(cells: Cells) -> Iterator[tuple[str, Lines]]:
@@ -130,19 +127,24 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
             for ratio in sorted({entry["harmful_ratio"] for entry, _ in cells}):
                 alike = [cell for cell in cells if cell[0]["harmful_ratio"] == ratio]
                 if len(alike) > 1:
-                    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
+                    figure = Figure(figsize=(5.6, 4.4), layout="constrained")
                     trade_off(figure.subplots(), alike)
-                    figure.suptitle(f"{title}, harmful ratio {ratio:g}", fontsize=8)
-                    written += _save(figure, folder / f"{stem}-trade_off-p{ratio:g}")
+                    file = folder / f"{stem}-trade_off-p{ratio:g}"
+                    written += _save(figure, f"{title}, harmful ratio {ratio:g}", file)
             for label, lines in _lines(cells):
-                figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+                figure = Figure(figsize=(7.2, 3.6), layout="constrained")
                 curves(figure, lines, label)
-                figure.suptitle(title, fontsize=8)
-                written += _save(figure, folder / f"{stem}-over-{label.replace(' ', '_')}")
+                written += _save(figure, title, folder / f"{stem}-over-{label.replace(' ', '_')}")
     return written
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def _save(figure: Figure, title: str, stem: Path) -> list[Path]:
+    """Add title and legend (below the panels, which would hide points otherwise) and write both kinds of file."""
+    figure.suptitle(title, fontsize=8)
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    if handles:
+        columns = 2 if max(map(len, labels)) < 32 else 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
     for file in files:
