@@ -16,21 +16,28 @@ class _Linear(torch.autograd.Function):
     """``y = x W^T + b`` with the gradient ``G (I - V V^T)`` for W, where ``G = g^T x`` is the plain one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "*B d"],
+        weight: Float[Tensor, "m d"],
+        bias: Float[Tensor, " m"] | None,
+        basis: Float[Tensor, "d k"],
+    ) -> Float[Tensor, "*B m"]:
         ctx.save_for_backward(x, weight, basis)
         return functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Float[Tensor, "*B m"]
+    ) -> tuple[Float[Tensor, "*B d"] | None, Float[Tensor, "m d"] | None, Float[Tensor, " m"] | None, None]:
         x, weight, basis = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
         rows, of_weight = grad.flatten(0, -2), None
         if need_weight:
             inputs, directions = x.flatten(0, -2).to(grad.dtype), basis.to(grad.dtype)
-            if len(inputs) < len(
-                weight
-            ):  # G (I - V V^T) = g^T (x (I - V V^T)): T or m rows to project, the same result
+            # G (I - V V^T) = g^T (x (I - V V^T)): projected is what has fewer rows, the T tokens of x or the m of G.
+            if len(inputs) < len(weight):
                 of_weight = rows.T @ linalg.remove_span(inputs, directions)
             else:
                 of_weight = linalg.remove_span(rows.T @ inputs, directions)
@@ -43,8 +50,8 @@ class ProjectedLinear(torch.nn.Linear):
 
     directions: Float[Tensor, "d k"]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``x W^T + b`` for inputs of shape (..., d)."""
+    def forward(self, input: Float[Tensor, "*B d"]) -> Float[Tensor, "*B m"]:
+        """Return ``x W^T + b`` for inputs of shape (*B, d)."""
         return _Linear.apply(input, self.weight, self.bias, self.directions)  # type: ignore[no-untyped-call]
 
 

@@ -2,8 +2,10 @@
 
 For a linear layer with inputs X on reference harmful prompts, ``C = X X^T``, the paper keeps updates in the span U of
 the eigenvectors of small eigenvalues, ``dW <- dW U U^T``, so that ``dW X ~= 0``. Here the complement V (leading
-eigenvectors, ``U U^T = I - V V^T``) is stored, and by default the *applied* update is projected, because AdamW moves
-weights out of the subspace even when every gradient lies in it (elementwise scaling, weight decay).
+eigenvectors, ``U U^T = I - V V^T``) is stored. By default gradients are projected and the *applied* update as well,
+because AdamW moves weights out of the subspace even when every gradient lies in it (elementwise scaling, weight decay).
+Gradients are projected where they arise, in the constrained layers; terms that reach a weight by another way (``l2``,
+Lisa's proximal term) are caught by the update's projection only.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def curves(figure: Figure, lines: Lines, label: str) -> None:
                 marker = _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
                 axes.plot(xs, values, marker=marker, color=colour, label=method, markersize=4)
                 broken = [(x, rate_of(group, name).value) for x, group in points if _broken(group)]
-                axes.plot(*zip(*broken, strict=True), "x", color=colour, markersize=9) if broken else None
+                if broken:
+                    axes.plot(*zip(*broken, strict=True), "x", color=colour, markersize=9)
                 axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
         spread = [x for points in lines.values() for x, _ in points]
         if min(spread) > 0 and max(spread) >= 20 * min(spread):
