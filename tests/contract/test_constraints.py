@@ -95,6 +95,7 @@ def test_full_protection_keeps_the_reference_answers():
             prepared = context(model, defense, [prompt])
             defense.prepare(prepared)
             fit(model, examples, chat.pad_id, defense, options, 0)
+            defense.after_training(model)
         with torch.no_grad():
             outputs[name] = model(torch.tensor([prompt])).logits
             elsewhere[name] = model(torch.tensor([chat.prompt_ids("quite another sentence")])).logits

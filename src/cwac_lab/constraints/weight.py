@@ -51,8 +51,8 @@ class WeightConstraint(Defense):
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
-        restore_every_n_steps: How often what moved along V is taken out, and once at the end; between two of these the
-            updates of an optimizer that leaves the subspace stand.
+        restore_every_n_steps: How often what moved along V is taken out, and once at the end; in between, what the
+            optimizer moves along V stands, and the logged leak shows it.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
     """
 
@@ -64,7 +64,7 @@ class WeightConstraint(Defense):
     held_on: str = "harmful"
     tokens: str = "all"
     normalize: bool = True
-    restore_every_n_steps: int = 1
+    restore_every_n_steps: int = 12
     leak_every_n_steps: int = 10
 
     precedence: ClassVar[int] = 1
@@ -110,9 +110,12 @@ class WeightConstraint(Defense):
             for weight in trained:
                 weight.requires_grad_(True)
 
+    def _restores(self, step: int) -> bool:
+        return self.projection != "gradient" and (step + 1) % self.restore_every_n_steps == 0
+
     def after_optimizer_step(self, step: int) -> None:
         """With ``projection=update`` or ``both``, take out of the weights what was moved along V."""
-        if self.projection != "gradient" and (step + 1) % self.restore_every_n_steps == 0:
+        if self._restores(step):
             self._restore()
 
     def _restore(self) -> None:
@@ -145,8 +148,8 @@ class WeightConstraint(Defense):
         return (along / total) ** 0.5 if total else 0.0
 
     def step_metrics(self, step: int) -> dict[str, float]:
-        """Return what the last projection removed (Frobenius norm), and every n-th step the leak."""
-        found = {"weight/removed": self._removed} if self.projection != "gradient" else {}
+        """Return what was removed from the weights (Frobenius norm) where that was done, and every n-th step the leak."""
+        found = {"weight/removed": self._removed} if self._restores(step) else {}
         if self.leak_every_n_steps and (step + 1) % self.leak_every_n_steps == 0:
             found["weight/leak"] = self.leak()
         return found
