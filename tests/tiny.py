@@ -92,7 +92,7 @@ def config(*overrides: str, name: str = "config") -> DictConfig:
         return compose(config_name=name, overrides=list(overrides))
 
 
-def launch(main: Callable[[DictConfig], None], arguments: Sequence[str], name: str = "config") -> None:
+def launch(main: Callable[[DictConfig], float | None], arguments: Sequence[str], name: str = "config") -> None:
     """Call an entry point as the command line does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["cwac_lab", *arguments])

@@ -56,10 +56,10 @@ def compose(overrides: Iterable[str], config_name: str = "config") -> DictConfig
     return config
 
 
-def launch(task: Callable[[DictConfig], None], config_name: str = "config") -> None:
+def launch(task: Callable[[DictConfig], float | None], config_name: str = "config") -> None:
     """Run a task function under Hydra; exits with 2 on a user's error, printed as one line without a traceback.
 
-    In a multirun the jobs after a failed one still run.
+    What the task returns is handed to Hydra's sweeper. In a multirun the jobs after a failed one still run.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing and exiting by itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,10 +71,10 @@ def launch(task: Callable[[DictConfig], None], config_name: str = "config") -> N
         failures.append(error)
         print(f"error: {_one_line(error)}", file=sys.stderr)
 
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> float | None:
         # Caught here, before Hydra adds a line of its own.
         try:
-            task(config)
+            return task(config)
         except (LabError, OmegaConfBaseException) as error:
             report(error)
         except OSError as error:
@@ -82,12 +82,16 @@ def launch(task: Callable[[DictConfig], None], config_name: str = "config") -> N
                 raise
             kept = f"what was recorded before in {config.get('output_root', 'outputs')} is whole"
             report(LabError(f"{error.strerror}: free some and run it again; {kept}"))
+        return None
 
     decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)
     try:
         decorated()
     except (HydraException, OmegaConfBaseException, OverrideParseException) as error:
         report(error)
+    except ValueError:
+        if not failures:  # a tuning sweep has no best trial where every one failed, each with its line above
+            raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,18 +5,32 @@
 
 from __future__ import annotations
 
+import math
+
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cwac_lab import cli
 
 
-def main(config: DictConfig) -> None:
-    """Check the configuration, then run it."""
+def main(config: DictConfig) -> float:
+    """Check the configuration, then run it; returns what a tuning sweep minimises (NaN if another process is on it).
+
+    Raises:
+        ConfigError: If settings would be tuned on the test split.
+    """
     from cwac_lab.config import read
+    from cwac_lab.errors import ConfigError
+    from cwac_lab.evaluation.verdicts import tuning_error
     from cwac_lab.experiment import execute
     from cwac_lab.results.console import Screen
+    from cwac_lab.results.store import METRICS
 
-    execute(read(config), Screen())
+    run = read(config)
+    if "optuna" in HydraConfig.get().sweeper._target_ and run.evaluation.split != "validation":
+        raise ConfigError("evaluation.split", run.evaluation.split, "validation: tuning never sees the test split")
+    folder = execute(run, Screen())
+    return tuning_error(folder.read(METRICS)) if folder.status == "ok" else math.nan
 
 
 if __name__ == "__main__":

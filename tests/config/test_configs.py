@@ -1,14 +1,17 @@
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 
 import tiny
 from cwac_lab import align, cli, evaluate, prepare, tables, train
 from cwac_lab.config import read
 from cwac_lab.paths import conf_dir
 
-GROUPS = ("model", "task", "data", "constraint", "sae", "trainer", "logger", "profile", "experiment")
+GROUPS = ("model", "task", "data", "constraint", "sae", "trainer", "logger", "profile", "experiment", "tuning")
 OPTIONS = [
     (group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))
 ]  # fmt: skip
@@ -26,6 +29,27 @@ def overrides(group, option):
 def test_every_yaml_composes_and_binds(group, option):
     run = read(tiny.config(*overrides(group, option)))
     assert run.model.name
+
+
+UNTUNED = {"none", "sft_plus_refusals"}
+TUNED = sorted(file.stem for file in (conf_dir() / "constraint").glob("*.yaml") if file.stem not in UNTUNED)
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_every_method_has_the_same_budget_of_trials(method):
+    space = yaml.safe_load((conf_dir() / f"tuning/{method}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    choices = [[f"{key}={choice}" for choice in split_choices(text)] for key, text in space.items()]
+    trials = [read(tiny.config(f"tuning={method}", *trial)) for trial in itertools.product(*choices)]
+    assert len({str(run.resolved) for run in trials}) == 6
+    assert {run.evaluation.split for run in trials} == {"validation"}
+    default = read(tiny.config(f"constraint={method}"))
+    assert {run.constraint_name for run in trials} == {default.constraint_name}
+    assert any(run.resolved["constraint"] == default.resolved["constraint"] for run in trials)
+
+
+def split_choices(text):
+    (override,) = OverridesParser.create().parse_overrides([f"x={text}"])
+    return [choice.text if isinstance(choice, QuotedString) else choice for choice in override.value().list]
 
 
 @pytest.mark.parametrize("profile", ["embedded", "small", "paper"])

@@ -1,5 +1,6 @@
 """Grids of tiny runs: what is missing is made, what is recorded is left alone, what fails is told."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import yaml
 
 import tiny
-from cwac_lab import results, tables
+from cwac_lab import results, tables, train
 from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.results.console import Screen
 from cwac_lab.sweep import grid, runner
 
@@ -122,3 +124,27 @@ def perhaps_die(overrides):
     if overrides == ("kill",):
         os._exit(9)
     return runner.Outcome(overrides, "ok")
+
+
+def tune(tiny_folder, output, *more):
+    trials = ["-m", "tuning=l2", "hydra.sweeper.n_trials=2"]
+    tiny.launch(train.main, [*trials, *tiny.small_run(tiny_folder, output), *more])
+
+
+def test_tuning_takes_the_best_trial_of_the_validation_split(tiny_folder, tmp_path, capsys):
+    tune(tiny_folder, tmp_path)
+    (told,) = tmp_path.glob("sweeps/*/optimization_results.yaml")
+    best = yaml.safe_load(told.read_text())
+    errors = {
+        json.loads((folder / "config.json").read_text())["constraint"]["l2"]["strength"]:
+            tuning_error(json.loads((folder / "metrics.json").read_text()))
+        for folder in (tmp_path / "runs").iterdir()
+    }  # fmt: skip
+    assert len(errors) == 2
+    assert best["best_value"] == min(errors.values()) == errors[best["best_params"]["constraint.l2.strength"]]
+
+
+def test_nothing_is_tuned_on_the_test_split(tiny_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tune(tiny_folder, tmp_path, "evaluation.split=test")
+    assert "evaluation.split=test: accepted: validation" in capsys.readouterr().err

@@ -148,7 +148,7 @@ class WeightConstraint(Defense):
         return (along / total) ** 0.5 if total else 0.0
 
     def step_metrics(self, step: int) -> dict[str, float]:
-        """Return what was removed from the weights (Frobenius norm) where that was done, and every n-th step the leak."""
+        """Return what was taken out of the weights where that was done (Frobenius norm), every n-th step the leak."""
         found = {"weight/removed": self._removed} if self._restores(step) else {}
         if self.leak_every_n_steps and (step + 1) % self.leak_every_n_steps == 0:
             found["weight/leak"] = self.leak()
