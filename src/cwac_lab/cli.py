@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 
 from cwac_lab.errors import LabError
 from cwac_lab.paths import conf_dir
@@ -43,6 +44,15 @@ def _frame(overrides: tuple[str, ...], config_name: str) -> DictConfig:
 
 # A full disk, a full quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _no_space(error: OSError | SafetensorError) -> str | None:
+    """Return what the system says of a full disk, or None for another error; safetensors has the number in words."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _FULL else None
+    return next((os.strerror(code) for code in _FULL if f"(os error {code})" in str(error)), None)
+
+
 # Plain keys of the top level, which composing does not depend on.
 _PLAIN = ("seed", "harmful_ratio", "force", "finetune", "output_root")
 
@@ -77,11 +87,12 @@ def launch(task: Callable[[DictConfig], float | None], config_name: str = "confi
             return task(config)
         except (LabError, OmegaConfBaseException) as error:
             report(error)
-        except OSError as error:
-            if error.errno not in _FULL:
+        except (OSError, SafetensorError) as error:
+            full = _no_space(error)
+            if full is None:
                 raise
             kept = f"what was recorded before in {config.get('output_root', 'outputs')} is whole"
-            report(LabError(f"{error.strerror}: free some and run it again; {kept}"))
+            report(LabError(f"{full}: free some and run it again; {kept}"))
         return None
 
     decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)

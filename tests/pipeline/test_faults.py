@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 import tiny
 from cwac_lab import experiment, results, tables, train
@@ -121,3 +122,22 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tiny_folder, tmp_path, monk
     assert [run.status for run in runs(tmp_path)] == ["ok", "interrupted"]
     tiny.launch(train.main, [*shared, "seed=1"])
     assert [run.status for run in runs(tmp_path)] == ["ok", "ok"]
+
+
+def test_a_full_disk_under_the_weights_is_one_line(tiny_folder, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("cwac_lab.experiment._Stage.export", full)
+    with pytest.raises(SystemExit, match="2"):
+        tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
+    assert capsys.readouterr().err.startswith("error: No space left on device: free some and run it again;")
+
+
+def test_other_trouble_with_weights_is_not_taken_for_a_full_disk(tiny_folder, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise SafetensorError("Error while deserializing header: header too large")
+
+    monkeypatch.setattr("cwac_lab.experiment._Stage.export", broken)
+    with pytest.raises(SafetensorError, match="header too large"):
+        tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
