@@ -11,7 +11,7 @@ from cwac_lab import align, cli, evaluate, prepare, tables, train
 from cwac_lab.config import read
 from cwac_lab.paths import conf_dir
 
-GROUPS = ("model", "task", "data", "constraint", "sae", "trainer", "logger", "profile", "experiment", "tuning")
+GROUPS = ("model", "task", "data", "constraint", "sae", "trainer", "logger", "profile", "experiment", "search")
 OPTIONS = [
     (group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))
 ]  # fmt: skip
@@ -37,9 +37,9 @@ TUNED = sorted(file.stem for file in (conf_dir() / "constraint").glob("*.yaml") 
 
 @pytest.mark.parametrize("method", TUNED)
 def test_every_method_has_the_same_budget_of_trials(method):
-    space = yaml.safe_load((conf_dir() / f"tuning/{method}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    space = yaml.safe_load((conf_dir() / f"search/{method}.yaml").read_text())["hydra"]["sweeper"]["params"]
     choices = [[f"{key}={choice}" for choice in split_choices(text)] for key, text in space.items()]
-    trials = [read(tiny.config(f"tuning={method}", *trial)) for trial in itertools.product(*choices)]
+    trials = [read(tiny.config(f"search={method}", *trial)) for trial in itertools.product(*choices)]
     assert len({str(run.resolved) for run in trials}) == 6
     assert {run.evaluation.split for run in trials} == {"validation"}
     default = read(tiny.config(f"constraint={method}"))

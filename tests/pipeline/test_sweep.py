@@ -127,7 +127,7 @@ def perhaps_die(overrides):
 
 
 def tune(tiny_folder, output, *more):
-    trials = ["-m", "tuning=l2", "hydra.sweeper.n_trials=2"]
+    trials = ["-m", "search=l2", "hydra.sweeper.n_trials=2"]
     tiny.launch(train.main, [*trials, *tiny.small_run(tiny_folder, output), *more])
 
 
