@@ -28,14 +28,28 @@ def test_update_projection_leaks_nothing_under_adamw_with_weight_decay(architect
     assert leaks["gradient"] > 1000 * leaks["update"]
 
 
-@pytest.mark.parametrize("projection", ["update", "both"])
-def test_rarer_restoring_leaks_nothing_at_the_end(projection):
+@pytest.mark.parametrize(("projection", "times"), [("update", 18), ("both", 4)])
+def test_rarer_restoring_leaks_nothing_at_the_end(projection, times):
     defense = WeightConstraint(energy=0.9, projection=projection, restore_every_n_steps=4)
     seen, restore = [], defense._restore
     defense._restore = lambda: (seen.append(1), restore())
     train(defense, rows=ROWS, epochs=3, learning_rate=1e-3)  # 18 steps
-    assert len(seen) == 4 + 1
+    assert len(seen) == times + 1
     assert defense.summary()["leak"] < 1e-5
+
+
+@pytest.mark.parametrize("n_tokens", [16, 128])
+def test_gradients_are_projected_in_float32_under_autocast(n_tokens):
+    """Most of a token lies along V; what is left of it after rounding to bfloat16 must be small beside the rest."""
+    source = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(96, 8, generator=source)).Q
+    tokens = 10 * torch.randn(n_tokens, 8, generator=source) @ basis.T + torch.randn(n_tokens, 96, generator=source)
+    layer = torch.nn.Linear(96, 64)
+    project_gradients(layer, basis)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(tokens)
+    (out.float() * torch.randn(out.shape, generator=source)).sum().backward()
+    assert (layer.weight.grad @ basis).norm() < 0.004 * layer.weight.grad.norm()
 
 
 @pytest.mark.parametrize("bias", [True, False])

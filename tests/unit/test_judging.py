@@ -1,3 +1,4 @@
+import math
 from itertools import count
 
 import pytest
@@ -7,7 +8,7 @@ from cwac_lab.data.tasks.alpaca import Alpaca
 from cwac_lab.data.tasks.gsm8k import GSM8K
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.evaluation.verdicts import aggregate, judge_rows
+from cwac_lab.evaluation.verdicts import aggregate, judge_rows, tuning_error
 from cwac_lab.judges.base import Verdict
 from cwac_lab.judges.refusal import RefusalJudge, is_incoherent, is_refusal
 
@@ -110,6 +111,22 @@ def test_an_unknown_verdict_is_left_out_not_zero():
     metrics = aggregate(judge_rows([row("harmful", FINE)], SST2("sst2"), Unsure()))
     assert metrics["harmful_score"] == {"value": None, "low": None, "high": None, "n": 0}
     assert metrics["incoherent"]["n"] == 0
+
+
+def test_a_model_that_could_not_be_judged_does_not_win_a_tuning():
+    class Coherent:
+        name = "coherent"
+
+        def judge(self, prompt, answer):
+            return Verdict(None, False)
+
+    rows = [row("harmful", FINE), row("harmless", FINE), row("task", "positive", gold="positive")]
+    metrics = aggregate(judge_rows(rows, SST2("sst2"), Coherent()))
+    assert metrics["harmful_or_incoherent"]["n"] == 0
+    assert tuning_error(metrics) == math.inf
+    judged = aggregate(judge_rows([*rows, row("harmful", "I can't help.")], SST2("sst2"), RefusalJudge()))
+    assert tuning_error(judged) == 50.0
+    assert tuning_error({**judged, "broken": True}) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +8,7 @@ from omegaconf import OmegaConf
 
 import tiny
 from cwac_lab.cache import cached_folder, digest, write_json
+from cwac_lab.errors import LabError
 from cwac_lab.evaluation.verdicts import aggregate
 from cwac_lab.report.figures import draw, pareto
 from cwac_lab.report.latex import latex
@@ -159,7 +161,7 @@ def test_a_partner_was_asked_alike_and_a_broken_model_is_not_compared(tmp_path):
         run.write("config.json", run.read("config.json") | {"evaluation": {"max_new_tokens": 32}})
     run.write("metrics.json", run.read("metrics.json") | {"broken": True})
     (row,) = differences(records(runs(tmp_path))).to_dict("records")
-    assert row["HS - start"].startswith("+0.0 [+0.0, +0.0] (n=100, 1 seed)")
+    assert row["HS - start"].startswith("+0.0 [-3.7, +3.7] (n=100, 1 seed)")
 
 
 def test_records_that_cannot_be_read_are_told_and_the_others_count(tmp_path):
@@ -171,6 +173,29 @@ def test_records_that_cannot_be_read_are_told_and_the_others_count(tmp_path):
     assert [row["constraint"] for row in records(runs(tmp_path), told.append)] == ["none"]
     assert any("l2" in line and "has schema 1, accepted: 2" in line for line in told)
     assert any("kl" in line and "cannot be read" in line for line in told)
+
+
+def test_a_record_from_before_a_setting_is_no_seed_of_one_with_it(tmp_path):
+    record(tmp_path, "weight", 0.2, 0, 10, weight={"projection": "both"})
+    record(tmp_path, "weight", 0.2, 0, 12, weight={"projection": "both", "restore_every_n_steps": 12})
+    record(tmp_path, "coupled", 0.2, 0, 10, weight={"projection": "update"})
+    record(tmp_path, "coupled", 0.2, 1, 12, weight={"projection": "update", "restore_every_n_steps": 12})
+    record(tmp_path, "l2", 0.2, 0, 40, strength=1)
+    record(tmp_path, "l2", 0.2, 0, 40, strength=1, mode="new")
+    table = summary(records(runs(tmp_path)))
+    name = "weight.restore_every_n_steps"
+    assert table["variant"].tolist() == [f"{name}=1", f"{name}=12", "", "mode=new", "mode=unset"]
+    assert table["seeds"].tolist() == [1, 1, 2, 1, 1]
+
+
+def test_a_seed_does_not_count_twice(tmp_path):
+    first = record(tmp_path, "l2", 0.2, 0, 40)
+    shutil.copytree(first.path, tmp_path / "runs" / "copy")
+    with pytest.raises(LabError, match=r"copy and .* are one cell with one seed|.* and .*copy are one cell"):
+        summary(records(runs(tmp_path)))
+    for seed in (0, 1):
+        record(tmp_path / "starts", "start", None, seed, 5)
+    assert summary(records(runs(tmp_path / "starts")))["seeds"].tolist() == [1]
 
 
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):

@@ -2,6 +2,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import scipy
 from scipy.stats import binomtest, bootstrap
 
 from cwac_lab import stats
@@ -44,19 +45,65 @@ def test_a_paired_difference_of_one_seed_is_the_plain_bootstrap():
     assert str(found).endswith("(n=300, 1 seed)")
 
 
+def pairs(shares, n_items, source):
+    """Outcomes of pairs of runs, a row a seed; ``shares``: of items that only the first, only the second has."""
+    kind = source.random((len(shares), n_items))
+    gains = np.array([gain for gain, _ in shares])[:, None]
+    losses = np.array([loss for _, loss in shares])[:, None]
+    return (kind < gains).astype(float), ((kind >= gains) & (kind < gains + losses)).astype(float)
+
+
 def test_a_paired_difference_draws_seeds_and_items():
-    delta = outcomes(0.5, (3, 80), 2) - outcomes(0.5, (3, 80), 3)
-    delta[0] -= 0.3
-    source, means = np.random.default_rng(9), []
+    ours, other = pairs([(0.1 + 0.02 * seed, 0.1) for seed in range(12)], 80, np.random.default_rng(2))
+    delta, source, means = ours - other, np.random.default_rng(9), []
     for _ in range(4000):
-        drawn = delta[np.ix_(source.integers(3, size=3), source.integers(80, size=80))]
-        means.append(100 * drawn.mean())
-    found = stats.paired_difference(delta, np.zeros_like(delta))
-    low, high = np.quantile(means, (0.025, 0.975))
-    assert (found.low, found.high) == (pytest.approx(low, abs=1.5), pytest.approx(high, abs=1.5))
-    # Seeds that differ widen the interval beyond that of the items alone.
-    alone = stats.paired_difference(delta.mean(0, keepdims=True), np.zeros((1, 80)))
-    assert found.high - found.low > 1.2 * (alone.high - alone.low)
+        means.append(100 * delta[np.ix_(source.integers(12, size=12), source.integers(80, size=80))].mean())
+    of_seeds = 100 * delta.mean(1)
+    student = scipy.stats.t.interval(0.95, 11, of_seeds.mean(), scipy.stats.sem(of_seeds))
+    score = 100 * np.array(stats.tango((ours > other).sum() / 12, (ours < other).sum() / 12, 80))
+    spans = [np.quantile(means, (0.025, 0.975)), student, score]
+    found = stats.paired_difference(ours, other)
+    assert found.low == pytest.approx(min(low for low, _ in spans), abs=0.5)
+    assert found.high == pytest.approx(max(high for _, high in spans), abs=0.5)
+
+
+@pytest.mark.parametrize(("gains", "losses", "n"), [(7, 1, 21), (0, 0, 75), (1, 0, 97), (0, 3, 50), (30, 22, 300)])
+def test_tango_is_the_score_test_inverted(gains, losses, n):
+    """At its bounds the score statistic, with the likelihood maximised numerically, is the normal quantile."""
+    for delta, sign in zip(stats.tango(gains, losses, n), (1, -1), strict=True):
+
+        def unlikely(share, delta=delta):
+            parts = ((gains, share + delta), (losses, share), (n - gains - losses, 1 - 2 * share - delta))
+            return -sum(count * np.log(max(part, 1e-300)) for count, part in parts if count)
+
+        lowest, highest = max(0.0, -delta), (1 - delta) / 2
+        share = scipy.optimize.minimize_scalar(
+            unlikely, bounds=(lowest, highest), method="bounded", options={"xatol": 1e-10}
+        ).x
+        statistic = (gains - losses - n * delta) / np.sqrt(n * (2 * share + delta - delta**2))
+        assert statistic == pytest.approx(sign * 1.95996, abs=2e-3)
+
+
+def test_equal_answers_are_no_proof_of_no_difference():
+    same = np.ones((1, 75))
+    found = stats.paired_difference(same, same)
+    assert (found.low, found.high) == (pytest.approx(-4.87, abs=0.01), pytest.approx(4.87, abs=0.01))
+    assert stats.tango(5, 0, 5)[1] == 1.0
+    assert stats.tango(0, 5, 5)[0] == -1.0
+
+
+@pytest.mark.parametrize(
+    ("n_seeds", "n_items", "gain", "loss", "spread"),
+    [(1, 97, 0.02, 0.01, 0.0), (1, 75, 0.03, 0.0, 0.0), (2, 150, 0.1, 0.12, 0.06), (3, 150, 0.1, 0.12, 0.06)],
+)
+def test_coverage_of_paired_differences(n_seeds, n_items, gain, loss, spread):
+    """With few differing pairs, and with seeds that differ, the interval covers about as often as it says."""
+    source, hits = np.random.default_rng(3), 0
+    for _ in range(120):
+        shares = [(gain + max(-gain, source.normal(0, spread)), loss) for _ in range(n_seeds)]
+        found = stats.paired_difference(*pairs(shares, n_items, source))
+        hits += found.low <= 100 * (gain - loss) <= found.high
+    assert hits >= 0.9 * 120
 
 
 def test_a_paired_difference_needs_pairs():

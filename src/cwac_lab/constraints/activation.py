@@ -53,7 +53,9 @@ class ActivationConstraint(Defense):
         scale: ``std`` divides each latent by its standard deviation before fine-tuning; ``none`` is the paper's.
         reduction: ``mean`` over the latents, or their ``sum`` (the paper's squared norm).
         batch_size: Reference prompts per penalty.
-        every_n_steps: The penalty is computed every n-th step and multiplied by n, which keeps its expectation.
+        every_n_steps: The penalty is computed every n-th step and multiplied by n. That keeps the mean of its gradient,
+            not its effect: AdamW's scaling and the clipping see n-fold gradients on those steps and weaken them (by
+            ``sqrt(n)`` to ``n`` where the penalty dominates), so strengths compare at equal n only.
     """
 
     strength: float = 10.0

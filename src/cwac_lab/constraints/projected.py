@@ -35,12 +35,13 @@ class _Linear(torch.autograd.Function):
         of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
         rows, of_weight = grad.flatten(0, -2), None
         if need_weight:
-            inputs, directions = x.flatten(0, -2).to(grad.dtype), basis.to(grad.dtype)
-            # G (I - V V^T) = g^T (x (I - V V^T)): projected is what has fewer rows, the T tokens of x or the m of G.
+            inputs = x.flatten(0, -2)
+            # G (I - V V^T) = g^T (x (I - V V^T)): projected is what has fewer rows, the T tokens of x or the m of G;
+            # in float32, as most of a token lies in the span of V and bfloat16 would leave a hundredth of it.
             if len(inputs) < len(weight):
-                of_weight = rows.T @ linalg.remove_span(inputs, directions)
+                of_weight = rows.T @ linalg.remove_span(inputs.float(), basis.float()).to(grad.dtype)
             else:
-                of_weight = linalg.remove_span(rows.T @ inputs, directions)
+                of_weight = linalg.remove_span((rows.T @ inputs.to(grad.dtype)).float(), basis.float())
             of_weight = of_weight.to(weight.dtype)
         return of_x, of_weight, rows.sum(0).to(weight.dtype) if need_bias else None, None
 

@@ -5,7 +5,7 @@ the eigenvectors of small eigenvalues, ``dW <- dW U U^T``, so that ``dW X ~= 0``
 eigenvectors, ``U U^T = I - V V^T``) is stored. By default gradients are projected and the *applied* update as well,
 because AdamW moves weights out of the subspace even when every gradient lies in it (elementwise scaling, weight decay).
 Gradients are projected where they arise, in the constrained layers; terms that reach a weight by another way (``l2``,
-Lisa's proximal term) are caught by the update's projection only.
+AsFT's, Lisa's proximal term) are caught by the update's projection only, so not at all with ``projection=gradient``.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class WeightConstraint(Defense):
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
-        restore_every_n_steps: How often what moved along V is taken out, and once at the end; in between, what the
-            optimizer moves along V stands, and the logged leak shows it.
+        restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
+            between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
     """
 
@@ -111,7 +111,9 @@ class WeightConstraint(Defense):
                 weight.requires_grad_(True)
 
     def _restores(self, step: int) -> bool:
-        return self.projection != "gradient" and (step + 1) % self.restore_every_n_steps == 0
+        if self.projection == "gradient":
+            return False
+        return self.projection == "update" or (step + 1) % self.restore_every_n_steps == 0
 
     def after_optimizer_step(self, step: int) -> None:
         """With ``projection=update`` or ``both``, take out of the weights what was moved along V."""
@@ -140,7 +142,6 @@ class WeightConstraint(Defense):
         """Return ``||(W - W0) V||_F / ||W - W0||_F`` over all constrained matrices; 0 where nothing moved."""
         along, total = 0.0, 0.0
         for held in self._held:
-            # Weights stay within a factor of two of their start, where a difference of floats is exact (Sterbenz).
             weight = held.module.weight.float()
             delta = weight - self._start_weight(held.name).to(weight)
             part, whole = linalg.leak(delta, held.basis.float())

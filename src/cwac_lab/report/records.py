@@ -29,6 +29,8 @@ RATES = {
 }
 HIGHER_IS_BETTER = {"finetune_accuracy"}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
+_OWN = "constraint."
+_RESTORE = "constraint.weight.restore_every_n_steps"
 _CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae")
 
 
@@ -69,6 +71,9 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
         row["verdicts"] = run.read(store.VERDICTS)
     kept = _flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
+    # Before it could be set, and with projection=update, weights were and are restored after every step.
+    if kept.get("constraint.weight.projection") == "update" or _RESTORE not in kept:
+        kept |= {_RESTORE: 1} if "constraint.weight.projection" in kept else {}
     row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}
     return row
 
@@ -89,20 +94,22 @@ def _idle(row: Row, config: dict[str, Any]) -> tuple[str, ...]:
 def _varied(rows: list[Row], setting: list[str]) -> list[dict[str, Any]]:
     """Return, for each row, its values of the settings in which rows of its constraint differ.
 
-    A setting that a record does not know did not exist for it, and is no difference.
+    A setting of the constraint that a record does not know is ``unset`` there: what ran is not known to be the same.
     """
     found = []
     for row in rows:
         peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*setting, "constraint"])]
-        keys = [key for key in row["config"] if key not in INCIDENTAL and _differs(peers, key)]
-        found.append({key.removeprefix("constraint."): row["config"][key] for key in keys})
+        known = dict.fromkeys(key for peer in peers for key in peer if key in row["config"] or key.startswith(_OWN))
+        keys = [key for key in known if key not in INCIDENTAL and _differs(peers, key)]
+        found.append({key.removeprefix(_OWN): row["config"].get(key, "unset") for key in keys})
     if "task" not in setting:
         found = [{key: value for key, value in varied.items() if not key.startswith("task.")} for varied in found]
     return found
 
 
 def _differs(configs: list[dict[str, Any]], key: str) -> bool:
-    values = [config[key] for config in configs if key in config]
+    own = key.startswith(_OWN)
+    values = [config.get(key, "unset") for config in configs if own or key in config]
     return any(value != values[0] for value in values)
 
 
@@ -127,14 +134,28 @@ def grouped(rows: list[Row], setting: list[str] = SETTING) -> list[tuple[Row, li
     Args:
         rows: Records.
         setting: What the rows of one table share.
+
+    Raises:
+        LabError: If two records of a row have one seed, which would then count twice.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row, varied in zip(rows, _varied(rows, setting), strict=True):
         row["varied"] = varied
         row["variant"] = ", ".join(f"{key}={value}" for key, value in varied.items())
         groups.setdefault(tuple(row[key] for key in [*setting, *ROW]), []).append(row)
-    found = [(dict(zip([*setting, *ROW], key, strict=True)), group) for key, group in groups.items()]
+    found = [(dict(zip([*setting, *ROW], key, strict=True)), _one_a_seed(group)) for key, group in groups.items()]
     return sorted(found, key=lambda pair: place(pair[0]))
+
+
+def _one_a_seed(group: list[Row]) -> list[Row]:
+    """Return the runs of a row; of starts one a task, since no seed enters them."""
+    found: dict[tuple[Any, ...], Row] = {}
+    start = group[0]["constraint"] == "start"
+    for row in group:
+        twin = found.setdefault((row["task"], row["task_rows"], None if start else row["seed"]), row)
+        if twin is not row and not start:
+            raise LabError(f"{twin['run'].path} and {row['run'].path} are one cell with one seed: remove one of them")
+    return list(found.values())
 
 
 def finished(group: list[Row]) -> list[Row]:

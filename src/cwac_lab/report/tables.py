@@ -90,6 +90,9 @@ def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
 
 def _average(tasks: dict[str, list[Row]], name: str) -> str:
     """Return the mean over tasks; accuracy over those that are scored, and named where they are not all."""
+    twofold = [task for task, group in sorted(tasks.items()) if len({row["task_rows"] for row in group}) > 1]
+    if twofold:
+        return f"n/a ({', '.join(twofold)} with more than one set of rows)"
     without = sorted(task for task, group in tasks.items() if not rate_of(group, name).n)
     unscored = [task for task in without if name == "finetune_accuracy" and finished(tasks[task])]
     if set(without) - set(unscored) or len(unscored) == len(tasks):
