@@ -25,8 +25,11 @@ def output(tiny_folder, tmp_path_factory):
 
 
 def extra(constraint):
-    held = constraint in ("activation", "coupled")
-    return ["constraint.activation.n_latents=8", "constraint.activation.depths=[0.5]"] if held else []
+    held = ["constraint.activation.n_latents=8", "constraint.activation.depths=[0.5]"]
+    restored = ["constraint.weight.restore_every_n_steps=2"]
+    return (held if constraint in ("activation", "coupled") else []) + (
+        restored if constraint in ("weight", "coupled") else []
+    )
 
 
 def folder_of(output, method):
@@ -100,6 +103,7 @@ def test_steps_are_logged(output):
     log = pd.read_csv(folder_of(output, "coupled") / "log" / "metrics.csv")
     assert {"loss/task", "loss/safety", "weight/removed"} <= set(log.columns)
     assert log["step"].max() == 3
+    assert log.dropna(subset="weight/removed")["step"].tolist() == [1, 3]  # where it was done, not repeated in between
 
 
 def test_the_manifest_shows_the_mixture(output):
