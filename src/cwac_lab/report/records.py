@@ -71,9 +71,9 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
         row["verdicts"] = run.read(store.VERDICTS)
     kept = _flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
-    # Before it could be set, and with projection=update, weights were and are restored after every step.
-    if kept.get("constraint.weight.projection") == "update" or _RESTORE not in kept:
-        kept |= {_RESTORE: 1} if "constraint.weight.projection" in kept else {}
+    projection = kept.get("constraint.weight.projection")
+    if projection is not None:  # before it could be set, and with update, weights are restored after every step
+        kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept.get(_RESTORE, 1))
     row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}
     return row
 
