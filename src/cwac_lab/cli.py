@@ -100,8 +100,9 @@ def launch(task: Callable[[DictConfig], float | None], config_name: str = "confi
         decorated()
     except (HydraException, OmegaConfBaseException, OverrideParseException) as error:
         report(error)
-    except ValueError:
-        if not failures:  # a tuning sweep has no best trial where every one failed, each with its line above
+    except ValueError as error:
+        # A tuning sweep has no best trial where every one failed, each with its line above.
+        if not failures or "No trials are completed" not in str(error):
             raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

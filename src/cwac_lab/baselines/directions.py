@@ -19,7 +19,7 @@ class Directed:
     """A linear layer's weight (m, d), its value at the start, and C of shape (m, m)."""
 
     name: str
-    weight: Tensor
+    weight: Float[Tensor, "m d"]
     start: Float[Tensor, "m d"]
     matrix: Float[Tensor, "m m"]
 

@@ -166,10 +166,10 @@ def score(
 def export(
     folder: Path,
     layer: int,
-    encoder: tuple[Tensor, Tensor, int],
-    chosen: Tensor,
-    scores: Tensor,
-    scale: Tensor,
+    encoder: tuple[Float[Tensor, "D F"], Float[Tensor, " F"], int],
+    chosen: Int[Tensor, " S"],
+    scores: Float[Tensor, " F"],
+    scale: Float[Tensor, " S"],
     facts: dict[str, Any],
 ) -> None:
     """Save what fine-tuning needs of one layer: encoder, chosen latents (S,), their scale (S,), and a report."""

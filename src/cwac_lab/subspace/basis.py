@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def second_moments(
         For every site's name its matrix of shape (d_in, d_in), accumulated in float64.
     """
     moments: dict[str, Tensor] = {}
-    counted: Tensor
+    counted: Int[Tensor, "B T"]
 
     def receive(site: Site, x: Float[Tensor, "B T d"]) -> None:
         keep = without_sinks(x, counted) if spec.tokens == "no_sinks" else counted.bool()
