@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 ARGS ?=
-EXP ?= null
+EXP ?= all
 SEEDS ?= 1
 PROFILE ?= embedded
 JOBS ?= 1
@@ -43,7 +43,7 @@ prepare: $(READY)  ## only subspace and autoencoder; ARGS="constraint=coupled ..
 evaluate: $(READY)  ## judge saved answers again; ARGS="run=outputs/runs/NAME"
 	$(BIN)/python -m cwac_lab.evaluate $(ARGS)
 
-tables: $(READY)  ## tables of all recorded runs; EXP=NAME first makes the runs of experiments/NAME (SEEDS, PROFILE, JOBS)
+tables: $(READY)  ## the runs that the experiments lack, then their tables; EXP=NAME for one (SEEDS, PROFILE, JOBS)
 	$(BIN)/python -m cwac_lab.tables exp=$(EXP) seeds=$(SEEDS) profile=$(PROFILE) jobs=$(JOBS) $(ARGS)
 
 test: $(READY)  ## fast tests, no network
@@ -67,4 +67,4 @@ benchmark: $(READY)  ## step time of the constraints beside plain fine-tuning
 	$(BIN)/python -m cwac_lab.benchmark model=smollm $(ARGS)
 
 clean:  ## remove run records and caches (not .venv)
-	rm -rf outputs/runs outputs/cache outputs/sweeps .pytest_cache .mypy_cache .ruff_cache
+	rm -rf outputs/runs outputs/cache outputs/sweeps outputs/made outputs/cells.json .pytest_cache .mypy_cache .ruff_cache

@@ -138,10 +138,20 @@ def _content(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
 _known: dict[str, dict[str, str]] = {}
 
 
+def start_key(run: Run) -> str:
+    """Return what runs that start alike have in common: the settings that weights and data come of."""
+    groups = ("model", "profile", "task", "data", "align", "trainer", "cache_root")
+    return digest([{group: run.resolved[group] for group in groups}, run.constraint.requirements.base_weights])
+
+
+def known(key: str) -> dict[str, str] | None:
+    """Return the ``identity`` of a ``start_key``, where this process has found it out."""
+    return _known.get(key)
+
+
 def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
     """Return hashes of what a run starts from, remembered for runs of one process that start alike."""
-    groups = ("model", "profile", "task", "data", "align", "trainer", "evaluation", "cache_root")
-    key = digest([{group: run.resolved[group] for group in groups}, run.constraint.requirements.base_weights])
+    key = start_key(run)
     if key not in _known:
         begin = start(run, say)
         _known[key] = _content(run, begin, begin.pools.task_rows(run.data, run.task))

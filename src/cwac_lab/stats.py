@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -55,7 +56,8 @@ def wilson(hits: float, n: int, confidence: float = 0.95) -> Rate:
     return Rate(100 * share, 100 * max(0.0, low), 100 * min(1.0, high), n)
 
 
-def _shares(strata: Sequence[int], n_items: int) -> tuple[Float[np.ndarray, "K S"], Float[np.ndarray, "K N"]]:
+@lru_cache(maxsize=8)  # many rows of a table have the same seeds and items; 20 MB for 600 items
+def _shares(strata: tuple[int, ...], n_items: int) -> tuple[Float[np.ndarray, "K S"], Float[np.ndarray, "K N"]]:
     """Return how often each of K resamples draws each run and each item, as shares that sum to 1.
 
     Runs (within their stratum; strata weigh alike) and items are drawn with replacement and independently: the
@@ -99,7 +101,7 @@ def mean_rate(outcomes: Float[np.ndarray, "S N"], strata: Sequence[int] | None =
     single = wilson(min(mean, 1.0) * n, n)
     if len(rates) == 1:
         return single
-    runs, items = _shares(sizes, outcomes.shape[1])
+    runs, items = _shares(tuple(sizes), outcomes.shape[1])
     hits, counts = items @ values.T, items @ known.T
     drawn = np.divide(hits, counts, out=np.broadcast_to(rates, hits.shape).copy(), where=counts > 0)
     low, high = 100 * np.quantile((runs * drawn).sum(axis=1), (0.025, 0.975))
@@ -170,7 +172,7 @@ def paired_difference(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "
         raise ValueError(f"shapes {ours.shape} and {other.shape} must be equal and not empty")
     delta = 100 * (ours - other)
     n_seeds, n_items = delta.shape
-    seeds, items = _shares([n_seeds], n_items)
+    seeds, items = _shares((n_seeds,), n_items)
     bounds = list(np.quantile(((seeds @ delta) * items).sum(axis=1), (0.025, 0.975)))
     gains, losses = (ours > other).sum() / n_seeds, (ours < other).sum() / n_seeds
     bounds += [100 * bound for bound in tango(float(gains), float(losses), n_items)]

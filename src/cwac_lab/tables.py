@@ -11,27 +11,22 @@ from omegaconf import DictConfig, ListConfig
 from cwac_lab import cli
 
 if TYPE_CHECKING:
-    from cwac_lab.results.store import RunFolder
     from cwac_lab.sweep.grid import Grid
-
-
-NOTE = (
-    "Rates in percent: mean over seeds, 95 % interval (Wilson; of several seeds a bootstrap over seeds and items where "
-    "that is wider), n items, range over seeds. p: sign-flip test over items, Holm within a column and harmful ratio."
-)
 
 
 def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.errors import MissingAsset, in_range
+    from cwac_lab.report.files import write
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import runs
     from cwac_lab.sweep import grid
+    from cwac_lab.sweep.cells import Cells
     from cwac_lab.sweep.runner import sweep
 
     root = Path(config.output_root)
     if config.exp is None:
-        write(root, "summary", list(runs(root)))
+        print(write(root, "summary", list(runs(root))))
         return
     for key in ("seeds", "jobs"):
         in_range(key, config[key], 1)
@@ -39,54 +34,23 @@ def main(config: DictConfig) -> None:
     folders = grid.find(Path(config.experiments_root), None if names == ["all"] else names)
     if not folders:
         raise MissingAsset(f"experiments_root={config.experiments_root}: no experiment with a {grid.FILE} there")
-    screen, failed = Screen(), []
+    screen, cells, failed = Screen(), Cells(root), []
     grids: list[Grid] = [grid.read(folder, config.profile) for folder in folders]
     for each in grids:
         screen.say(f"{each.name}: {each.title}")
         wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]
-        found = sweep(wanted, config.jobs, screen, screen.say)
+        found = sweep(wanted, config.jobs, screen, screen.say, cells)
         failed += [outcome for outcome in found if outcome.status == "failed"]
         elsewhere = sum(outcome.status == "running" for outcome in found)
         if elsewhere:
             screen.say(f"{elsewhere} runs are left to another process: the table is without them")
         paths = {outcome.path for outcome in found}
         if any(outcome.status == "ok" for outcome in found):
-            write(root, each.name, [run for run in runs(root) if run.path in paths])
+            print(write(root, each.name, [run for run in runs(root) if run.path in paths]))
     for outcome in failed:
         screen.say(f"[red]{outcome.status}[/red]: {' '.join(outcome.overrides)}: {outcome.reason}")
     if failed:
         sys.exit(1)
-
-
-def write(root: Path, name: str, found: list[RunFolder]) -> None:
-    """Write the table of some runs (Markdown, CSV, LaTeX) and its figures (SVG, PNG); print the first.
-
-    Raises:
-        MissingAsset: If none of them is finished.
-    """
-    from cwac_lab.cache import write_text
-    from cwac_lab.errors import MissingAsset
-    from cwac_lab.report.figures import draw
-    from cwac_lab.report.latex import latex
-    from cwac_lab.report.paired import differences
-    from cwac_lab.report.records import finished, records
-    from cwac_lab.report.tables import averages, markdown, summary
-
-    rows = records(found)
-    if not finished(rows):
-        raise MissingAsset(f"output_root={root}: no finished runs there; run `python -m cwac_lab.train` first")
-    table = summary(rows, name)
-    parts = [
-        ("", table),
-        ("Mean over tasks: ", averages(rows, name)),
-        ("Paired differences in points: ", differences(rows)),
-    ]
-    text = "\n".join(markdown(part, title) for title, part in parts if len(part)) + f"\n{NOTE}\n"
-    write_text(root / "tables" / f"{name}.md", text)
-    write_text(root / "tables" / f"{name}.csv", table.to_csv(index=False))
-    write_text(root / "tables" / f"{name}.tex", latex(rows))
-    draw(rows, root / "figures", name)
-    print(text)
 
 
 if __name__ == "__main__":

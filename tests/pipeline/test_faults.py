@@ -6,15 +6,18 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 import tiny
-from cwac_lab import experiment, results, tables, train
+from cwac_lab import experiment, results, train
+from cwac_lab.report import files
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import runs
 from cwac_lab.sweep import runner
+from cwac_lab.sweep.cells import Cells
 
 # Forked children start with everything imported, so that most of their short life is work.
 FORK = multiprocessing.get_context("fork")
@@ -46,15 +49,16 @@ def sweep(wanted, trace=None):
             carried_out(run, folder, *rest)
 
         experiment._execute = noted
-    return runner.sweep(wanted, 1, Screen(quiet=True), lambda _: None)
+    output = next(key.partition("=")[2] for key in wanted[0] if key.startswith("output_root="))
+    return runner.sweep(wanted, 1, Screen(quiet=True), lambda _: None, Cells(Path(output)))
 
 
 def what_came_out(root):
     """Return tables, figures, and the answers of every run, byte for byte."""
-    tables.write(root, "all", list(runs(root)))
-    files = [path for kind in ("tables", "figures") for path in (root / kind).iterdir()]
-    files += (root / "runs").glob("*/generations.jsonl")
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+    files.write(root, "all", list(runs(root)))
+    made = [path for kind in ("tables", "figures") for path in (root / kind).iterdir()]
+    made += (root / "runs").glob("*/generations.jsonl")
+    return {str(path.relative_to(root)): path.read_bytes() for path in made}
 
 
 @pytest.mark.slow

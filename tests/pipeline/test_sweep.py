@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 import tiny
-from cwac_lab import results, tables, train
+from cwac_lab import experiment, results, tables, train
 from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.results.console import Screen
-from cwac_lab.sweep import grid, runner
+from cwac_lab.sweep import cells, grid, runner
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmful_ratio": 0.2},
@@ -98,6 +98,36 @@ def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     assert "5 runs, 5 recorded already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert (tmp_path / "out" / "tables" / "mine.md").read_text() == table
+
+
+def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(tiny_folder, tmp_path, monkeypatch):
+    write(tmp_path / "exp", "mine", SMALL)
+    launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=2")
+    composed, asked = runner.composed, []
+    monkeypatch.setattr(runner, "composed", lambda overrides: asked.append(overrides) or composed(overrides))
+    made = [file for kind in ("tables", "figures") for file in (tmp_path / "out" / kind).iterdir()]
+
+    def again(*more):
+        experiment._known.clear()  # as in a new process
+        asked.clear()
+        launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=2", *more)
+        return len(asked), {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in made}
+
+    one, first = again()
+    assert one == 1  # the first, to see whether weights and data are still the same
+    made[0].unlink()
+    _, second = again()
+    assert {file for file in made if second[file] != first[file]} == set(made)  # written again, all of them
+    assert all(second[file][1] == first[file][1] for file in made)
+    (tmp_path / "out" / cells.FILE).write_text("{")
+    assert again() == (5, second)
+    entries = json.loads((tmp_path / "out" / cells.FILE).read_text())
+    stale = {key: entry | {"content": {"weights_content": "others"}} for key, entry in entries.items()}
+    (tmp_path / "out" / cells.FILE).write_text(json.dumps(stale))
+    assert again() == (5, second)
+    verdicts = next((tmp_path / "out" / "runs").glob("*-l2-*/verdicts.jsonl"))
+    verdicts.write_text(verdicts.read_text().replace('"refused": false', '"refused": true'))
+    assert again()[1] != second
 
 
 def test_a_failing_cell_stops_no_other(tiny_folder, tmp_path, capsys):

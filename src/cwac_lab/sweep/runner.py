@@ -14,6 +14,7 @@ from cwac_lab.cli import compose
 from cwac_lab.config import Run, read
 from cwac_lab.experiment import execute, folder_of, identity
 from cwac_lab.results.console import Screen
+from cwac_lab.sweep.cells import Cells
 
 Overrides = tuple[str, ...]
 
@@ -103,14 +104,22 @@ def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, li
     return sorted(lost, key=list(runs).index)
 
 
-def sweep(runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[str], None]) -> list[Outcome]:
+def sweep(
+    runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[str], None], cells: Cells
+) -> list[Outcome]:
     """Run what is missing, tell how far it is, and return the outcome of every run, recorded ones included."""
     found: list[Outcome] = []
     missing: dict[Path, Overrides] = {}
     for overrides in runs:
         try:
+            recorded = cells.finished(overrides)
+            if recorded is not None:
+                found.append(Outcome(overrides, "ok", path=recorded))
+                continue
             run = composed(overrides)
-            folder = folder_of(run, identity(run, screen.say))
+            content = identity(run, screen.say)
+            folder = folder_of(run, content)
+            cells.add(overrides, run, content, folder.path)
             done = folder.status == "ok" and not run.force
         except Exception as error:  # noqa: BLE001 - likewise
             found.append(Outcome(overrides, "failed", _words(error)))
@@ -119,8 +128,9 @@ def sweep(runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[s
             found.append(Outcome(overrides, "ok", path=folder.path))
         else:
             missing.setdefault(folder.path, overrides)  # two cells may come to the same run
-    recorded = sum(outcome.status == "ok" for outcome in found)
-    say(f"{len(found) + len(missing)} runs, {recorded} recorded already")
+    cells.save()
+    already = sum(outcome.status == "ok" for outcome in found)
+    say(f"{len(found) + len(missing)} runs, {already} recorded already")
     begin = time.perf_counter()
     for number, outcome in enumerate(outcomes(list(missing.values()), jobs, screen), start=1):
         found.append(outcome)

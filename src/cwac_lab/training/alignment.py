@@ -29,12 +29,14 @@ REPORT = "alignment.json"
 ALIGNMENT_SEED = 0
 # Raised when this file changes what an aligned start is, so that none of before is taken from a cache.
 RECIPE = 4
+# Length of the answers an aligned start is measured by: fixed, for runs that measure themselves by others share it.
+MEASURED_TOKENS = 48
 
 
 def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, Any]:
     """Return the validation rates of a model."""
     rows = []
-    lengths = (run.evaluation.max_new_tokens, run.evaluation.batch_size)
+    lengths = (MEASURED_TOKENS, run.evaluation.batch_size)
     for kind in ("harmful", "harmless"):
         held = pools.get(kind, "validation")
         outputs = generate(model, chat, [row.prompt for row in held], *lengths) if held else []
@@ -116,7 +118,7 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         "answer_tokens": run.align.answer_tokens,
         "trainer": {name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
         "chat_template": run.model.chat_template,
-        "measured_on": run.evaluation.max_new_tokens,
+        "measured_on": MEASURED_TOKENS,
     }
     folder = cached_folder(
         Path(run.cache_root), "aligned", key, lambda path: _build(path, start, chat, pools, run, say)

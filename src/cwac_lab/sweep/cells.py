@@ -1,0 +1,55 @@
+"""Which run a cell of a grid came to, so that a recorded one is found again without composing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cwac_lab.cache import digest, file_digest, read_json, write_json
+from cwac_lab.config import Run
+from cwac_lab.experiment import known, start_key
+from cwac_lab.paths import conf_dir
+from cwac_lab.results.store import RunFolder
+
+FILE = "cells.json"
+
+
+class Cells:
+    """The cells of a store, by their overrides and the configuration files these choose from.
+
+    An entry holds only while what its run starts from, weights and data, has the hashes it had; so the first cell
+    of each start is composed, and the others are looked up.
+    """
+
+    def __init__(self, output_root: Path) -> None:
+        """Read what is known of a store; a file that cannot be read counts as none."""
+        self._file = output_root / FILE
+        self._conf = file_digest(sorted(conf_dir().rglob("*.yaml")))
+        self._entries = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(read_json(self._file))
+        except (OSError, ValueError):
+            return {}
+
+    def _key(self, overrides: Sequence[str]) -> str:
+        return digest([self._conf, list(overrides)])
+
+    def finished(self, overrides: Sequence[str]) -> Path | None:
+        """Return the folder of a cell that is known and finished."""
+        entry = self._entries.get(self._key(overrides))
+        if entry is None or known(entry["start"]) != entry["content"]:
+            return None
+        folder = RunFolder(Path(entry["path"]))
+        return folder.path if folder.status == "ok" else None
+
+    def add(self, overrides: Sequence[str], run: Run, content: dict[str, str], path: Path) -> None:
+        """Remember a cell, unless it is to be repeated whatever is recorded."""
+        if not run.force:
+            self._entries[self._key(overrides)] = {"start": start_key(run), "content": content, "path": str(path)}
+
+    def save(self) -> None:
+        """Write what is known, with what other processes wrote meanwhile."""
+        write_json(self._file, self._read() | self._entries)
