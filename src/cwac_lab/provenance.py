@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 from cwac_lab import __version__
-from cwac_lab.paths import PACKAGE
+from cwac_lab.cache import digest, file_digest
+from cwac_lab.paths import PACKAGE, conf_dir
 
 _PACKAGES = ("torch", "transformers", "lightning", "hydra-core", "omegaconf", "datasets", "safetensors", "sae-lens")
 
@@ -34,6 +35,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def sources() -> str:
+    """Return the SHA-256 (hex) of this package and its configuration, names of files included, as they are now."""
+    found = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.csv"), *conf_dir().rglob("*.yaml")]
+    return digest([[str(path) for path in sorted(found)], file_digest(sorted(found))])
 
 
 def describe() -> dict[str, Any]:

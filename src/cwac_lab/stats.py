@@ -66,7 +66,10 @@ def _shares(strata: tuple[int, ...], n_items: int) -> tuple[Float[np.ndarray, "K
     source = np.random.default_rng(0)
     parts = [source.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / (n * len(strata)) for n in strata]
     items = source.multinomial(n_items, np.full(n_items, 1 / n_items), size=RESAMPLES) / n_items
-    return np.concatenate(parts, axis=1), items
+    runs = np.concatenate(parts, axis=1)
+    for shared in (runs, items):
+        shared.setflags(write=False)
+    return runs, items
 
 
 def mean_rate(outcomes: Float[np.ndarray, "S N"], strata: Sequence[int] | None = None) -> Rate:

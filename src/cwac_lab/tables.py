@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from omegaconf import DictConfig, ListConfig
 
 from cwac_lab import cli
@@ -14,10 +16,37 @@ if TYPE_CHECKING:
     from cwac_lab.sweep.grid import Grid
 
 
+def views(file: str | None) -> dict[str, str | None]:
+    """Return the tables of a file, each with the query for its runs; without a file one table of all runs.
+
+    Raises:
+        MissingAsset: If there is no such file.
+        ConfigError: If it does not map names to queries.
+    """
+    from cwac_lab.errors import ConfigError, MissingAsset
+
+    if file is None:
+        return {"summary": None}
+    if not Path(file).is_file():
+        raise MissingAsset(f"views={file}: no such file")
+    accepted = "a YAML file that maps names of tables to pandas queries"
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("views", file, f"{accepted} ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict) or not found:
+        raise ConfigError("views", file, accepted)
+    for name, query in found.items():
+        if not isinstance(query, str) or not re.fullmatch(r"\w+", str(name)):
+            raise ConfigError(f"views: {name}", query, "a name of letters, digits and _, and a pandas query")
+    return {str(name): query for name, query in found.items()}
+
+
 def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
-    from cwac_lab.errors import MissingAsset, in_range
+    from cwac_lab.errors import ConfigError, MissingAsset, in_range
     from cwac_lab.report.files import write
+    from cwac_lab.results import select
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import runs
     from cwac_lab.sweep import grid
@@ -26,8 +55,11 @@ def main(config: DictConfig) -> None:
 
     root = Path(config.output_root)
     if config.exp is None:
-        print(write(root, "summary", list(runs(root))))
+        for name, query in views(config.views).items():
+            print(write(root, name, list(runs(root)) if query is None else select(root, f"views: {name}", query)))
         return
+    if config.views is not None:
+        raise ConfigError("views", config.views, "null with exp, whose grids say what their tables hold")
     for key in ("seeds", "jobs"):
         in_range(key, config[key], 1)
     names = list(config.exp) if isinstance(config.exp, ListConfig) else [str(config.exp)]

@@ -106,6 +106,7 @@ def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(
     composed, asked = runner.composed, []
     monkeypatch.setattr(runner, "composed", lambda overrides: asked.append(overrides) or composed(overrides))
     made = [file for kind in ("tables", "figures") for file in (tmp_path / "out" / kind).iterdir()]
+    table = tmp_path / "out" / "tables" / "mine.md"
 
     def again(*more):
         experiment._known.clear()  # as in a new process
@@ -125,9 +126,13 @@ def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(
     stale = {key: entry | {"content": {"weights_content": "others"}} for key, entry in entries.items()}
     (tmp_path / "out" / cells.FILE).write_text(json.dumps(stale))
     assert again() == (5, second)
-    verdicts = next((tmp_path / "out" / "runs").glob("*-l2-*/verdicts.jsonl"))
-    verdicts.write_text(verdicts.read_text().replace('"refused": false', '"refused": true'))
-    assert again()[1] != second
+    (record,) = (tmp_path / "out" / "runs").glob("*-l2-*-s0-*")
+    for name, text in {"verdicts.jsonl": "", "config.json": "{"}.items():
+        whole = (record / name).read_text()
+        (record / name).write_text(text)
+        assert again()[1][table][1] != second[table][1]  # one run less
+        (record / name).write_text(whole)
+        assert again()[1][table][1] == second[table][1]
 
 
 def test_a_failing_cell_stops_no_other(tiny_folder, tmp_path, capsys):

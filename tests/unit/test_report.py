@@ -1,7 +1,6 @@
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -314,15 +313,3 @@ def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
     text = (tmp_path / "one" / f"{stem}-over-strength.svg").read_text()
     assert "l2, p=0.2, mode=a" in text
     assert "mode=b" not in text  # one value is no curve
-
-
-def test_the_projects_own_records_are_read():
-    """The tables of docs/benchmarks.md can be made again: no record is left out, and no two weights share a table."""
-    folder, told = Path(__file__).parents[2] / "experiments" / "sst2_drift", []
-    rows = records(runs(folder), told.append)
-    assert told == []
-    assert len(rows) == len(list((folder / "runs").iterdir()))
-    page = (folder.parents[1] / "docs" / "benchmarks.md").read_text()
-    for row in summary(rows).to_dict("records"):
-        assert row["HS ↓"] in page
-        assert row["FA ↑"] in page

@@ -94,6 +94,7 @@ def test_the_store_as_a_table(other, tmp_path):
             "stages": {"train": {"seconds": 2.0}},
         }
         (tmp_path / "runs" / "two" / store.METRICS).write_text(json.dumps(metrics))
+        (tmp_path / "runs" / "two" / store.CONFIG).write_text(json.dumps({"seed": 3, "sae": {"k": 8}}))
     with pytest.raises(MemoryError), RunFolder(tmp_path / "runs" / "three").running():
         raise MemoryError
     with RunFolder(tmp_path / "runs" / "zero").running():
@@ -105,3 +106,5 @@ def test_the_store_as_a_table(other, tmp_path):
     row = frame.loc["two"]
     assert (row["constraint"], row["seed"], row["harmful_score"], row["harmful_score_n"]) == ("weight", 3, 12.5, 40)
     assert row["seconds"] == 2.0
+    assert row["sae.k"] == 8
+    assert [run.path.name for run in results.select(tmp_path, "mine", "`sae.k` > 7")] == ["two"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cwac_lab.cache import digest, file_digest, read_json, write_json, write_text
 from cwac_lab.errors import MissingAsset
-from cwac_lab.paths import PACKAGE
+from cwac_lab.provenance import sources
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
@@ -19,18 +18,19 @@ NOTE = (
 _READ = (store.STATUS, store.CONFIG, store.METRICS, store.PROVENANCE, store.VERDICTS)
 
 
-def _sources(found: list[RunFolder]) -> str:
+def _made_of(found: list[RunFolder]) -> str:
     """Return the hash of what a table is made of: the records, and this package, which makes it."""
-    code = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.csv")])
     files = [run.path / name for run in found for name in _READ if run.has(name)]
-    return digest([[str(file) for file in files], file_digest([*code, *files])])
+    return digest([sources(), [str(file) for file in files], file_digest(files)])
 
 
-def _made(stamp: Path) -> dict[str, Any]:
+def _made(stamp: Path) -> tuple[str, list[str]]:
+    """Return what a table was made of, and its files; nothing where that is not known."""
     try:
-        return dict(read_json(stamp))
-    except (OSError, ValueError):
-        return {}
+        made = read_json(stamp)
+        return str(made["of"]), list(made["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "", []
 
 
 def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], None] = print) -> str:
@@ -48,14 +48,17 @@ def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], No
         MissingAsset: If none of the runs is finished.
     """
     page, stamp = root / "tables" / f"{name}.md", root / "made" / f"{name}.json"
-    sources, made = _sources(found), _made(stamp)
-    if made.get("of") != sources or not all((root / file).is_file() for file in made["files"]):
+    now, (then, files) = _made_of(found), _made(stamp)
+    if now != then or not all((root / file).is_file() for file in files):
+        stamp.unlink(missing_ok=True)  # what is written halfway is of neither
         complaints: list[str] = []
-        files = _write(root, name, found, complaints.append)
+        written = [str(file.relative_to(root)) for file in _write(root, name, found, complaints.append)]
+        for file in set(files) - set(written):  # figures that the table has no longer
+            (root / file).unlink(missing_ok=True)
         for complaint in complaints:
             say(complaint)
         if not complaints:  # they are to be heard each time
-            write_json(stamp, {"of": sources, "files": [str(file.relative_to(root)) for file in files]})
+            write_json(stamp, {"of": now, "files": written})
     return page.read_text(encoding="utf-8")
 
 

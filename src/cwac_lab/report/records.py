@@ -34,12 +34,6 @@ _RESTORE = "constraint.weight.restore_every_n_steps"
 _CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae")
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}".lstrip(".")).items()}
-
-
 def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> list[Row]:
     """Return one row a run that ended: its facts, its flattened configuration under ``config``, and its folder.
 
@@ -69,7 +63,7 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
         row["failed"] = run.told().get("reason", "no reason given")
     else:
         row["verdicts"] = run.read(store.VERDICTS)
-    kept = _flat({group: config.get(group) for group in _CONFIGURED})
+    kept = store.flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
     projection = kept.get("constraint.weight.projection")
     if projection is not None:  # before it could be set, and with update, weights are restored after every step

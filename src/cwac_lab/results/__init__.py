@@ -1,5 +1,5 @@
 """Run records on disk, what a run prints, and all records as one table."""
 
-from cwac_lab.results.frame import load
+from cwac_lab.results.frame import load, select
 
-__all__ = ["load"]
+__all__ = ["load", "select"]

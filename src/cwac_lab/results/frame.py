@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from cwac_lab.errors import LabError
+from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
@@ -18,7 +18,7 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
     Columns: ``run`` (folder name), ``status`` (``ok``, ``failed``, ``running``, ``interrupted``, ``unreadable``: broken
     or of another schema) and ``reason``; of finished runs also what ran (``weights``, ``model``, ``task``,
     ``constraint``, ``harmful_ratio``, ``seed``, ...), each rate in percent with ``_low``, ``_high`` (95 %) and ``_n``,
-    ``leak``, ``broken``, and ``seconds`` in total.
+    ``leak``, ``broken``, ``seconds`` in total, and every setting by its dotted key (``constraint.weight.energy``).
 
     Args:
         output_root: Folder that holds ``runs/``.
@@ -29,7 +29,7 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
 def _row(run: RunFolder) -> dict[str, Any]:
     try:
         row: dict[str, Any] = {"run": run.path.name, "status": run.status, "reason": run.told().get("reason")}
-        return row | (_measured(run.facts()) if row["status"] == "ok" else {})
+        return row | (_measured(run.facts()) | _settings(run) if row["status"] == "ok" else {})
     except LabError as error:
         return {"run": run.path.name, "status": "unreadable", "reason": str(error)}
 
@@ -40,3 +40,35 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
         if isinstance(rate, dict) and {"value", "low", "high", "n"} <= rate.keys():
             found |= {name: rate["value"], **{f"{name}_{part}": rate[part] for part in ("low", "high", "n")}}
     return found | {"seconds": sum(stage["seconds"] for stage in metrics["stages"].values())}
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    try:
+        return {key: value for key, value in store.flat(run.read(store.CONFIG)).items() if "." in key}
+    except (OSError, ValueError) as error:
+        raise LabError(f"{run.path / store.CONFIG} cannot be read ({error})") from None
+
+
+def select(output_root: Path, name: str, query: str) -> list[RunFolder]:
+    """Return the runs of a store that a query over the columns of ``load`` holds for.
+
+    Args:
+        output_root: Folder that holds ``runs/``.
+        name: Of the query, for errors.
+        query: As for ``pandas.DataFrame.query``; dotted columns in backticks.
+
+    Raises:
+        MissingAsset: If there is no run.
+        ConfigError: If it is no such query.
+    """
+    frame = load(output_root)
+    if frame.empty:
+        raise MissingAsset(f"output_root={output_root}: no runs there; run `python -m cwac_lab.train` first")
+    try:
+        holds = frame.eval(query, engine="python")
+        if not isinstance(holds, pd.Series) or holds.dtype != bool or len(holds) != len(frame):
+            raise TypeError("not a condition on runs")
+    except Exception as error:  # noqa: BLE001 - pandas raises whatever evaluating a wrong expression raises
+        reason = " ".join(str(error).replace("BACKTICK_QUOTED_STRING_", "").replace("_DOT_", ".").split())
+        raise ConfigError(name, query, f"a pandas query over the columns of results.load() ({reason})") from None
+    return [RunFolder(output_root / "runs" / run) for run in frame["run"][holds]]

@@ -46,6 +46,13 @@ def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[s
     return digest([_numbers_alike(kept), content])
 
 
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one of dotted keys."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}".lstrip(".")).items()}
+
+
 def _numbers_alike(value: Any) -> Any:
     """Return a JSON-able value in which 1 and 1.0 are one number."""
     if isinstance(value, dict):

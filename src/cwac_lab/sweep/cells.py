@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.cache import digest, file_digest, read_json, write_json
+from cwac_lab.cache import digest, read_json, write_json
 from cwac_lab.config import Run
 from cwac_lab.experiment import known, start_key
-from cwac_lab.paths import conf_dir
+from cwac_lab.provenance import sources
 from cwac_lab.results.store import RunFolder
 
 FILE = "cells.json"
+_ENTRY = {"start", "content", "run"}
 
 
 class Cells:
-    """The cells of a store, by their overrides and the configuration files these choose from.
+    """The cells of a store, by their overrides, the configuration these choose from and the code that reads it.
 
     An entry holds only while what its run starts from, weights and data, has the hashes it had; so the first cell
     of each start is composed, and the others are looked up.
@@ -24,31 +25,33 @@ class Cells:
 
     def __init__(self, output_root: Path) -> None:
         """Read what is known of a store; a file that cannot be read counts as none."""
-        self._file = output_root / FILE
-        self._conf = file_digest(sorted(conf_dir().rglob("*.yaml")))
+        self._root, self._file = output_root, output_root / FILE
+        self._sources = sources()
         self._entries = self._read()
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(read_json(self._file))
+            found = read_json(self._file)
         except (OSError, ValueError):
             return {}
+        entries = found.items() if isinstance(found, dict) else ()
+        return {key: entry for key, entry in entries if isinstance(entry, dict) and entry.keys() == _ENTRY}
 
     def _key(self, overrides: Sequence[str]) -> str:
-        return digest([self._conf, list(overrides)])
+        return digest([self._sources, list(overrides)])
 
     def finished(self, overrides: Sequence[str]) -> Path | None:
         """Return the folder of a cell that is known and finished."""
         entry = self._entries.get(self._key(overrides))
         if entry is None or known(entry["start"]) != entry["content"]:
             return None
-        folder = RunFolder(Path(entry["path"]))
+        folder = RunFolder(self._root / "runs" / str(entry["run"]))
         return folder.path if folder.status == "ok" else None
 
     def add(self, overrides: Sequence[str], run: Run, content: dict[str, str], path: Path) -> None:
-        """Remember a cell, unless it is to be repeated whatever is recorded."""
-        if not run.force:
-            self._entries[self._key(overrides)] = {"start": start_key(run), "content": content, "path": str(path)}
+        """Remember a cell, unless it is to be repeated whatever is recorded, or sources were edited meanwhile."""
+        if not run.force and sources() == self._sources:
+            self._entries[self._key(overrides)] = {"start": start_key(run), "content": content, "run": path.name}
 
     def save(self) -> None:
         """Write what is known, with what other processes wrote meanwhile."""
