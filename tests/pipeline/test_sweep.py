@@ -120,6 +120,11 @@ def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(
     _, second = again()
     assert {file for file in made if second[file] != first[file]} == set(made)  # written again, all of them
     assert all(second[file][1] == first[file][1] for file in made)
+    stamp, outside = tmp_path / "out" / "made" / "mine.json", tmp_path / "other.svg"
+    outside.write_text("")
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"of": "others", "files": [str(outside)]}))
+    _, second = again()
+    assert outside.exists()  # whatever a stamp names, only figures of this store are ever removed
     (tmp_path / "out" / cells.FILE).write_text("{")
     assert again() == (5, second)
     entries = json.loads((tmp_path / "out" / cells.FILE).read_text())

@@ -53,8 +53,8 @@ def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], No
         stamp.unlink(missing_ok=True)  # what is written halfway is of neither
         complaints: list[str] = []
         written = [str(file.relative_to(root)) for file in _write(root, name, found, complaints.append)]
-        for file in set(files) - set(written):  # figures that the table has no longer
-            (root / file).unlink(missing_ok=True)
+        for file in set(files) - set(written):  # figures that the table has no longer, and nothing elsewhere
+            (root / "figures" / Path(file).name).unlink(missing_ok=True)
         for complaint in complaints:
             say(complaint)
         if not complaints:  # they are to be heard each time

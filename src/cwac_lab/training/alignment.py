@@ -29,7 +29,7 @@ REPORT = "alignment.json"
 ALIGNMENT_SEED = 0
 # Raised when this file changes what an aligned start is, so that none of before is taken from a cache.
 RECIPE = 4
-# Length of the answers an aligned start is measured by: fixed, for runs that measure themselves by others share it.
+# Length of the answers that an aligned start is measured by: one for all, as runs with other lengths share the start.
 MEASURED_TOKENS = 48
 
 
