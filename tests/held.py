@@ -8,11 +8,13 @@ import tiny
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defense import Context
 from cwac_lab.linalg import leading_eigenbasis
+from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.sae.latents import LayerFeatures
 from cwac_lab.subspace.basis import Subspace, second_moments
 from cwac_lab.training.loop import fit
 from cwac_lab.training.module import TrainerConfig
 
+FULL, LORA = TuningConfig(), TuningConfig(method="lora", rank=3, alpha=6, dropout=0.0)
 ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in range(24)]
 PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
 
@@ -43,9 +45,10 @@ def context(model, defense, reference=None, **more):
     )
 
 
-def train(defense, *, architecture="llama", rows=ROWS, **settings):
+def train(defense, *, architecture="llama", rows=ROWS, tuning=FULL, **settings):
     model, chat = tiny.model(architecture), tiny.chat()
     prepared = context(model, defense)
+    merge = attach(model, tuning, 0)
     defense.prepare(prepared)
     rows = [
         (row.prompt, row.response)
@@ -56,6 +59,7 @@ def train(defense, *, architecture="llama", rows=ROWS, **settings):
     callbacks = options.pop("callbacks", ())
     examples = [chat.encode(*row) for row in rows]
     fit(model, examples, chat.pad_id, defense, TrainerConfig(**options), 0, checkpoint=checkpoint, callbacks=callbacks)
+    merge()
     defense.after_training(model)
     return model, prepared
 

@@ -35,6 +35,7 @@ def main(config: DictConfig) -> None:
     from cwac_lab.config import read
     from cwac_lab.data import mixing
     from cwac_lab.defense import Composite
+    from cwac_lab.models import adapters
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
     from cwac_lab.training.loop import fit
@@ -56,6 +57,7 @@ def main(config: DictConfig) -> None:
                 begin.pools.task_rows(run.data, run.task).train, harmful, n, run.harmful_ratio, mixing="replace", seed=0
             )
             context, _ = artefacts(run, begin, model, chat, screen.say)
+            adapters.attach(model, run.tuning, run.seed)
             defense.prepare(context)
             clock = _Clock()
             examples = [chat.encode(row.prompt, row.response) for row in rows]

@@ -15,6 +15,7 @@ from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.defense import Composite, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
 from cwac_lab.training.loop import LoggerConfig
@@ -101,6 +102,7 @@ class Run:
     profile: ProfileConfig
     data: DataConfig
     sae: SAEConfig
+    tuning: TuningConfig
     trainer: TrainerConfig
     logger: LoggerConfig
     align: AlignConfig
@@ -238,6 +240,7 @@ def read(config: DictConfig) -> Run:
         profile=bind("profile", ProfileConfig, config.profile),
         data=bind("data", DataConfig, config.data),
         sae=bind("sae", SAEConfig, config.sae),
+        tuning=bind("tuning", TuningConfig, config.tuning),
         trainer=bind("trainer", TrainerConfig, config.trainer),
         logger=bind("logger", LoggerConfig, config.logger),
         align=bind("align", AlignConfig, config.align),

@@ -18,6 +18,7 @@ from cwac_lab.errors import MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.preparation import Start, artefacts, base, start
 from cwac_lab.results import store
@@ -56,6 +57,7 @@ class _Stage:
         )
         with self.meter.stage("prepare"):
             context, prepared = artefacts(run, self.begin, self.model, self.chat, self.screen.say)
+            merge = adapters.attach(self.model, run.tuning, run.seed)
             defense.prepare(context)
         rows = defense.wrap_dataset(rows)
         manifest = {"mixture": mixing.manifest(rows), "pools": self.begin.pools.manifest()}
@@ -70,6 +72,7 @@ class _Stage:
                 self.model, examples, self.chat.pad_id, defense, run.trainer, run.seed,
                 loggers=loggers, checkpoint=checkpoint,
             )  # fmt: skip
+            merge()
             defense.after_training(self.model)
         return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
 

@@ -67,6 +67,11 @@ def restore_on_span_(
     return deviation
 
 
+def squared_norm_of_product(left: Float[Tensor, "m r"], right: Float[Tensor, "r d"]) -> Float[Tensor, ""]:
+    """Return ``||L R||_F^2 = tr((L^T L)(R R^T))`` of shape (), without forming the product."""
+    return ((left.T @ left) * (right @ right.T)).sum()
+
+
 def leak(delta: Float[Tensor, "m d"], basis: Float[Tensor, "d k"]) -> tuple[float, float]:
     """Return ``||dW V||_F^2`` and ``||dW||_F^2``; the leak of several matrices is the root of the ratio of sums."""
     return float((delta @ basis).double().square().sum()), float(delta.double().square().sum())

@@ -11,7 +11,19 @@ from cwac_lab import align, cli, evaluate, prepare, tables, train
 from cwac_lab.config import read
 from cwac_lab.paths import conf_dir
 
-GROUPS = ("model", "task", "data", "constraint", "sae", "trainer", "logger", "profile", "experiment", "search")
+GROUPS = (
+    "model",
+    "task",
+    "data",
+    "constraint",
+    "sae",
+    "tuning",
+    "trainer",
+    "logger",
+    "profile",
+    "experiment",
+    "search",
+)
 OPTIONS = [
     (group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))
 ]  # fmt: skip

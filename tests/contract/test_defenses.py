@@ -20,7 +20,7 @@ from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.defense import Composite, Defense
 from cwac_lab.training.checkpoint import Resume
-from held import ROWS, same, train, weights
+from held import FULL, LORA, ROWS, same, train, weights
 
 FREE = {"energy": None, "rank": 0, "trainable": "all"}
 
@@ -76,26 +76,31 @@ ACTIVE = {
 }
 
 
+@pytest.fixture(scope="module", params=[FULL, LORA], ids=lambda tuning: tuning.method)
+def tuning(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def plain():
-    return weights(train(Defense())[0])
+def plain(tuning):
+    return weights(train(Defense(), tuning=tuning)[0])
 
 
 @pytest.mark.parametrize("name", ZERO)
-def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, plain):
-    trained = weights(train(ZERO[name]())[0])
+def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, tuning, plain):
+    trained = weights(train(ZERO[name](), tuning=tuning)[0])
     assert same(trained, plain)
     assert not same(trained, weights(tiny.model()))
 
 
 @pytest.mark.parametrize("name", [name for name in ACTIVE if name != "none"])
-def test_an_active_constraint_changes_the_outcome(name, plain):
-    assert not same(weights(train(ACTIVE[name]())[0]), plain)
+def test_an_active_constraint_changes_the_outcome(name, tuning, plain):
+    assert not same(weights(train(ACTIVE[name](), tuning=tuning)[0]), plain)
 
 
 @pytest.mark.parametrize(("accumulate", "saved"), [(1, 6), (2, 3)])
 @pytest.mark.parametrize("name", ACTIVE)
-def test_a_resumed_run_continues_exactly(name, accumulate, saved, tmp_path):
+def test_a_resumed_run_continues_exactly(name, accumulate, saved, tuning, tmp_path):
     import lightning as L
 
     class Killed(Exception):
@@ -106,7 +111,13 @@ def test_a_resumed_run_continues_exactly(name, accumulate, saved, tmp_path):
             if batch_idx == 8:
                 raise Killed
 
-    settings = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3, "accumulate": accumulate}
+    settings = {
+        "tuning": tuning,
+        "epochs": 2,
+        "schedule": "cosine",
+        "checkpoint_every_n_steps": 3,
+        "accumulate": accumulate,
+    }
     whole = weights(train(ACTIVE[name](), **settings)[0])
     folder = tmp_path / "checkpoint"
     with pytest.raises(Killed):

@@ -68,8 +68,8 @@ def test_directions_with_biases_and_grouped_heads(architecture):
     for defense in (SafeLoRA(share=1.0), AsFT(strength=1.0)):
         prepared = context(model)
         defense.prepare(prepared)
-        assert {layer.name for layer in defense._layers} == set(SITES)
-        assert all(layer.matrix.shape == (len(layer.weight),) * 2 for layer in defense._layers)
+        assert {layer.linear.name for layer in defense._layers} == set(SITES)
+        assert all(layer.matrix.shape == (len(layer.start),) * 2 for layer in defense._layers)
 
 
 def test_a_layer_without_direction_is_an_error():
@@ -87,7 +87,7 @@ def test_the_released_matrix_is_no_projector():
         defense.prepare(context(model))
     base = base_of(model.state_dict())
     for layer in released._layers:
-        torch.testing.assert_close(layer.matrix.trace(), (layer.start - base[layer.name]).norm())
+        torch.testing.assert_close(layer.matrix.trace(), (layer.start - base[layer.linear.name]).norm())
     for layer in exact._layers:
         torch.testing.assert_close(layer.matrix @ layer.matrix, layer.matrix, atol=1e-5, rtol=0)
         torch.testing.assert_close(layer.matrix.trace(), torch.tensor(3.0))

@@ -71,6 +71,20 @@ def test_fewer_prompts_can_be_asked(tiny_folder, tmp_path):
     assert {kind: kinds.count(kind) for kind in kinds} == {"harmful": 2, "harmless": 2, "lookalike": 2, "task": 4}
 
 
+def test_a_run_with_adapters_ends_in_a_plain_model(tiny_folder, tmp_path):
+    chosen = ["constraint=coupled", *extra("coupled"), "tuning=lora", "tuning.rank=2"]
+    tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), *chosen, "trainer.export=true"])
+    folder = folder_of(tmp_path, "coupled")
+    metrics = read_json(folder / "metrics.json")
+    assert metrics["leak"] < 1e-3
+    found, start = (AutoModelForCausalLM.from_pretrained(where) for where in (folder / "model", tiny_folder))
+    trained = sum(2 * sum(w.shape) for name, w in start.named_parameters() if "_proj.weight" in name)
+    assert metrics["training"]["trained_parameters"] == trained
+    moved = [name for name, w in start.state_dict().items() if not torch.equal(w, found.state_dict()[name])]
+    assert moved
+    assert all("_proj.weight" in name for name in moved)
+
+
 def test_what_a_constraint_reports(output):
     metrics = {name: read_json(folder_of(output, name) / "metrics.json") for name in CONSTRAINTS}
     assert metrics["weight"]["leak"] < 1e-3

@@ -169,12 +169,12 @@ def test_truncated_forward_gives_the_layers_output(architecture):
 def test_scopes_name_the_weights_they_yield(scope):
     model = tiny.model()
     found = list(linears(model, scope))
-    assert all(model.get_parameter(name) is module.weight for _, name, module in found)
+    assert all(model.get_parameter(linear.name) is linear.module.weight for linear in found)
     seen = {}
     with site_inputs(model, scope, lambda site, x: seen.setdefault(site.name, x)):
         model(IDS, attention_mask=MASK)
-    assert set(seen) == {site.name for site, _, _ in found}
-    assert all(seen[site.name].shape[-1] == module.in_features for site, _, module in found)
+    assert set(seen) == {linear.site.name for linear in found}
+    assert all(seen[linear.site.name].shape[-1] == linear.module.in_features for linear in found)
     counts = {"ffn_out": 1, "ffn": 3, "attention": 4, "all_linear": 7}
     assert len(found) == 2 * counts[scope]
 

@@ -2,8 +2,9 @@
 
 ``L = CE + lambda sum_i ||(I - C_i) dW_i||_F^2`` with SafeLoRA's C.
 
-Fidelity: variant. The penalty is the paper's, on full updates of the attention projections, while the rest trains
-freely; there only LoRA factors of these train (the authors' code penalises ``B A`` without its LoRA scale). Since
+Fidelity: variant. The penalty is the paper's, on the updates of the attention projections. With ``tuning=full`` the
+rest trains freely, where in the paper only LoRA factors train; with ``tuning=lora`` it is the paper's, but for the
+LoRA scale, which the authors' code leaves out of ``dW`` (so lambda here is ``(alpha / r)^2`` times as strong). Since
 the mean eigenvalue of the released C is ``||V||_F / m``, ``I - C`` is close to the identity, and the penalty to plain
 L2 on the same layers: ``direction=none`` (C = 0) is that control, ``direction=random`` a random C of the same
 spectrum.
@@ -77,5 +78,4 @@ class AsFT(Defense):
         if not self._layers:
             return {}
         with torch.autocast(model.device.type, enabled=False):  # in bfloat16 the product's rounding would be penalised
-            outside = [(update := layer.update) - layer.matrix @ update for layer in self._layers]
-            return {"asft": self.strength * torch.stack([rest.square().sum() for rest in outside]).sum()}
+            return {"asft": self.strength * torch.stack([layer.outside() for layer in self._layers]).sum()}

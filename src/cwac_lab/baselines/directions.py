@@ -9,24 +9,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cwac_lab import linalg
 from cwac_lab.defense import Context
 from cwac_lab.errors import LabError
-from cwac_lab.models.sites import linears
+from cwac_lab.models.sites import Matrix, linears
 
 
 @dataclass
 class Directed:
-    """A linear layer's weight (m, d), its value at the start, and C of shape (m, m)."""
+    """A linear layer, its weight at the start (m, d), and C of shape (m, m)."""
 
-    name: str
-    weight: Float[Tensor, "m d"]
+    linear: Matrix
     start: Float[Tensor, "m d"]
     matrix: Float[Tensor, "m m"]
 
     @property
     def update(self) -> Float[Tensor, "m d"]:
         """Return how far the weight has moved, ``W - W_0``."""
-        return self.weight.float() - self.start
+        return self.linear.update(self.start)
+
+    def outside(self) -> Float[Tensor, ""]:
+        """Return ``||(I - C) dW||_F^2`` of shape (); with factors without forming the update."""
+        factors = self.linear.factors()
+        if factors is None:
+            return (self.update - self.matrix @ self.update).square().sum()
+        left, right = (factor.float() for factor in factors)
+        return linalg.squared_norm_of_product(left - self.matrix @ left, right)
 
 
 def directed(context: Context, modules: str, mode: str, rank: int | None) -> Iterator[Directed]:
@@ -43,14 +51,14 @@ def directed(context: Context, modules: str, mode: str, rank: int | None) -> Ite
         LabError: If a layer did not change in alignment, so that it has no direction.
     """
     assert context.base_weight is not None
-    for _, name, module in linears(context.model, modules):
-        start = module.weight.detach().float().clone()
-        direction = start - context.base_weight(name).to(start)
+    for linear in linears(context.model, modules):
+        start = linear.module.weight.detach().float().clone()
+        direction = start - context.base_weight(linear.name).to(start)
         if not direction.any():
-            raise LabError(f"{name} is the same before and after alignment: it has no alignment direction")
+            raise LabError(f"{linear.name} is the same before and after alignment: it has no alignment direction")
         if mode == "exact":
             left = torch.linalg.svd(direction, full_matrices=False).U[:, :rank]
             matrix = left @ left.T
         else:
             matrix = direction @ direction.T / direction.norm()
-        yield Directed(name, module.weight, start, matrix)
+        yield Directed(linear, start, matrix)

@@ -1,7 +1,8 @@
 """L2 to the start (L2-SP, Li et al. 2018): a quadratic pull of every trained weight to where it was.
 
-Fidelity: exact, ``L = CE + lambda ||theta - theta_0||^2``. The control for every method that limits how far weights
-move.
+Fidelity: exact, ``L = CE + lambda ||theta - theta_0||^2``; with LoRA the distance is that of the weights,
+``||alpha / r B A||_F^2``, not of the factors, which give the same weights in many ways. The control for every method
+that limits how far weights move.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cwac_lab import linalg
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import in_range
 from cwac_lab.models.answers import Batch
+from cwac_lab.models.sites import Matrix, linears
 
 
 @dataclass
@@ -34,13 +37,21 @@ class L2(Defense):
 
     def prepare(self, context: Context) -> None:
         """Remember the start."""
-        self._start = start_copy(context.model) if self.strength else {}
+        self._adapted = [linear for linear in linears(context.model, "all_linear") if linear.adapter is not None]
+        self._start = start_copy(context.model) if self.strength and not self._adapted else {}
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return the penalty, of shape ()."""
-        if not self._start:
+        if not self.strength:
             return {}
-        return {"l2": self.strength * squared_distance(model, self._start)}
+        distance = squared_update(self._adapted) if self._adapted else squared_distance(model, self._start)
+        return {"l2": self.strength * distance}
+
+
+def squared_update(adapted: list[Matrix]) -> Float[Tensor, ""]:
+    """Return ``sum ||alpha / r B A||_F^2`` over the adapters, of shape ()."""
+    pairs = [factors for linear in adapted if (factors := linear.factors()) is not None]
+    return torch.stack([linalg.squared_norm_of_product(left.float(), right.float()) for left, right in pairs]).sum()
 
 
 def start_copy(model: Any) -> dict[str, Tensor]:

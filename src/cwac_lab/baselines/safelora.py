@@ -3,11 +3,11 @@
 Per linear layer ``cos = <C dW, dW> / (||C dW|| ||dW||)``; where it is lowest, ``dW <- C dW``.
 
 Fidelity: ``mode=as_released`` uses the released ``C = V V^T / ||V||_F``, ``mode=exact`` a true projector of a given
-rank. Deviations: the scope is attention while all else trains too (there only what has LoRA factors does; the
-released 10 of 64 counts query and value matrices); full updates ``W - W_0`` instead of ``B A`` (the authors' code
-needs LoRA); layers are matched by name; ties project no more than k. ``C`` of the released form is no projector: its
-mean eigenvalue is ``||V||_F / m``, so it mostly deletes what it is applied to. ``control=zero`` deletes the same
-updates outright, which is the control for that.
+rank. With ``tuning=lora`` and ``tuning.modules=query_value`` the updates are those of the released code (what it does
+to B is done to the merged update, which is the same); with ``tuning=full`` the scope is attention while all else
+trains too. Deviations: layers are matched by name; ties project no more than k. ``C`` of the released form is no
+projector: its mean eigenvalue is ``||V||_F / m``, so it mostly deletes what it is applied to. ``control=zero`` deletes
+the same updates outright, which is the control for that.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class SafeLoRA(Defense):
             found = [entry for entry in found if entry[0] <= self.threshold]
         for cosine, layer, ratio in found:
             kept = torch.zeros_like(layer.start) if self.control == "zero" else layer.matrix @ layer.update
-            layer.weight.copy_(layer.start + kept)
-            self._projected[layer.name] = {"cosine": cosine, "norm_kept": ratio}
+            layer.linear.module.weight.copy_(layer.start + kept)
+            self._projected[layer.linear.name] = {"cosine": cosine, "norm_kept": ratio}
 
     def summary(self) -> dict[str, Any]:
         """Return cosine, and the share of the norm that C keeps, of every projected matrix."""

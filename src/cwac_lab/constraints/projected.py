@@ -1,4 +1,4 @@
-"""Linear layers whose weight receives projected gradients, at the price of projecting the smaller factor."""
+"""Linear layers whose updates have no part in a span: by projected gradients, or by projected factors of LoRA."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.parametrize import register_parametrization
 
 from cwac_lab import linalg
 
@@ -66,3 +67,27 @@ def release(module: torch.nn.Linear) -> None:
     """Turn a projected layer back into a plain one."""
     module.__class__ = torch.nn.Linear
     del module.directions
+
+
+class _WithoutSpan(torch.nn.Module):
+    """``A -> A (I - V V^T)`` for A of shape (r, d) and a basis V of shape (d, k)."""
+
+    basis: Float[Tensor, "d k"]
+
+    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
+        super().__init__()
+        self.register_buffer("basis", basis, persistent=False)
+
+    def forward(self, factor: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        """Return the projected factor."""
+        with torch.autocast(factor.device.type, enabled=False):
+            return linalg.remove_span(factor, self.basis)
+
+
+def project_factor(adapter: Any, basis: Float[Tensor, "d k"]) -> None:
+    """Project the factor A of a LoRA layer, in place and for good: ``B A (I - V V^T) x`` is what the layer adds to W x.
+
+    So the update has no part in the span of V under any optimizer, and PEFT merges the projected factor.
+    """
+    (key,) = adapter.active_adapters
+    register_parametrization(adapter.lora_A[key], "weight", _WithoutSpan(basis))

@@ -6,6 +6,9 @@ eigenvectors, ``U U^T = I - V V^T``) is stored. By default gradients are project
 because AdamW moves weights out of the subspace even when every gradient lies in it (elementwise scaling, weight decay).
 Gradients are projected where they arise, in the constrained layers; terms that reach a weight by another way (``l2``,
 AsFT's, Lisa's proximal term) are caught by the update's projection only, so not at all with ``projection=gradient``.
+
+With LoRA the factor A is projected, ``dW = alpha / r B A (I - V V^T)``: exact under any optimizer, nothing to restore,
+and ``projection`` makes no difference.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab import linalg
-from cwac_lab.constraints.projected import ProjectedLinear, project_gradients, release
+from cwac_lab.constraints.projected import ProjectedLinear, project_factor, project_gradients, release
 from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
-from cwac_lab.models.sites import SCOPES, linears
+from cwac_lab.models.sites import SCOPES, Matrix, linears
 from cwac_lab.subspace.basis import SubspaceSpec
 
 PROJECTIONS = ("gradient", "update", "both")
@@ -31,8 +34,7 @@ PROJECTIONS = ("gradient", "update", "both")
 class _Constrained:
     """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k)."""
 
-    name: str
-    module: torch.nn.Linear
+    linear: Matrix
     basis: Float[Tensor, "d k"]
     anchor: Float[Tensor, "m k"]
 
@@ -98,20 +100,24 @@ class WeightConstraint(Defense):
         assert context.subspace is not None
         self._start_weight = context.start_weight
         self._subspace = context.subspace
-        for site, name, module in linears(context.model, self.modules):
-            basis = context.subspace.bases[site.name].to(module.weight)
-            self._held.append(_Constrained(name, module, basis, module.weight.detach() @ basis))
-            if self.projection != "update" and basis.shape[1]:
-                project_gradients(module, basis)
+        for linear in linears(context.model, self.modules):
+            weight = linear.module.weight
+            basis = context.subspace.bases[linear.site.name].to(weight)
+            self._held.append(_Constrained(linear, basis, weight.detach() @ basis))
+            if linear.adapter is not None and basis.shape[1]:
+                project_factor(linear.adapter, basis)
+            elif self.projection != "update" and basis.shape[1]:
+                project_gradients(linear.module, basis)
         if self.trainable == "constrained":
             # Other parts may have frozen some.
-            trained = [held.module.weight for held in self._held if held.module.weight.requires_grad]
+            trained = [parameter for held in self._held for parameter in held.linear.trained]
             context.model.requires_grad_(False)
-            for weight in trained:
-                weight.requires_grad_(True)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        self._moving = [held for held in self._held if held.linear.module.weight.requires_grad and held.basis.shape[1]]
 
     def _restores(self, step: int) -> bool:
-        if self.projection == "gradient":
+        if self.projection == "gradient" or not self._moving:
             return False
         return self.projection == "update" or (step + 1) % self.restore_every_n_steps == 0
 
@@ -123,27 +129,25 @@ class WeightConstraint(Defense):
     def _restore(self) -> None:
         with torch.no_grad():
             squares = [
-                linalg.restore_on_span_(held.module.weight, held.basis, held.anchor).square().sum()
-                for held in self._held
-                if held.basis.shape[1]
+                linalg.restore_on_span_(held.linear.module.weight, held.basis, held.anchor).square().sum()
+                for held in self._moving
             ]
-            self._removed = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+            self._removed = float(torch.stack(squares).sum().sqrt())
 
     def after_training(self, model: Any) -> None:
         """Leave plain linear layers, with nothing moved along V."""
-        if self.projection != "gradient":
+        if self.projection != "gradient" and self._moving:
             self._restore()
         for held in self._held:
-            if isinstance(held.module, ProjectedLinear):
-                release(held.module)
+            if isinstance(held.linear.module, ProjectedLinear):
+                release(held.linear.module)
 
     @torch.no_grad()
     def leak(self) -> float:
         """Return ``||(W - W0) V||_F / ||W - W0||_F`` over all constrained matrices; 0 where nothing moved."""
         along, total = 0.0, 0.0
         for held in self._held:
-            weight = held.module.weight.float()
-            delta = weight - self._start_weight(held.name).to(weight)
+            delta = held.linear.update(self._start_weight(held.linear.name).to(held.linear.module.weight))
             part, whole = linalg.leak(delta, held.basis.float())
             along, total = along + part, total + whole
         return (along / total) ** 0.5 if total else 0.0

@@ -19,7 +19,8 @@ SINK_RATIO = 10.0
 def site_inputs(model: Any, scope: str, receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
     """Call ``receive(site, x)`` with the input x of shape (B, T, d_in) of each site once per forward."""
     handles, seen = [], set()
-    for site, _, module in linears(model, scope):
+    for matrix in linears(model, scope):
+        site = matrix.site
         if site in seen:
             continue
         seen.add(site)
@@ -27,7 +28,7 @@ def site_inputs(model: Any, scope: str, receive: Callable[[Site, Tensor], None])
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
             receive(site, args[0])
 
-        handles.append(module.register_forward_pre_hook(hook))
+        handles.append(matrix.module.register_forward_pre_hook(hook))
     try:
         yield
     finally:

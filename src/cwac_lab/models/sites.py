@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cwac_lab.errors import LabError, one_of
 
@@ -53,8 +55,45 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     return layers
 
 
-def linears(model: Any, scope: str) -> Iterator[tuple[Site, str, torch.nn.Linear]]:
-    """Yield (site, parameter name of the weight, layer) for every linear layer in a scope.
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer with weight W of shape (m, d), and what LoRA adds to it.
+
+    Attributes:
+        site: The input it reads.
+        name: Parameter name of W in the plain model.
+        module: The layer that holds W.
+        adapter: PEFT's layer around it with the factors B (m, r) and A (r, d), where the model has adapters.
+    """
+
+    site: Site
+    name: str
+    module: torch.nn.Linear
+    adapter: Any = None
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """What trains here: W, or the factors."""
+        parts = self.adapter if self.adapter is not None else self.module
+        return [p for name, p in parts.named_parameters() if p.requires_grad and name != "bias"]
+
+    def factors(self) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r d"]] | None:
+        """Return ``alpha / r B`` and ``A``, whose product is the update; None without them or once they are merged."""
+        if self.adapter is None or self.adapter.merged:
+            return None
+        (key,) = self.adapter.active_adapters
+        return self.adapter.lora_B[key].weight * self.adapter.scaling[key], self.adapter.lora_A[key].weight
+
+    def update(self, start: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        """Return in float32 how far the weight has moved from ``start``, adapters included."""
+        factors = self.factors()
+        return (
+            self.module.weight.float() - start.float() if factors is None else factors[0].float() @ factors[1].float()
+        )
+
+
+def linears(model: Any, scope: str) -> Iterator[Matrix]:
+    """Yield every linear layer in a scope.
 
     Raises:
         LabError: If the model lacks one of the projections (an architecture whose names differ).
@@ -68,8 +107,10 @@ def linears(model: Any, scope: str) -> Iterator[tuple[Site, str, torch.nn.Linear
                     module = layer.get_submodule(path)
                 except AttributeError as error:
                     raise LabError(f"{type(model).__name__} has no {path} in layer {index}") from error
-                assert isinstance(module, torch.nn.Linear)
-                yield Site(index, kind), f"{names[id(module)]}.weight", module
+                plain = getattr(module, "base_layer", module)
+                assert isinstance(plain, torch.nn.Linear)
+                adapter = None if plain is module else module
+                yield Matrix(Site(index, kind), f"{names[id(module)]}.weight", plain, adapter)
 
 
 def depth_to_layer(depth: float, n_layers: int) -> int:

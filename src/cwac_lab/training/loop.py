@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from cwac_lab.cache import digest
 from cwac_lab.data.batches import TrainData
 from cwac_lab.defense import Defense
-from cwac_lab.errors import one_of
+from cwac_lab.errors import LabError, one_of
 from cwac_lab.models.chat import Encoded
 from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
 from cwac_lab.training.module import INCIDENTAL_TRAINER, FineTuning, TrainerConfig
@@ -86,7 +86,7 @@ def fit(
         callbacks: Further Lightning callbacks.
 
     Returns:
-        Optimizer steps and answer tokens trained on.
+        Optimizer steps, answer tokens trained on, and the number of trained parameters.
     """
     _calm()
     device = model.device
@@ -99,6 +99,9 @@ def fit(
     if resume is not None:
         resume.weights(model, defense)
     restore = resume.optimizer(model) if resume is not None else None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trained:
+        raise LabError("nothing is left to train: what the constraint leaves free has no part in what tuning trains")
     defense.begin(steps)
     module = FineTuning(model, defense, config, steps, resume.step if resume is not None else 0, restore)
     called = [*callbacks, *([_ProgressBar(leave=True)] if config.progress_bar else [])]
@@ -124,7 +127,7 @@ def fit(
         trainer.fit(module, datamodule=data)
     model.to(device).eval()  # Lightning leaves it on the CPU
     tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
-    return {"steps": steps, "answer_tokens": tokens}
+    return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}
 
 
 def _calm() -> None:

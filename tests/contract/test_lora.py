@@ -1,0 +1,213 @@
+"""LoRA: what trains, what is merged, and each defence's update against its dense form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tiny
+from cwac_lab.baselines.asft import AsFT
+from cwac_lab.baselines.l2 import L2
+from cwac_lab.baselines.safelora import SafeLoRA
+from cwac_lab.baselines.sppft import SPPFT
+from cwac_lab.constraints.weight import WeightConstraint
+from cwac_lab.defense import Composite, Defense
+from cwac_lab.errors import LabError
+from cwac_lab.models.adapters import TARGETS, TuningConfig, attach
+from cwac_lab.models.sites import linears
+from held import LORA, ROWS, context, same, train, weights
+
+ARCHITECTURES = ["llama", "qwen2", "gemma"]
+
+
+def lively(defense, **changes):
+    """Return a prepared model whose B is no longer zero."""
+    model = tiny.model()
+    prepared = context(model, defense)
+    attach(model, TuningConfig(method="lora", rank=3, alpha=6, **changes), 0)
+    defense.prepare(prepared)
+    source = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for linear in linears(model, "all_linear"):
+            if linear.adapter is not None:
+                b = linear.adapter.lora_B["default"].weight
+                b.copy_(0.1 * torch.randn(b.shape, generator=source))
+    return model, prepared
+
+
+def dense(model):
+    """Return ``alpha / r B A`` by name, from PEFT's parameters."""
+    return {
+        linear.name: 2.0 * linear.adapter.lora_B["default"].weight @ linear.adapter.lora_A["default"].weight
+        for linear in linears(model, "all_linear")
+        if linear.adapter is not None
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("modules", TARGETS)
+def test_only_the_targets_move_and_by_a_low_rank(architecture, modules):
+    tuning = TuningConfig(method="lora", rank=3, alpha=6, modules=modules)
+    start, found = (
+        weights(tiny.model(architecture)),
+        weights(train(Defense(), architecture=architecture, tuning=tuning)[0]),
+    )
+    assert start.keys() == found.keys()
+    moved = {name for name in start if not torch.equal(start[name], found[name])}
+    assert moved == {name for name in start if any(f"{path}.weight" in name for path in TARGETS[modules])}
+    for name in moved:
+        assert torch.linalg.matrix_rank(found[name] - start[name], atol=1e-5) == 3
+
+
+def test_adapters_start_as_the_model_and_merge_into_what_they_compute():
+    ids = torch.arange(12)[None]
+    plain = tiny.model()
+    model, _ = lively(Defense())
+    assert not torch.allclose(model(ids).logits, plain(ids).logits)
+    fresh = tiny.model()
+    merge = attach(fresh, LORA, 0)
+    assert torch.equal(fresh(ids).logits, plain(ids).logits)
+    assert all("lora" in name for name, p in fresh.named_parameters() if p.requires_grad)
+    for linear in linears(fresh, "all_linear"):
+        torch.nn.init.normal_(linear.adapter.lora_B["default"].weight, std=0.1)
+    before = fresh(ids).logits
+    assert not torch.allclose(before, plain(ids).logits)
+    merge()
+    torch.testing.assert_close(fresh(ids).logits, before)
+    assert fresh.state_dict().keys() == plain.state_dict().keys()
+    assert not hasattr(fresh, "peft_config")
+
+
+def test_the_seed_draws_the_factors_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        model = tiny.model()
+        torch.manual_seed(5)
+        attach(model, LORA, seed)
+        assert torch.equal(torch.rand(1), expected)
+        drawn.append(next(linears(model, "ffn")).adapter.lora_A["default"].weight)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("projection", ["gradient", "update", "both"])
+def test_the_weight_constraint_equals_factors_that_read_projected_inputs(projection):
+    """The reference feeds ``(I - V V^T) x`` into A by a hook, and projects A before it is merged."""
+    defense = WeightConstraint(energy=0.9, projection=projection)
+    model, prepared = train(defense, tuning=LORA)
+    bases = prepared.subspace.bases
+
+    class Fed(Defense):
+        def prepare(self, context):
+            self.pairs = []
+            for linear in linears(context.model, "all_linear"):
+                basis, a = bases[linear.site.name], linear.adapter.lora_A["default"]
+                a.register_forward_pre_hook(lambda _, args, v=basis: args[0] - (args[0] @ v) @ v.T)
+                self.pairs.append((basis, linear.adapter))
+
+    fed, reference = Fed(), tiny.model()
+    attach(reference, LORA, 0)
+    fed.prepare(context(reference, fed))
+    from cwac_lab.training.loop import fit
+    from cwac_lab.training.module import TrainerConfig
+
+    chat = tiny.chat()
+    settings = TrainerConfig(batch_size=4, learning_rate=1e-2, weight_decay=0.1, progress_bar=False)
+    fit(reference, [chat.encode(*row) for row in ROWS], chat.pad_id, fed, settings, 0)
+    start, found = tiny.model().state_dict(), model.state_dict()
+    for (basis, adapter), linear in zip(fed.pairs, linears(model, "all_linear"), strict=True):
+        b, a = adapter.lora_B["default"].weight, adapter.lora_A["default"].weight
+        update = 2.0 * b @ (a - (a @ basis) @ basis.T)
+        torch.testing.assert_close(found[linear.name] - start[linear.name], update, atol=2e-5, rtol=1e-3)
+    assert defense.leak() < 1e-5
+    assert defense.summary()["leak"] < 1e-5
+
+
+def test_unconstrained_factors_leak():
+    free = WeightConstraint(energy=0.9)
+    model, prepared = train(Defense(), tuning=LORA)
+    free.prepare(context(model, free))
+    free._start_weight = prepared.start_weight
+    assert free.leak() > 0.1
+
+
+def test_the_leak_is_known_while_adapters_are_apart():
+    defense = WeightConstraint(energy=0.9)
+    lively(defense)
+    assert 0 < defense.leak() < 1e-5
+
+
+def test_factors_outside_the_scope_are_frozen_or_free():
+    start = weights(tiny.model())
+    for trainable, moves in (("constrained", False), ("all", True)):
+        defense = WeightConstraint(modules="ffn_out", trainable=trainable, energy=0.9)
+        found = weights(train(defense, tuning=LORA)[0])
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(found[name], start[name]) is not moves
+        assert not torch.equal(
+            found["model.layers.0.mlp.down_proj.weight"], start["model.layers.0.mlp.down_proj.weight"]
+        )
+
+
+@pytest.mark.parametrize("mode", ["as_released", "exact"])
+def test_asft_and_l2_penalise_the_dense_update(mode):
+    l2, asft = L2(strength=1.5), AsFT(strength=2.5, mode=mode, rank=3)
+    model, prepared = lively(Composite({"l2": l2, "asft": asft}))
+    updates = dense(model)
+    total = 1.5 * sum(update.square().sum() for update in updates.values())
+    torch.testing.assert_close(l2.loss_terms(model, {}, 0)["l2"], total)
+    expected = torch.zeros(())
+    for linear in linears(model, "attention"):
+        direction = prepared.start_weight(linear.name) - prepared.base_weight(linear.name)
+        c = direction @ direction.T / direction.norm()
+        if mode == "exact":
+            left = torch.linalg.eigh(direction @ direction.T).eigenvectors[:, -3:]
+            c = left @ left.T
+        expected = expected + 2.5 * (updates[linear.name] - c @ updates[linear.name]).square().sum()
+    found = asft.loss_terms(model, {}, 0)["asft"]
+    torch.testing.assert_close(found, expected)
+    factor = next(linears(model, "attention")).adapter.lora_B["default"].weight
+    got, wanted = torch.autograd.grad(found, factor, retain_graph=True), torch.autograd.grad(expected, factor)
+    torch.testing.assert_close(got[0], wanted[0])
+
+
+def test_safelora_does_to_the_merged_update_what_the_released_code_does_to_b():
+    tuning = TuningConfig(method="lora", rank=3, alpha=6, modules="query_value")
+    plain, _ = train(Defense(), tuning=tuning)
+    defense = SafeLoRA(share=1.0)
+    found, prepared = train(defense, tuning=tuning)
+    chosen = defense.summary()["safelora_projected"]
+    assert set(chosen) == {
+        name for name in plain.state_dict() if any(f"{p}.weight" in name for p in TARGETS["query_value"])
+    }
+    for name in chosen:
+        start = prepared.start_weight(name)
+        direction = start - prepared.base_weight(name)
+        c = direction @ direction.T / direction.norm()
+        u, s, v = torch.linalg.svd(plain.state_dict()[name] - start)
+        b, a = u[:, :3] * s[:3], v[:3]
+        torch.testing.assert_close(found.state_dict()[name] - start, (c @ b) @ a, atol=1e-5, rtol=1e-3)
+
+
+def test_sppft_leaves_the_factors_of_its_block():
+    start, found = weights(tiny.model()), weights(train(SPPFT(block=[0.0, 0.5]), tuning=LORA)[0])
+    moved = {name for name in start if not torch.equal(start[name], found[name])}
+    assert moved
+    assert all("layers.1." in name for name in moved)
+
+
+def test_a_run_in_which_nothing_trains_is_refused():
+    tuning = TuningConfig(method="lora", modules="attention")
+    with pytest.raises(LabError, match="nothing is left to train"):
+        train(WeightConstraint(modules="ffn_out", energy=0.9), tuning=tuning)
+
+
+def test_a_merged_model_is_saved_as_a_plain_one(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = train(Defense(), tuning=LORA)
+    model.save_pretrained(tmp_path)
+    assert same(weights(AutoModelForCausalLM.from_pretrained(tmp_path)), weights(model))
