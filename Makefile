@@ -44,7 +44,7 @@ evaluate: $(READY)  ## judge saved answers again; ARGS="run=outputs/runs/NAME"
 	$(BIN)/python -m cwac_lab.evaluate $(ARGS)
 
 tables: $(READY)  ## the runs that the experiments lack, then their tables; EXP=NAME for one (SEEDS, PROFILE, JOBS)
-	$(BIN)/python -m cwac_lab.tables exp=$(EXP) seeds=$(SEEDS) profile=$(PROFILE) jobs=$(JOBS) $(ARGS)
+	$(BIN)/python -m cwac_lab.tables exp=$(EXP) seeds=$(SEEDS) profile_name=$(PROFILE) jobs=$(JOBS) $(ARGS)
 
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -m "not slow" $(ARGS)

@@ -67,7 +67,7 @@ def main(config: DictConfig) -> None:
     if not folders:
         raise MissingAsset(f"experiments_root={config.experiments_root}: no experiment with a {grid.FILE} there")
     screen, cells, failed = Screen(), Cells(root), []
-    grids: list[Grid] = [grid.read(folder, config.profile) for folder in folders]
+    grids: list[Grid] = [grid.read(folder, config.profile_name) for folder in folders]
     for each in grids:
         screen.say(f"{each.name}: {each.title}")
         wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]

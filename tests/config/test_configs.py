@@ -1,4 +1,5 @@
 import itertools
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,12 @@ def test_tables_need_runs(monkeypatch, capsys, tmp_path):
     code, err = call(tables.main, "tables", [f"output_root={tmp_path}"], monkeypatch, capsys)
     assert code == 2
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["train", "align", "prepare", "evaluate", "tables", "benchmark"])
+def test_what_make_runs_composes(target):
+    root = conf_dir().parent
+    shown = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True, check=True).stdout
+    (command,) = [line.split() for line in shown.splitlines() if "-m cwac_lab." in line]
+    module, overrides = command[2].removeprefix("cwac_lab."), command[3:]
+    cli.compose(overrides, module if (conf_dir() / f"{module}.yaml").is_file() else "config")
