@@ -14,7 +14,7 @@ from cwac_lab.subspace.basis import Subspace, second_moments
 from cwac_lab.training.loop import fit
 from cwac_lab.training.module import TrainerConfig
 
-FULL, LORA = TuningConfig(), TuningConfig(method="lora", rank=3, alpha=6, dropout=0.0)
+FULL, LORA = TuningConfig(), TuningConfig(method="lora", rank=3, alpha=6)
 ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in range(24)]
 PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
 

@@ -15,7 +15,7 @@ from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.defense import Composite, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
-from cwac_lab.models.adapters import TuningConfig
+from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
 from cwac_lab.training.loop import LoggerConfig
@@ -258,6 +258,22 @@ def _total(plan: dict[str, dict[str, int]], pool: str) -> int:
     return sum(plan.get(pool, {}).values())
 
 
+def _check_adapters(run: Run) -> None:
+    if run.trainer.precision == "bf16-true":
+        raise ConfigError(
+            "trainer.precision",
+            "bf16-true",
+            "32-true | bf16-mixed: small updates are lost when merged into bf16 weights",
+        )
+    adapted = TARGETS[run.tuning.modules]
+    for name, part in run.constraint.parts.items():
+        scope = getattr(part, "modules", None)
+        if scope is not None and not set(adapted) & set(TARGETS[scope]):
+            raise ConfigError(
+                f"constraint.{name}.modules", scope, f"a scope that tuning.modules={run.tuning.modules} has a part in"
+            )
+
+
 def _cross_check(run: Run) -> None:
     """Check what concerns more than one group."""
     choose_weights(run.model, run.profile.name)
@@ -287,6 +303,8 @@ def _cross_check(run: Run) -> None:
         raise ConfigError(
             "trainer.precision", "bf16-true", "32-true | bf16-mixed: bf16 weights round an exact projection away"
         )
+    if run.finetune and run.tuning.method == "lora":
+        _check_adapters(run)
     _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
     held = _total(run.data.harmful, "finetune")
     if run.finetune and harmful > held:

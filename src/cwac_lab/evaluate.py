@@ -20,7 +20,7 @@ def main(config: DictConfig) -> None:
     folder = store.RunFolder(Path(config.run))
     if not folder.has(store.CONFIG):
         raise ConfigError("run", config.run, f"a folder that holds {store.CONFIG}, e.g. one under outputs/runs")
-    rejudge(read(OmegaConf.create(folder.read(store.CONFIG))), folder, Screen())
+    rejudge(read(OmegaConf.create(folder.config())), folder, Screen())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,17 @@ from cwac_lab import __version__
 from cwac_lab.cache import digest, file_digest
 from cwac_lab.paths import PACKAGE, conf_dir
 
-_PACKAGES = ("torch", "transformers", "lightning", "hydra-core", "omegaconf", "datasets", "safetensors", "sae-lens")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+    "safetensors",
+    "sae-lens",
+    "peft",
+)
 
 
 def _git(*arguments: str) -> str | None:

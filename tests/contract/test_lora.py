@@ -169,27 +169,47 @@ def test_asft_and_l2_penalise_the_dense_update(mode):
         expected = expected + 2.5 * (updates[linear.name] - c @ updates[linear.name]).square().sum()
     found = asft.loss_terms(model, {}, 0)["asft"]
     torch.testing.assert_close(found, expected)
-    factor = next(linears(model, "attention")).adapter.lora_B["default"].weight
-    got, wanted = torch.autograd.grad(found, factor, retain_graph=True), torch.autograd.grad(expected, factor)
-    torch.testing.assert_close(got[0], wanted[0])
+    adapter = next(linears(model, "attention")).adapter
+    for factor in (adapter.lora_A["default"].weight, adapter.lora_B["default"].weight):
+        got, wanted = (torch.autograd.grad(loss, factor, retain_graph=True)[0] for loss in (found, expected))
+        torch.testing.assert_close(got, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(l2.loss_terms(model, {}, 0)["l2"], total)
+        torch.testing.assert_close(asft.loss_terms(model, {}, 0)["asft"], expected)
 
 
 def test_safelora_does_to_the_merged_update_what_the_released_code_does_to_b():
+    """The reference takes the factors as trained, chooses by their product, and sets B to C B."""
     tuning = TuningConfig(method="lora", rank=3, alpha=6, modules="query_value")
-    plain, _ = train(Defense(), tuning=tuning)
-    defense = SafeLoRA(share=1.0)
-    found, prepared = train(defense, tuning=tuning)
-    chosen = defense.summary()["safelora_projected"]
-    assert set(chosen) == {
-        name for name in plain.state_dict() if any(f"{p}.weight" in name for p in TARGETS["query_value"])
-    }
-    for name in chosen:
-        start = prepared.start_weight(name)
-        direction = start - prepared.base_weight(name)
-        c = direction @ direction.T / direction.norm()
-        u, s, v = torch.linalg.svd(plain.state_dict()[name] - start)
-        b, a = u[:, :3] * s[:3], v[:3]
-        torch.testing.assert_close(found.state_dict()[name] - start, (c @ b) @ a, atol=1e-5, rtol=1e-3)
+    factors = {}
+
+    class Keep(Defense):
+        def prepare(self, context):
+            self.adapted = [linear for linear in linears(context.model, "attention") if linear.adapter is not None]
+
+        def after_optimizer_step(self, step):
+            for linear in self.adapted:
+                b, a = linear.adapter.lora_B["default"].weight, linear.adapter.lora_A["default"].weight
+                factors[linear.name] = b.detach().clone(), a.detach().clone()
+
+    defense = SafeLoRA(share=0.5)
+    found, prepared = train(Composite({"keep": Keep(), "safelora": defense}), tuning=tuning)
+    expected = {}
+    for name, (b, a) in factors.items():
+        direction = prepared.start_weight(name) - prepared.base_weight(name)
+        c = direction @ direction.T / direction.square().sum().sqrt()
+        kept, whole = (c @ b) @ a, b @ a
+        cosine = float((kept * whole).sum() / (kept.norm() * whole.norm()))
+        expected[name] = (cosine, 2.0 * whole, 2.0 * kept)
+    assert len(expected) == 4
+    chosen = sorted(expected, key=lambda name: expected[name][0])[:2]
+    reported = defense.summary()["safelora_projected"]
+    assert set(reported) == set(chosen)
+    for name, (cosine, whole, kept) in expected.items():
+        update = found.state_dict()[name] - prepared.start_weight(name)
+        torch.testing.assert_close(update, kept if name in chosen else whole, atol=1e-5, rtol=1e-3)
+        if name in chosen:
+            assert reported[name]["cosine"] == pytest.approx(cosine, abs=1e-3)
 
 
 def test_sppft_leaves_the_factors_of_its_block():

@@ -197,6 +197,18 @@ def test_a_seed_does_not_count_twice(tmp_path):
     assert summary(records(runs(tmp_path / "starts")))["seeds"].tolist() == [1]
 
 
+def test_adapters_are_rows_and_partners_of_their_own(tmp_path):
+    tuned = {"constraint": {}, "trainer": {"learning_rate": 1}, "tuning": {"method": "lora", "rank": 4}}
+    for constraint, right in (("none", 80), ("weight", 70)):
+        record(tmp_path, constraint, 0.2, 0, 50, right=right)
+        run = record(tmp_path / "apart", constraint, 0.2, 0, 50, right=right // 2)
+        run.write("config.json", tuned)
+        run.path.rename(tmp_path / "runs" / f"lora-{constraint}")
+    rows = records(runs(tmp_path))
+    assert summary(rows)["variant"].tolist() == ["tuning.method=full", "tuning.method=lora"] * 2
+    assert [text.split()[0] for text in differences(rows)["FA - none"]] == ["-10.0", "-5.0"]
+
+
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
     for seed, (reference, size) in enumerate([("all", 8), ("refused", 16)]):
         run = record(tmp_path, "none", 0.2, seed, 90)
@@ -242,6 +254,16 @@ def test_the_key_of_a_run_ignores_what_changes_no_result():
     assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
     assert key("harmful_ratio=0") == key("harmful_ratio=0.0")
     assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
+
+
+def test_a_group_that_came_later_leaves_the_keys_of_earlier_records(tmp_path):
+    full, lora = ({"seed": 0, "tuning": {"method": method}} for method in ("full", "lora"))
+    assert run_key(full, (), {}) == run_key({"seed": 0}, (), {}) != run_key(lora, (), {})
+    run = RunFolder(tmp_path)
+    run.write("config.json", {"seed": 0})
+    assert run.config() == full
+    run.write("config.json", lora)
+    assert run.config() == lora
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

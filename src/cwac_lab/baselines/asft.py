@@ -3,8 +3,8 @@
 ``L = CE + lambda sum_i ||(I - C_i) dW_i||_F^2`` with SafeLoRA's C.
 
 Fidelity: variant. The penalty is the paper's, on the updates of the attention projections. With ``tuning=full`` the
-rest trains freely, where in the paper only LoRA factors train; with ``tuning=lora`` it is the paper's, but for the
-LoRA scale, which the authors' code leaves out of ``dW`` (so lambda here is ``(alpha / r)^2`` times as strong). Since
+rest trains freely, where in the paper only LoRA factors train: ``tuning=lora tuning.modules=query_value``. The
+authors' code leaves the LoRA scale out of ``dW``, so lambda here is ``(alpha / r)^2`` times as strong. Since
 the mean eigenvalue of the released C is ``||V||_F / m``, ``I - C`` is close to the identity, and the penalty to plain
 L2 on the same layers: ``direction=none`` (C = 0) is that control, ``direction=random`` a random C of the same
 spectrum.

@@ -37,8 +37,10 @@ class L2(Defense):
 
     def prepare(self, context: Context) -> None:
         """Remember the start."""
+        if not self.strength:
+            return
         self._adapted = [linear for linear in linears(context.model, "all_linear") if linear.adapter is not None]
-        self._start = start_copy(context.model) if self.strength and not self._adapted else {}
+        self._start = {} if self._adapted else start_copy(context.model)
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return the penalty, of shape ()."""
@@ -51,7 +53,8 @@ class L2(Defense):
 def squared_update(adapted: list[Matrix]) -> Float[Tensor, ""]:
     """Return ``sum ||alpha / r B A||_F^2`` over the adapters, of shape ()."""
     pairs = [factors for linear in adapted if (factors := linear.factors()) is not None]
-    return torch.stack([linalg.squared_norm_of_product(left.float(), right.float()) for left, right in pairs]).sum()
+    with torch.autocast(pairs[0][0].device.type, enabled=False):
+        return torch.stack([linalg.squared_norm_of_product(left.float(), right.float()) for left, right in pairs]).sum()
 
 
 def start_copy(model: Any) -> dict[str, Tensor]:

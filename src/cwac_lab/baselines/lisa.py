@@ -6,8 +6,8 @@ K1 steps on refusals with ``rho/2 ||theta - theta_user||^2``, then K2 steps on u
 Fidelity: exact in the two states, their order, the anchors and the discarded user batches of the safety state (so
 that all methods take the same number of steps, and Lisa sees K2 / (K1 + K2) of the user data). ``warmup_share=0.1``
 is what the released code does (the proximal term is off at first), 0 is the paper. With ``tuning=lora`` the distance
-is that of the factors A and B, as released. Deviations: K1 and K2 scaled to short runs (the code's 100 and 900 would
-not end one cycle), the bench's pool of refusals.
+is that of the factors A and B, as in the authors' code. Deviations: K1 and K2 scaled to short runs (the code's 100
+and 900 would not end one cycle), the bench's pool of refusals.
 """
 
 from __future__ import annotations

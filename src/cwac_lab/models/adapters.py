@@ -28,14 +28,12 @@ class TuningConfig:
             ``W = W_0 + alpha / r B A``, merged at the end.
         rank: r.
         alpha: Numerator of the scale ``alpha / r``.
-        dropout: Rate at which inputs of A are dropped in training.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
     """
 
     method: str = "full"
     rank: int = 16
     alpha: float = 32.0
-    dropout: float = 0.0
     modules: str = "all_linear"
 
     def __post_init__(self) -> None:
@@ -43,7 +41,6 @@ class TuningConfig:
         one_of("method", self.method, METHODS)
         in_range("rank", self.rank, 1)
         in_range("alpha", self.alpha, 0, open_low=True)
-        in_range("dropout", self.dropout, 0, 0.9)
         one_of("modules", self.modules, TARGETS)
 
 
@@ -63,7 +60,6 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
         target_modules=[path.rpartition(".")[2] for path in TARGETS[config.modules]],
     )
     with torch.random.fork_rng():

@@ -87,9 +87,9 @@ class Matrix:
     def update(self, start: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """Return in float32 how far the weight has moved from ``start``, adapters included."""
         factors = self.factors()
-        return (
-            self.module.weight.float() - start.float() if factors is None else factors[0].float() @ factors[1].float()
-        )
+        if factors is None:
+            return self.module.weight.float() - start.float()
+        return factors[0].float() @ factors[1].float()
 
 
 def linears(model: Any, scope: str) -> Iterator[Matrix]:

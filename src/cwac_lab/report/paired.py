@@ -22,7 +22,7 @@ COMPARED = {
 }
 # Settings that two runs must share for their difference to be the constraint's, by what is compared with.
 _ASKED = ("evaluation.max_new_tokens", "task.", "model.")
-_SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "data.n_", "data.mixing")}
+_SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "data.n_", "data.mixing")}
 
 
 def _partner(row: Row, rows: list[Row], baseline: str) -> Row | None:

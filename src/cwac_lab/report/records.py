@@ -31,7 +31,7 @@ HIGHER_IS_BETTER = {"finetune_accuracy"}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
 _OWN = "constraint."
 _RESTORE = "constraint.weight.restore_every_n_steps"
-_CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae")
+_CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae", "tuning")
 
 
 def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> list[Row]:
@@ -57,7 +57,7 @@ def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> li
 
 def _row(run: RunFolder, *, failed: bool) -> Row:
     row: Row = {**run.facts(), "run": run}
-    config, provenance = run.read(store.CONFIG), run.read(store.PROVENANCE)
+    config, provenance = run.config(), run.read(store.PROVENANCE)
     row |= {"task_rows": provenance["task_data_sha256"][:8], "prompts": provenance["pools_sha256"][:8]}
     if failed:
         row["failed"] = run.told().get("reason", "no reason given")
@@ -75,7 +75,7 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
 def _idle(row: Row, config: dict[str, Any]) -> tuple[str, ...]:
     """Return the settings that a run did not use: rows that differ in them only are one row."""
     if row["constraint"] == "start":
-        return ("sae.", "data.reference", "constraint.", "trainer.")
+        return ("sae.", "data.reference", "constraint.", "trainer.", "tuning.")
     if "failed" in row:
         needs = requirements(config["constraint"])
         features, reference = needs.features is not None, needs.reference_prompts

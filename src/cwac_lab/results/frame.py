@@ -44,7 +44,7 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(run: RunFolder) -> dict[str, Any]:
     try:
-        return {key: value for key, value in store.flat(run.read(store.CONFIG)).items() if "." in key}
+        return {key: value for key, value in store.flat(run.config()).items() if "." in key}
     except (OSError, ValueError) as error:
         raise LabError(f"{run.path / store.CONFIG} cannot be read ({error})") from None
 

@@ -25,6 +25,8 @@ CHECKPOINT, MODEL, LOCK = "checkpoint", "model", ".lock"
 HEARTBEAT_SECONDS = 30.0
 # Raised when the fields of METRICS or PROVENANCE change their meaning.
 SCHEMA = 2
+# Settings that came after the first records, with what those ran under; at that value they are no part of the key.
+LATER: dict[str, Any] = {"tuning": {"method": "full"}}
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
 FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
 
@@ -43,6 +45,7 @@ def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[s
         for part in parts[:-1]:
             node = node.get(part, {})
         node.pop(parts[-1], None)
+    kept = {key: value for key, value in kept.items() if key not in LATER or value != LATER[key]}
     return digest([_numbers_alike(kept), content])
 
 
@@ -155,6 +158,10 @@ class RunFolder:
     def read(self, name: str) -> Any:
         """Read a file that ``write`` wrote."""
         return read_jsonl(self.path / name) if name.endswith(".jsonl") else read_json(self.path / name)
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved configuration; a setting that came later has the value that the run had without it."""
+        return {**LATER, **self.read(CONFIG)}
 
     def facts(self) -> dict[str, Any]:
         """Return what ran, or is to run, by the names of ``FACTS``; with the metrics where the run is finished.
