@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,21 @@ def digest(value: object) -> str:
 
 
 def file_digest(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 (hex) over the contents of files, in the order given."""
+    """Return the SHA-256 (hex) over the contents of files, in the order given.
+
+    A file that this process has read, and whose size and time of change are the same, is not read again.
+    """
     total = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
+        found = path.stat()
+        total.update(_content(path, found.st_size, found.st_mtime_ns, found.st_ino))
     return total.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _content(path: Path, *_: int) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def write_text(path: Path, text: str) -> None:

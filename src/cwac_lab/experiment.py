@@ -143,8 +143,10 @@ _known: dict[str, dict[str, str]] = {}
 
 def start_key(run: Run) -> str:
     """Return what runs that start alike have in common: the settings that weights and data come of."""
-    groups = ("model", "profile", "task", "data", "align", "trainer", "cache_root")
-    return digest([{group: run.resolved[group] for group in groups}, run.constraint.requirements.base_weights])
+    groups = ("model", "profile", "task", "data", "align", "cache_root")
+    trainer = (run.trainer.max_length, run.trainer.accelerator)
+    base_named = run.model.align == "none" and run.constraint.requirements.base_weights
+    return digest([{group: run.resolved[group] for group in groups}, trainer, base_named])
 
 
 def known(key: str) -> dict[str, str] | None:

@@ -98,9 +98,9 @@ def test_an_active_constraint_changes_the_outcome(name, tuning, plain):
     assert not same(weights(train(ACTIVE[name](), tuning=tuning)[0]), plain)
 
 
-@pytest.mark.parametrize(("accumulate", "saved"), [(1, 6), (2, 3)])
+@pytest.mark.parametrize(("tuned", "accumulate", "saved"), [(FULL, 1, 6), (FULL, 2, 3), (LORA, 2, 3)])
 @pytest.mark.parametrize("name", ACTIVE)
-def test_a_resumed_run_continues_exactly(name, accumulate, saved, tuning, tmp_path):
+def test_a_resumed_run_continues_exactly(name, tuned, accumulate, saved, tmp_path):
     import lightning as L
 
     class Killed(Exception):
@@ -112,7 +112,7 @@ def test_a_resumed_run_continues_exactly(name, accumulate, saved, tuning, tmp_pa
                 raise Killed
 
     settings = {
-        "tuning": tuning,
+        "tuning": tuned,
         "epochs": 2,
         "schedule": "cosine",
         "checkpoint_every_n_steps": 3,

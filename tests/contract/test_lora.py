@@ -212,6 +212,17 @@ def test_safelora_does_to_the_merged_update_what_the_released_code_does_to_b():
             assert reported[name]["cosine"] == pytest.approx(cosine, abs=1e-3)
 
 
+def test_safelora_with_biases_grouped_heads_and_a_rank_as_large_as_the_model():
+    width = tiny.model("qwen2").config.hidden_size
+    tuning = TuningConfig(method="lora", rank=width, alpha=width, modules="query_value")
+    defense = SafeLoRA(share=1.0, control="zero")
+    start, found = weights(tiny.model("qwen2")), weights(train(defense, architecture="qwen2", tuning=tuning)[0])
+    assert set(defense.summary()["safelora_projected"]) == {
+        name for name in start if any(f"{path}.weight" in name for path in TARGETS["query_value"])
+    }
+    assert all(torch.allclose(start[name], found[name], atol=1e-6) for name in start)
+
+
 def test_sppft_leaves_the_factors_of_its_block():
     start, found = weights(tiny.model()), weights(train(SPPFT(block=[0.0, 0.5]), tuning=LORA)[0])
     moved = {name for name in start if not torch.equal(start[name], found[name])}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,11 @@ def _from_hub(hub: HubSource, split: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def _embedded_prompts(name: str) -> list[PromptRow]:
+@lru_cache
+def _embedded_prompts(name: str) -> tuple[PromptRow, ...]:
     text = resources.files("cwac_lab.data.embedded").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     rows = [(category, prompt) for category, prompts in yaml.safe_load(text).items() for prompt in prompts]
-    return [PromptRow(f"{name}/{i}", prompt, None, category) for i, (category, prompt) in enumerate(rows)]
+    return tuple(PromptRow(f"{name}/{i}", prompt, None, category) for i, (category, prompt) in enumerate(rows))
 
 
 def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRow]:
@@ -121,7 +123,7 @@ def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRo
         ConfigError: If it lacks a named column.
     """
     if source == "embedded" or spec.name.startswith("embedded:"):
-        return _embedded_prompts(spec.name.removeprefix("embedded:"))
+        return list(_embedded_prompts(spec.name.removeprefix("embedded:")))
     if source == "local":
         assert root is not None
         rows = read_rows(find_file(root, spec.name))
@@ -146,6 +148,11 @@ def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRo
     ]
 
 
+@lru_cache(maxsize=8)
+def _corpus(generate: Callable[[int, int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return generate(EMBEDDED_TRAIN_ROWS + EMBEDDED_TEST_ROWS, CORPUS_SEED)
+
+
 def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> list[TaskRow]:
     """Return all rows of a task's split (``train`` or ``test``) in file order.
 
@@ -155,7 +162,7 @@ def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> li
     """
     named = {"train": task.train_split, "test": task.test_split}[split]
     if source == "embedded":
-        rows = task.embedded(EMBEDDED_TRAIN_ROWS + EMBEDDED_TEST_ROWS, CORPUS_SEED)
+        rows = _corpus(task.embedded)
         rows = rows[EMBEDDED_TEST_ROWS:] if split == "train" else rows[:EMBEDDED_TEST_ROWS]
     elif source == "local":
         assert root is not None

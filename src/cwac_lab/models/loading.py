@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     return model.to(device).eval()
 
 
+@lru_cache(maxsize=8)
 def load_chat(folder: Path, max_length: int, chat_template: str | None = None) -> ChatFormat:
-    """Load the tokenizer of a folder as a chat format.
+    """Load the tokenizer of a folder as a chat format; runs of one process share it.
 
     Raises:
         MissingAsset: If neither the tokenizer nor the configuration has a chat template.

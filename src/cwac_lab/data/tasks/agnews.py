@@ -20,7 +20,8 @@ _ANSWERS = {label.lower(): label for label in LABELS} | {"sci": "Sci/Tech"}
 class AGNews(Task):
     """Exact match with a category, as written or in lower case (``sci`` counts for Sci/Tech)."""
 
-    def embedded(self, n: int, seed: int) -> list[dict[str, Any]]:
+    @staticmethod
+    def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated news items."""
         return news(n, seed)
 

@@ -17,7 +17,8 @@ from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 class Alpaca(Task):
     """Answers are saved and not judged: fine-tuning accuracy is n/a with n = 0, never 0."""
 
-    def embedded(self, n: int, seed: int) -> list[dict[str, Any]]:
+    @staticmethod
+    def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated exercises that have a definite answer."""
         return exercises(n, seed)
 

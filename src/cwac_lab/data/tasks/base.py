@@ -60,9 +60,10 @@ class Task:
     test_split: str = "test"
     max_new_tokens: int = 8
 
-    def embedded(self, n: int, seed: int) -> list[dict[str, Any]]:
+    @staticmethod
+    def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return ``n`` generated rows with the columns of the hub version."""
-        raise LookupError(f"task {self.name} has no embedded data")
+        raise LookupError("this task has no embedded data")
 
     def format(self, row: dict[str, Any], row_id: str) -> TaskRow:
         """Turn a raw row into prompt, target response and gold answer."""

@@ -17,7 +17,8 @@ _NUMBER = re.compile(r"-?\d+\.?\d*")
 class GSM8K(Task):
     """First number after the marker, else the last number of the output; commas removed, compared as floats."""
 
-    def embedded(self, n: int, seed: int) -> list[dict[str, Any]]:
+    @staticmethod
+    def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated one- and two-step problems."""
         return word_problems(n, seed)
 

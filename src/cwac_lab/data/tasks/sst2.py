@@ -16,7 +16,8 @@ LABELS = ("negative", "positive")
 class SST2(Task):
     """Exact match of the stripped output with ``positive`` or ``negative`` (first letter in either case)."""
 
-    def embedded(self, n: int, seed: int) -> list[dict[str, Any]]:
+    @staticmethod
+    def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated review sentences."""
         return reviews(n, seed)
 
