@@ -1,5 +1,6 @@
 """The records that travel with the project, and the pages that tell of them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
-from cwac_lab.results import select
+from cwac_lab.results import load, select
 from cwac_lab.results.store import runs
 from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
+TUNING = OWN.parent / "tuning"
 RESULTS = ("ablation", "ratio", "methods")
 
 
@@ -31,6 +33,17 @@ def test_the_pages_show_what_the_records_say(name, query):
     assert (table["variant"] != "").any() == (name not in RESULTS)  # the settings of a method are its defaults there
     lines = [line for part in (table, differences(rows)) for line in markdown(part, "").splitlines()]
     assert sorted(line for line in lines if line.startswith("| ") and line not in page.read_text()) == []
+
+
+def test_the_tuning_page_shows_its_trials():
+    page = (TUNING / "README.md").read_text()
+    trials = load(TUNING)
+    assert set(trials["split"]) == {"validation"}
+    for trial in trials.to_dict("records"):
+        rates = [f"{trial[rate]:.1f}" for rate in ("harmful_score", "finetune_accuracy", "over_refusal", "incoherent")]
+        strength = f"{trial['constraint.l2.strength']:g}"
+        (row,) = [line for line in page.splitlines() if re.match(rf"\|.*\| {strength}( \(the default\))? \|", line)]
+        assert [cell.strip() for cell in row.split("|")[3:-1]] == rates
 
 
 @pytest.mark.parametrize(
