@@ -5,8 +5,7 @@ The default of every hook does nothing, so defences compose. Hooks are handed lo
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.models.answers import Batch
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.subspace.basis import Subspace, SubspaceSpec
 
@@ -76,10 +75,6 @@ class Context:
     features: tuple[LayerFeatures, ...] = ()
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def frozen_copy(self) -> Any:
-        """Return a copy of the start model that does not train; to be called before anything is trained."""
-        return copy.deepcopy(self.model).eval().requires_grad_(False)
-
 
 @dataclass
 class Defense:
@@ -102,8 +97,11 @@ class Defense:
         """Return the rows to train on."""
         return rows
 
-    def begin(self, total_steps: int) -> None:
-        """Learn how many optimizer steps the run has, before the first of them (a resumed run calls it too)."""
+    def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
+        """Learn how many optimizer steps the run has and all rows it trains on; the model is at its start.
+
+        A resumed run calls it too, before its weights are put back.
+        """
 
     def select_batch(self, step: int, batch: Batch) -> Batch:
         """Return the batch to train on at an optimizer step."""
@@ -186,10 +184,10 @@ class Composite(Defense):
             rows = part.wrap_dataset(rows)
         return rows
 
-    def begin(self, total_steps: int) -> None:
+    def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
         """Tell every part."""
         for part in self.parts.values():
-            part.begin(total_steps)
+            part.begin(total_steps, examples)
 
     def select_batch(self, step: int, batch: Batch) -> Batch:
         """Let the parts select in turn."""

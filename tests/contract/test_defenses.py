@@ -18,7 +18,9 @@ from cwac_lab.baselines.safelora import SafeLoRA
 from cwac_lab.baselines.sppft import SPPFT
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
+from cwac_lab.data.batches import collate
 from cwac_lab.defense import Composite, Defense
+from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.checkpoint import Resume
 from held import FULL, LORA, ROWS, same, train, weights
 
@@ -124,6 +126,34 @@ def test_a_resumed_run_continues_exactly(name, tuned, accumulate, saved, tmp_pat
         train(ACTIVE[name](), **settings, checkpoint=folder, callbacks=[Kill()])
     assert Resume(folder).step == saved
     assert same(weights(train(ACTIVE[name](), **settings, checkpoint=folder)[0]), whole)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_gradient_checkpointing_changes_rounding_only(name, tuning):
+    settings = {"tuning": tuning, "learning_rate": 1e-3}
+    expected = weights(train(ACTIVE[name](), **settings)[0])
+    model, _ = train(ACTIVE[name](), **settings, gradient_checkpointing=True)
+    assert not model.is_gradient_checkpointing
+    for key, value in weights(model).items():
+        torch.testing.assert_close(value, expected[key], atol=2e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass():
+    kept = {}
+    for checkpointing in (False, True):
+        model, sizes = tiny.model(), []
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = collate([tiny.chat().encode(*row) for row in ROWS], 0)
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            answer_loss(model.train(), batch)
+        kept[checkpointing] = sum(sizes)
+    assert kept[True] < 0.3 * kept[False]
 
 
 def test_hooks_are_called_once_an_optimizer_step():

@@ -31,6 +31,7 @@ from cwac_lab.baselines.lisa import Lisa
 from cwac_lab.baselines.safe_instruct import SafeInstruct
 from cwac_lab.baselines.safegrad import SafeGrad
 from cwac_lab.baselines.sppft import SPPFT
+from cwac_lab.baselines.start import StartLogits
 from cwac_lab.data.batches import cyclic
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.errors import ConfigError
@@ -186,7 +187,8 @@ def test_safegrad_leaves_gradients_that_agree():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.sign(parameter))
-    loss = divergence(model, tiny.model(), refusal_batch(range(5)))
+    asked = [tiny.chat().encode(row.prompt, row.response) for row in REFUSALS]
+    loss = divergence(model, StartLogits(tiny.model(), asked, tiny.chat().pad_id), refusal_batch(range(5)))
     user = torch.autograd.grad(loss, list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), user, strict=True):
         parameter.grad = gradient.clone()

@@ -5,11 +5,12 @@ beta_t stops a token's gradient once it has become more likely than at the start
 
 Fidelity: exact in loss and beta (0.5 at the first token, 2 at tokens 2 to 5, 0.1 after). Deviations: the trainer is
 the bench's (theirs: Adam beta1 0.5 and ten warm-up steps), the token weights have no lower bound (theirs: 1e-3); the
-start's log-probabilities come from a frozen copy each step.
+start's log-probabilities are computed once, before training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +19,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from cwac_lab.baselines.start import StartValues
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import in_range
 from cwac_lab.models.answers import Batch, answer_logits
-from cwac_lab.models.chat import IGNORED
+from cwac_lab.models.chat import IGNORED, Encoded
 
 
 def answer_positions(labels: Int[Tensor, "B T"]) -> Int[Tensor, " N"]:
     """Return each answer token's place in its answer (0-based), in the order of ``answer_logits``."""
     answers = labels[:, 1:] != IGNORED
     return (answers.int().cumsum(1) - 1)[answers]
+
+
+def likelihood(model: Any, batch: Batch) -> Float[Tensor, " N"]:
+    """Return the log-probability of each answer token."""
+    logits, targets = answer_logits(model, batch)
+    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @dataclass
@@ -52,10 +60,21 @@ class ConstrainedSFT(Defense):
             in_range(key, getattr(self, key), 0)
         for key in ("first_factor", "early_factor"):
             in_range(key, getattr(self, key), 0, open_low=True)
+        self._start: StartValues | None = None
 
     def prepare(self, context: Context) -> None:
-        """Keep the start."""
-        self._start = context.frozen_copy() if self.beta else None
+        """Take the refusals, which another part may train on."""
+        self._context = context
+        self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
+
+    def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
+        """Keep the start's log-likelihood of every answer token."""
+        if self.beta:
+            model, rows = self._context.model, [*examples, *self._refusals]
+            with self._context.autocast():
+                self._start = StartValues(
+                    lambda batch: likelihood(model, batch), rows, self._context.chat.pad_id, model.device
+                )
 
     def _betas(self, places: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         factor = torch.ones(places.shape, device=places.device)
@@ -67,12 +86,6 @@ class ConstrainedSFT(Defense):
         """Return the objective, of shape ()."""
         if self._start is None:
             return None
-
-        def likelihood(of: Any) -> Float[Tensor, " N"]:
-            logits, targets = answer_logits(of, batch)
-            return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-        with torch.no_grad():
-            before = likelihood(self._start)
         beta = self._betas(answer_positions(batch["labels"]))
-        return -(2 / beta * logsigmoid(beta * (likelihood(model) - before))).mean()
+        gain = likelihood(model, batch) - self._start.of(batch)
+        return -(2 / beta * logsigmoid(beta * gain)).mean()

@@ -1,31 +1,31 @@
 """KL to the start: the answers' distributions stay near those of the start model.
 
 Fidelity: exact, ``L = CE + lambda mean_t KL(pi_0(.|t) || pi_theta(.|t))`` over answer tokens; written for the
-vocabulary dimension and without pads (a public implementation takes the softmax over positions). The start is a
-frozen copy.
+vocabulary dimension and without pads (a public implementation takes the softmax over positions). The start's last
+hidden states at the answer tokens are computed once, before training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from cwac_lab.baselines.start import StartLogits
 from cwac_lab.data.batches import collate, cyclic
 from cwac_lab.defense import Context, Defense, Requirements
 from cwac_lab.errors import in_range, one_of
 from cwac_lab.models.answers import Batch, answer_logits
+from cwac_lab.models.chat import Encoded
 
 
-def divergence(model: Any, start: Any, batch: Batch) -> Float[Tensor, ""]:
+def divergence(model: Any, start: StartLogits, batch: Batch) -> Float[Tensor, ""]:
     """Return the mean of ``KL(pi_0 || pi_theta)`` over a batch's answer tokens, shape ()."""
-    now, _ = answer_logits(model, batch)
-    with torch.no_grad():
-        before, _ = answer_logits(start, batch)
+    now, before = answer_logits(model, batch)[0], start.of(batch)
     return kl_div(now.float().log_softmax(-1), before.float().log_softmax(-1), log_target=True, reduction="batchmean")
 
 
@@ -48,6 +48,7 @@ class KL(Defense):
         in_range("strength", self.strength, 0)
         one_of("held_on", self.held_on, ("task", "refusals"))
         in_range("batch_size", self.batch_size, 1)
+        self._start: StartLogits | None = None
 
     @property
     def requirements(self) -> Requirements:
@@ -55,10 +56,17 @@ class KL(Defense):
         return Requirements(reference_prompts=self.held_on == "refusals" and self.strength > 0)
 
     def prepare(self, context: Context) -> None:
-        """Keep the start, and the refusals where they are used."""
-        self._start = context.frozen_copy() if self.strength else None
+        """Take the refusals."""
+        self._context = context
         self._seed, self._pad_id = context.seed, context.chat.pad_id
         self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
+
+    def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
+        """Keep what the start answers to the rows that the divergence is taken on (Lisa may train on refusals)."""
+        if self.strength:
+            rows = [*(examples if self.held_on == "task" else ()), *self._refusals]
+            with self._context.autocast():
+                self._start = StartLogits(self._context.model, rows, self._pad_id)
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return the penalty, of shape ()."""

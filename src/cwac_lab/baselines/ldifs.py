@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cwac_lab.baselines.start import StartModel
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import ConfigError, in_range
 from cwac_lab.models.answers import Batch
@@ -45,7 +46,7 @@ class LDIFS(Defense):
 
     def prepare(self, context: Context) -> None:
         """Keep the start."""
-        self._start = context.frozen_copy() if self.strength else None
+        self._start = StartModel(context.model) if self.strength else None
         n_layers = len(decoder_layers(context.model))
         self._layers = sorted({depth_to_layer(depth, n_layers) for depth in self.depths})
 
@@ -55,8 +56,8 @@ class LDIFS(Defense):
             return {}
         inputs = batch["input_ids"], batch["attention_mask"]
         now = layer_outputs(model, self._layers, *inputs)
-        with torch.no_grad():
-            before = layer_outputs(self._start, self._layers, *inputs)
+        with torch.no_grad(), self._start.model() as start:
+            before = layer_outputs(start, self._layers, *inputs)
         real = batch["attention_mask"].bool()
         moved = [
             (normalize(now[layer][real].float(), dim=-1) - normalize(before[layer][real].float(), dim=-1)).square()

@@ -12,6 +12,7 @@ and 900 would not end one cycle), the bench's pool of refusals.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from cwac_lab.data.batches import collate, cyclic
 from cwac_lab.defense import Context, Defense, Requirements
 from cwac_lab.errors import in_range
 from cwac_lab.models.answers import Batch
+from cwac_lab.models.chat import Encoded
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Lisa(Defense):
         self._switches, self._drawn = 0, 0
         self._warmup, self._last_step = 0.0, -1
 
-    def begin(self, total_steps: int) -> None:
+    def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
         """Turn the share of warm-up into steps."""
         self._warmup, self._last_step = self.warmup_share * total_steps, total_steps - 1
 

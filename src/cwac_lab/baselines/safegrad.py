@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from cwac_lab.baselines.kl import divergence
+from cwac_lab.baselines.start import StartLogits
 from cwac_lab.data.batches import collate, cyclic
 from cwac_lab.defense import Context, Defense, Requirements
 from cwac_lab.errors import in_range
 
 # At the start the divergence has no gradient; what rounding leaves of it, relative to the user's, is no direction.
-NOISE = 1e-5
+NOISE = 1e-4
 
 
 @dataclass
@@ -47,12 +48,14 @@ class SafeGrad(Defense):
         return Requirements(reference_prompts=self.strength > 0)
 
     def prepare(self, context: Context) -> None:
-        """Keep the start and the refusals."""
+        """Take the refusals and keep what the start answers there."""
         self._model, self._autocast = context.model, context.autocast
-        self._start = context.frozen_copy() if self.strength else None
         self._seed, self._pad_id = context.seed, context.chat.pad_id
         self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
-        self._conflicts = 0
+        self._conflicts, self._start = 0, None
+        if self.strength:
+            with context.autocast():
+                self._start = StartLogits(context.model, self._refusals, self._pad_id)
 
     def after_backward(self, step: int) -> None:
         """Replace the gradients by the operated ones."""

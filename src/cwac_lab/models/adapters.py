@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +66,30 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LoraModel(model, lora, "default").merge_and_unload
+
+
+def _layers(model: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def has_adapters(model: Any) -> bool:
+    """Return whether a model has adapters that are not merged."""
+    return any(not layer.merged for layer in _layers(model))
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[Any]:
+    """Let a model compute as before its adapters; what trains is the same afterwards (PEFT would thaw all factors)."""
+    layers = _layers(model)
+    trains = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)

@@ -96,13 +96,13 @@ def fit(
     first = resume.batches if resume is not None else 0
     data = TrainData(examples, pad_id, config.batch_size, config.epochs, seed, first)
     steps = math.ceil(len(data.plan) / config.accumulate)
-    if resume is not None:
-        resume.weights(model, defense)
     restore = resume.optimizer(model) if resume is not None else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise LabError("nothing is left to train: what the constraint leaves free has no part in what tuning trains")
-    defense.begin(steps)
+    defense.begin(steps, examples)
+    if resume is not None:
+        resume.weights(model, defense)
     module = FineTuning(model, defense, config, steps, resume.step if resume is not None else 0, restore)
     called = [*callbacks, *([_ProgressBar(leave=True)] if config.progress_bar else [])]
     if checkpoint is not None and config.checkpoint_every_n_steps:
@@ -123,8 +123,11 @@ def fit(
         use_distributed_sampler=False,
     )
     model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if first < len(data.plan):
         trainer.fit(module, datamodule=data)
+    model.gradient_checkpointing_disable()
     model.to(device).eval()  # Lightning leaves it on the CPU
     tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
     return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}

@@ -18,8 +18,8 @@ from cwac_lab.errors import in_range, one_of
 from cwac_lab.models.answers import Batch, answer_loss
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-# Settings that change nothing of what is computed.
-INCIDENTAL_TRAINER = ("progress_bar", "export", "checkpoint_every_n_steps")
+# Settings that change nothing of what is computed, but for rounding.
+INCIDENTAL_TRAINER = ("progress_bar", "export", "checkpoint_every_n_steps", "gradient_checkpointing")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -40,6 +40,8 @@ class TrainerConfig:
         precision: Lightning precision, one of ``PRECISIONS``.
         accelerator: Lightning accelerator (``cpu``, ``cuda``, ``auto``).
         devices: Number of devices; more than one needs the strategies of a later release.
+        gradient_checkpointing: Keep only each layer's input for the backward pass and compute the rest again: less
+            memory, more time.
         checkpoint_every_n_steps: Optimizer steps between resumable checkpoints; 0 means none.
         export: Save the fine-tuned model into the run folder.
         progress_bar: Show Lightning's progress bar.
@@ -57,6 +59,7 @@ class TrainerConfig:
     precision: str = "32-true"
     accelerator: str = "cpu"
     devices: int = 1
+    gradient_checkpointing: bool = False
     checkpoint_every_n_steps: int = 0
     export: bool = True
     progress_bar: bool = True
