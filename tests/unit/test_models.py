@@ -13,7 +13,7 @@ from cwac_lab.models.capture import layer_outputs, penalty_positions, site_input
 from cwac_lab.models.chat import IGNORED, ChatFormat
 from cwac_lab.models.loading import ModelConfig, content_digest, find, load_model
 from cwac_lab.models.packaged import carry
-from cwac_lab.models.prefix import shared_length
+from cwac_lab.models.prefix import opening_cache, shared_length
 from cwac_lab.models.sites import SCOPES, depth_to_layer, linears
 
 IDS = torch.tensor([[3, 9, 27, 81, 243, 100], [7, 14, 28, 56, 0, 0]])
@@ -109,9 +109,17 @@ def test_an_opening_longer_than_the_window(architecture):
 def test_a_decoder_without_a_cache_is_an_error():
     model, chat = tiny.model().train(), tiny.chat()
     model.gradient_checkpointing_enable()
-    batch = collate([chat.encode(f"the very same opening {text}", "yes") for text in "ab"], chat.pad_id)
+    opening = model.get_input_embeddings()(torch.tensor(chat.encode("the very same opening", "yes").input_ids))
     with pytest.raises(LabError, match="gradient checkpointing"):
-        answer_loss(model, batch)
+        opening_cache(model, opening, 2)
+
+
+def test_under_gradient_checkpointing_no_opening_is_shared():
+    model, chat = tiny.model(), tiny.chat()
+    batch = collate([chat.encode(f"the very same opening {text}", "yes") for text in "ab"], chat.pad_id)
+    expected = answer_loss(model, batch)
+    model.train().gradient_checkpointing_enable()
+    torch.testing.assert_close(answer_loss(model, batch), expected)
 
 
 PROMPTS = [

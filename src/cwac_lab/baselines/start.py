@@ -40,7 +40,7 @@ class StartValues:
 
     @torch.no_grad()
     def __init__(
-        self, compute: Callable[[Batch], Float[Tensor, N *S]], rows: Sequence[Encoded], pad_id: int,
+        self, compute: Callable[[Batch], Float[Tensor, "N ..."]], rows: Sequence[Encoded], pad_id: int,
         device: torch.device, batch_size: int = 16,
     ) -> None:  # fmt: skip
         """Compute the values of all rows.
@@ -60,7 +60,7 @@ class StartValues:
             values = torch.split(compute(batch).cpu(), answer_counts(batch["labels"]).tolist())
             self._values.update(zip(_keys(batch), (value.clone() for value in values), strict=True))
 
-    def of(self, batch: Batch) -> Float[Tensor, N *S]:
+    def of(self, batch: Batch) -> Float[Tensor, "N ..."]:
         """Return the values at the N answer tokens of a batch of known rows."""
         return torch.cat([self._values[key] for key in _keys(batch)]).to(batch["input_ids"].device)
 
