@@ -140,14 +140,14 @@ def test_lisa_alternates_and_holds_on_to_the_other_state(warmup, states):
     assert defense.summary() == {"lisa_switches": sum(a != b for a, b in pairwise(states))}
 
 
-def test_lisa_draws_new_refusals_for_every_micro_batch():
+def test_lisa_draws_new_refusals_for_every_step_in_the_safety_state():
     defense, seen = Lisa(safety_steps=2, user_steps=1), []
     defense.prepare(context(tiny.model()))
     user = batches()[0]
-    for step in (0, 0, 1, 2, 3):
+    for step in (0, 1, 2, 3, 1):
         seen.append(defense.select_batch(step, user)["input_ids"].tolist())
-    drawn = [refusal_batch(cyclic(5, 4, turn, "lisa/0"))["input_ids"].tolist() for turn in range(4)]
-    assert seen == [*drawn[:3], user["input_ids"].tolist(), drawn[3]]
+    drawn = [refusal_batch(cyclic(5, 4, turn, "lisa/0"))["input_ids"].tolist() for turn in range(3)]
+    assert seen == [drawn[0], drawn[1], user["input_ids"].tolist(), drawn[2], drawn[1]]
 
 
 def test_lisa_without_anchors_still_switches():

@@ -3,6 +3,7 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+import torch
 
 import tiny
 from cwac_lab.config import bind, read
@@ -17,6 +18,7 @@ from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
 from cwac_lab.judges.refusal import is_refusal
+from cwac_lab.models.answers import mean_over_answers, mean_over_tokens, share
 from cwac_lab.models.chat import IGNORED, Encoded
 
 TASK_ROWS = [TaskRow(f"t{i}", f"task {i}", "positive", "positive") for i in range(60)]
@@ -198,3 +200,36 @@ def test_train_data_goes_on_after_a_first_step():
     whole = [b["input_ids"].tolist() for b in TrainData(examples, 0, 4, 2, 0).train_dataloader()]
     rest = [b["input_ids"].tolist() for b in TrainData(examples, 0, 4, 2, 0, 3).train_dataloader()]
     assert rest == whole[3:]
+
+
+def test_pieces_of_a_step_add_up_to_it():
+    examples = [Encoded([i + 1] * (i % 5 + 1), [IGNORED] + [1] * (i % 5)) for i in range(7)]
+    pieces = [collate(examples, 0, number, 3) for number in range(3)]
+    assert [len(piece["input_ids"]) for piece in pieces] == [3, 2, 2]
+    assert {piece["piece"][1:] for piece in pieces} == {(3, 7, 11 / 3, 18 / 3)}
+    assert [piece["piece"].number for piece in pieces] == [0, 1, 2]
+    values = [(piece["labels"][:, 1:] != IGNORED).float().flatten() for piece in pieces]
+    assert sum(float(mean_over_answers(v, piece)) for v, piece in zip(values, pieces, strict=True)) == pytest.approx(3)
+    values = [piece["attention_mask"].float().flatten() for piece in pieces]
+    assert sum(float(mean_over_tokens(v, piece)) for v, piece in zip(values, pieces, strict=True)) == pytest.approx(3)
+    shares = [share([1.0, 2.0, 6.0, 3.0], piece) for piece in pieces]
+    assert sum(weight * sum(items) / len(items) for items, weight in shares) == pytest.approx(9)
+
+
+def test_a_piece_without_rows_counts_nothing():
+    examples = [Encoded([1, 2], [IGNORED, 2])] * 2
+    piece = collate(examples, 0, 2, 3)
+    assert len(piece["input_ids"]) == 1
+    assert mean_over_answers(torch.ones(1), piece) == mean_over_tokens(torch.ones(2), piece) == 0
+    assert share(["a", "b"], piece) == (["a"], 0.0)
+
+
+def test_accumulated_pieces_come_step_by_step():
+    examples = [Encoded([i + 1] * 2, [1] * 2) for i in range(10)]
+    whole = list(TrainData(examples, 0, 4, 1, 0).train_dataloader())
+    pieces = list(TrainData(examples, 0, 2, 1, 0, accumulate=2).train_dataloader())
+    assert [piece["piece"].number for piece in pieces] == [0, 1] * 3
+    for step, batch in enumerate(whole):
+        first, second = (piece["input_ids"] for piece in pieces[2 * step : 2 * step + 2])
+        assert torch.equal(batch["input_ids"][0::2], first)
+        assert torch.equal(batch["input_ids"][1::2], second)

@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 from cwac_lab.baselines.start import StartValues
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import in_range
-from cwac_lab.models.answers import Batch, answer_logits
+from cwac_lab.models.answers import Batch, answer_logits, mean_over_answers
 from cwac_lab.models.chat import IGNORED, Encoded
 
 
@@ -88,4 +88,4 @@ class ConstrainedSFT(Defense):
             return None
         beta = self._betas(answer_positions(batch["labels"]))
         gain = likelihood(model, batch) - self._start.of(batch)
-        return -(2 / beta * logsigmoid(beta * gain)).mean()
+        return mean_over_answers(-2 / beta * logsigmoid(beta * gain), batch)

@@ -19,14 +19,15 @@ from cwac_lab.baselines.start import StartLogits
 from cwac_lab.data.batches import collate, cyclic
 from cwac_lab.defense import Context, Defense, Requirements
 from cwac_lab.errors import in_range, one_of
-from cwac_lab.models.answers import Batch, answer_logits
+from cwac_lab.models.answers import Batch, answer_logits, mean_over_answers, to_device
 from cwac_lab.models.chat import Encoded
 
 
 def divergence(model: Any, start: StartLogits, batch: Batch) -> Float[Tensor, ""]:
     """Return the mean of ``KL(pi_0 || pi_theta)`` over a batch's answer tokens, shape ()."""
     now, before = answer_logits(model, batch)[0], start.of(batch)
-    return kl_div(now.float().log_softmax(-1), before.float().log_softmax(-1), log_target=True, reduction="batchmean")
+    moved = kl_div(now.float().log_softmax(-1), before.float().log_softmax(-1), log_target=True, reduction="none")
+    return mean_over_answers(moved.sum(-1), batch)
 
 
 @dataclass
@@ -74,6 +75,6 @@ class KL(Defense):
             return {}
         if self.held_on == "refusals":
             rows = cyclic(len(self._refusals), self.batch_size, step, f"kl/{self._seed}")
-            chosen = collate([self._refusals[row] for row in rows], self._pad_id)
-            batch = {name: value.to(model.device) for name, value in chosen.items()}
+            piece = batch["piece"][:2] if "piece" in batch else ()
+            batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id, *piece), model.device)
         return {"kl": self.strength * divergence(model, self._start, batch)}

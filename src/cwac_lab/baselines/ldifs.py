@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from cwac_lab.baselines.start import StartModel
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import ConfigError, in_range
-from cwac_lab.models.answers import Batch
+from cwac_lab.models.answers import Batch, mean_over_tokens
 from cwac_lab.models.capture import layer_outputs
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
 
@@ -63,4 +63,4 @@ class LDIFS(Defense):
             (normalize(now[layer][real].float(), dim=-1) - normalize(before[layer][real].float(), dim=-1)).square()
             for layer in self._layers
         ]
-        return {"ldifs": self.strength * torch.stack([squares.sum(-1).mean() for squares in moved]).mean()}
+        return {"ldifs": self.strength * torch.stack([mean_over_tokens(m.sum(-1), batch) for m in moved]).mean()}

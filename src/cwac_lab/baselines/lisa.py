@@ -24,7 +24,7 @@ from cwac_lab.baselines.l2 import squared_distance, start_copy
 from cwac_lab.data.batches import collate, cyclic
 from cwac_lab.defense import Context, Defense, Requirements
 from cwac_lab.errors import in_range
-from cwac_lab.models.answers import Batch
+from cwac_lab.models.answers import Batch, to_device
 from cwac_lab.models.chat import Encoded
 
 
@@ -61,7 +61,7 @@ class Lisa(Defense):
         self._model, self._seed, self._pad_id = context.model, context.seed, context.chat.pad_id
         self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
         self._anchors = {state: start_copy(context.model) for state in ("safe", "user")} if self.strength else {}
-        self._switches, self._drawn = 0, 0
+        self._switches = 0
         self._warmup, self._last_step = 0.0, -1
 
     def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
@@ -76,10 +76,11 @@ class Lisa(Defense):
         """Return refusals in the safety state (the user batch is discarded), the user batch otherwise."""
         if self.state(step) == "user":
             return batch
-        rows = cyclic(len(self._refusals), len(batch["input_ids"]), self._drawn, f"lisa/{self._seed}")
-        self._drawn += 1
-        chosen = collate([self._refusals[row] for row in rows], self._pad_id)
-        return {name: value.to(batch["input_ids"].device) for name, value in chosen.items()}
+        size, *piece = (batch["piece"].rows, *batch["piece"][:2]) if "piece" in batch else (len(batch["input_ids"]),)
+        cycles, place = divmod(step, self.safety_steps + self.user_steps)
+        rows = cyclic(len(self._refusals), size, cycles * self.safety_steps + place, f"lisa/{self._seed}")
+        chosen = collate([self._refusals[row] for row in rows], self._pad_id, *piece)
+        return to_device(chosen, batch["input_ids"].device)
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return ``rho/2`` times the squared distance to the other state's anchor, of shape ()."""
@@ -101,13 +102,13 @@ class Lisa(Defense):
         return {"lisa_switches": self._switches}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the anchors, and the numbers of switches and of batches of refusals."""
+        """Return the anchors and the number of switches."""
         held = {f"{state}/{name}": w for state, anchor in self._anchors.items() for name, w in anchor.items()}
-        return held | {"switches": torch.tensor(self._switches), "drawn": torch.tensor(self._drawn)}
+        return held | {"switches": torch.tensor(self._switches)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take them back."""
-        self._switches, self._drawn = int(state["switches"]), int(state["drawn"])
+        self._switches = int(state["switches"])
         for name, anchor in self._anchors.items():
             # What was frozen after this part was prepared is in its first anchors only.
             self._anchors[name] = {

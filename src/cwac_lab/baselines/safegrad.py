@@ -20,6 +20,7 @@ from cwac_lab.baselines.start import StartLogits
 from cwac_lab.data.batches import collate, cyclic
 from cwac_lab.defense import Context, Defense, Requirements
 from cwac_lab.errors import in_range
+from cwac_lab.models.answers import to_device
 
 # At the start the divergence has no gradient; what rounding leaves of it, relative to the user's, is no direction.
 NOISE = 1e-4
@@ -62,8 +63,7 @@ class SafeGrad(Defense):
         if self._start is None:
             return
         rows = cyclic(len(self._refusals), self.batch_size, step, f"safegrad/{self._seed}")
-        chosen = collate([self._refusals[row] for row in rows], self._pad_id)
-        batch = {name: value.to(self._model.device) for name, value in chosen.items()}
+        batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id), self._model.device)
         trained = [p for p in self._model.parameters() if p.requires_grad and p.grad is not None]
         with torch.enable_grad(), self._autocast():
             aligned = torch.autograd.grad(divergence(self._model, self._start, batch), trained, allow_unused=True)

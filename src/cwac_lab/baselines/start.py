@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cwac_lab.data.batches import collate
 from cwac_lab.models.adapters import has_adapters, without_adapters
-from cwac_lab.models.answers import Batch, answer_states, logits_of
+from cwac_lab.models.answers import Batch, answer_states, logits_of, to_device
 from cwac_lab.models.chat import IGNORED, Encoded
 
 Row = tuple[tuple[int, ...], int]
@@ -56,7 +56,7 @@ class StartValues:
         ordered = sorted({(tuple(r.input_ids), tuple(r.labels)) for r in rows}, key=lambda row: len(row[0]))
         for begin in range(0, len(ordered), batch_size):
             part = [Encoded(list(ids), list(labels)) for ids, labels in ordered[begin : begin + batch_size]]
-            batch = {name: value.to(device) for name, value in collate(part, pad_id).items()}
+            batch = to_device(collate(part, pad_id), device)
             values = torch.split(compute(batch).cpu(), answer_counts(batch["labels"]).tolist())
             self._values.update(zip(_keys(batch), (value.clone() for value in values), strict=True))
 

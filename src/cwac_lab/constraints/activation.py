@@ -22,7 +22,7 @@ from torch import Tensor
 from cwac_lab.data.batches import cyclic, pad
 from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, LabError, in_range, one_of
-from cwac_lab.models.answers import Batch
+from cwac_lab.models.answers import Batch, share
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures, topk_codes
 
@@ -135,7 +135,7 @@ class ActivationConstraint(Defense):
         """Return ``lambda L_safety`` on some reference prompts, of shape (); nothing on steps that are left out."""
         if not self._features or step % self.every_n_steps:
             return {}
-        rows = self._rows(step)
+        rows, weight = share(self._rows(step), batch)
         ids, mask = pad([self._reference[row] for row in rows], self._pad_id)
         outputs = self._residuals(model, ids.to(model.device), mask.to(model.device))
         distances = []
@@ -144,7 +144,7 @@ class ActivationConstraint(Defense):
                 held = self._held[row][index]
                 now = encode(outputs[features.layer][place][: len(held)][held], features, self.code)
                 distances.append(self._distance(now - self._start[row][index], features))
-        return {"safety": self.strength * self.every_n_steps * torch.stack(distances).mean()}
+        return {"safety": self.strength * self.every_n_steps * weight * torch.stack(distances).mean()}
 
     def _distance(self, moved: Float[Tensor, "N S"], features: LayerFeatures) -> Float[Tensor, ""]:
         """Return the squared distance of one prompt's latents to their start: mean over its N positions, shape ()."""

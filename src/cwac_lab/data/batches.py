@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cwac_lab.models.answers import Batch, Piece
 from cwac_lab.models.chat import IGNORED, Encoded
 
 BUCKET_BATCHES = 16
@@ -35,11 +37,19 @@ def pad(
     return ids, mask
 
 
-def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Int[Tensor, "B T"]]:
-    """Return ``input_ids``, ``attention_mask`` and ``labels``, each of shape (B, T), right-padded."""
-    ids, mask = pad([example.input_ids for example in examples], pad_id)
-    labels, _ = pad([example.labels for example in examples], IGNORED)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def collate(examples: Sequence[Encoded], pad_id: int, index: int = 0, of: int = 1) -> Batch:
+    """Return a batch of rows, or of part ``index`` of ``of`` of a step's rows (the first row where it has none)."""
+    mine = examples[index::of]
+    used = mine or examples[:1]
+    ids, mask = pad([example.input_ids for example in used], pad_id)
+    labels, _ = pad([example.labels for example in used], IGNORED)
+    batch: Batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if of > 1:
+        answers = sum(label != IGNORED for example in examples for label in example.labels[1:])
+        tokens = sum(len(example.input_ids) for example in examples)
+        counted = (answers / of, tokens / of) if mine else (math.inf, math.inf)
+        batch["piece"] = Piece(index, of, len(examples), *counted)
+    return batch
 
 
 def cyclic(n: int, size: int, turn: int, seed: str) -> list[int]:
@@ -73,21 +83,29 @@ def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int
 
 
 class TrainData(L.LightningDataModule):
-    """Serves a fixed plan of batches from a given step on, so that a resumed run sees exactly the batches left."""
+    """Serves a fixed plan of steps from a given one on, so that a resumed run sees exactly the rows left.
+
+    The rows of a step do not depend on how many devices and accumulated forwards they are divided among.
+    """
 
     def __init__(
-        self, examples: Sequence[Encoded], pad_id: int, batch_size: int, epochs: int, seed: int, first_step: int = 0
-    ) -> None:
-        """Plan all epochs; ``first_step`` batches are skipped."""
+        self, examples: Sequence[Encoded], pad_id: int, batch_size: int, epochs: int, seed: int, first_step: int = 0,
+        accumulate: int = 1,
+    ) -> None:  # fmt: skip
+        """Plan all epochs, ``batch_size * accumulate`` rows a step; ``first_step`` steps are skipped."""
         super().__init__()
-        self.examples, self.pad_id = examples, pad_id
-        self.plan = plan_batches([len(e.input_ids) for e in examples], batch_size, epochs, seed)
+        self.examples, self.pad_id, self.accumulate = examples, pad_id, accumulate
+        self.plan = plan_batches([len(e.input_ids) for e in examples], batch_size * accumulate, epochs, seed)
         self.first_step = first_step
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader over the batches that are left."""
-        return DataLoader(
-            self.examples,  # type: ignore[arg-type]
-            batch_sampler=self.plan[self.first_step :],
-            collate_fn=lambda rows: collate(rows, self.pad_id),
-        )
+        """Return the loader over this process's pieces of the steps that are left."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        of = self.accumulate * world
+        pieces = [(rows, index) for rows in self.plan[self.first_step :] for index in range(rank, of, world)]
+
+        def batch(piece: tuple[list[int], int]) -> Batch:
+            rows, index = piece
+            return collate([self.examples[row] for row in rows], self.pad_id, index, of)
+
+        return DataLoader(pieces, batch_size=None, collate_fn=batch)  # type: ignore[arg-type]

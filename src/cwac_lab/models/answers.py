@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +12,72 @@ from torch.nn.functional import cross_entropy
 
 from cwac_lab.models.chat import IGNORED
 from cwac_lab.models.prefix import shared_length, states_after
+from cwac_lab.models.sites import decoder_layers
 
-Batch = Mapping[str, Int[Tensor, "B T"]]
+T = TypeVar("T")
+
+
+class Piece(NamedTuple):
+    """What a batch is of an optimizer step's rows: part ``number`` of ``of``, one a device and accumulated forward.
+
+    The loop averages over the pieces, so sums are divided by what a piece holds on average; then a step does not depend
+    on how its rows were divided.
+
+    Attributes:
+        number: Which piece.
+        of: Number of pieces.
+        rows: Rows of the whole step.
+        answers: Answer tokens of a piece on average; infinite for one that is only there to keep step.
+        tokens: Real tokens of a piece on average, likewise.
+    """
+
+    number: int
+    of: int
+    rows: int
+    answers: float
+    tokens: float
+
+
+class Batch(TypedDict):
+    """Right-padded rows: ids, a mask that is 1 on real tokens, labels that are ``IGNORED`` on prompts; of shape (B, T).
+
+    ``piece`` is there where a step's rows are divided.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    attention_mask: Int[Tensor, "B T"]
+    labels: Int[Tensor, "B T"]
+    piece: NotRequired[Piece]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with its tensors on a device."""
+    moved: Batch = {**batch}
+    for name in ("input_ids", "attention_mask", "labels"):
+        moved[name] = batch[name].to(device)
+    return moved
+
+
+def mean_over_answers(values: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, ""]:
+    """Return the mean of values at a batch's answer tokens, or what a piece adds to that of its step, shape ()."""
+    return values.sum() / batch["piece"].answers if "piece" in batch else values.mean()
+
+
+def mean_over_tokens(values: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, ""]:
+    """Return the mean of values at a batch's real tokens, or what a piece adds to that of its step, shape ()."""
+    return values.sum() / batch["piece"].tokens if "piece" in batch else values.mean()
+
+
+def share(items: Sequence[T], batch: Batch) -> tuple[Sequence[T], float]:
+    """Return which of a step's items fall to a piece, and what the mean over them counts in the step's (1 for all).
+
+    A piece that has none gets the first at weight 0: every device takes the same forwards.
+    """
+    if "piece" not in batch:
+        return items, 1.0
+    number, of = batch["piece"][:2]
+    mine = items[number::of]
+    return mine or items[:1], of * len(mine) / len(items)
 
 
 def answer_states(model: Any, batch: Batch) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]]:
@@ -23,12 +87,12 @@ def answer_states(model: Any, batch: Batch) -> tuple[Float[Tensor, "N D"], Int[T
 
     Args:
         model: A causal language model.
-        batch: ``input_ids``, ``attention_mask`` and ``labels`` of shape (B, T); labels are ``IGNORED`` on prompts.
+        batch: The rows.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     first = int((labels != IGNORED).int().argmax(dim=1).min())  # the state before it is needed, so it is not shared
-    checkpointing = model.is_gradient_checkpointing and model.training  # drops the keys and values of an opening
-    shared = 0 if checkpointing else shared_length(ids[:, :first].tolist(), first - 1)
+    dropped = model.training and decoder_layers(model)[0].gradient_checkpointing  # keys and values of an opening
+    shared = 0 if dropped else shared_length(ids[:, :first].tolist(), first - 1)
     hidden = states_after(model, ids, batch["attention_mask"], shared)
     targets = labels[:, shared + 1 :]
     answers = targets != IGNORED
@@ -49,7 +113,7 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Float[Tensor, "N V"], Int[T
 
     Args:
         model: A causal language model.
-        batch: As for ``answer_states``.
+        batch: The rows.
     """
     states, targets = answer_states(model, batch)
     return logits_of(model, states), targets
@@ -58,4 +122,4 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Float[Tensor, "N V"], Int[T
 def answer_loss(model: Any, batch: Batch) -> Float[Tensor, ""]:
     """Return the mean cross-entropy over a batch's answer tokens, shape ()."""
     logits, targets = answer_logits(model, batch)
-    return cross_entropy(logits.float(), targets)
+    return mean_over_answers(cross_entropy(logits.float(), targets, reduction="none"), batch)

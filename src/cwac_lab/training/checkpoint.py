@@ -21,8 +21,8 @@ def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(folder: Path, module: FineTuning, batches: int, identity: str) -> None:
-    """Write weights, optimizer, schedule and the defence's state after some batches; replaces an older checkpoint."""
+def save(folder: Path, module: FineTuning, identity: str) -> None:
+    """Write weights, optimizer, schedule and the defence's state after a step; replaces an older checkpoint."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".checkpoint-"))
     parameters = _trainable(module.model)
@@ -37,9 +37,7 @@ def save(folder: Path, module: FineTuning, batches: int, identity: str) -> None:
         {key: value.contiguous() for key, value in module.defense.state_dict().items()}, scratch / "defense.safetensors"
     )
     schedule = {k: v for k, v in module.schedule.state_dict().items() if k != "lr_lambdas"}
-    write_json(
-        scratch / "state.json", {"identity": identity, "step": module.step, "batches": batches, "schedule": schedule}
-    )
+    write_json(scratch / "state.json", {"identity": identity, "step": module.step, "schedule": schedule})
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -54,7 +52,7 @@ class Resume:
     def __init__(self, folder: Path) -> None:
         """Read the small part of a checkpoint."""
         self.folder, state = folder, read_json(folder / "state.json")
-        self.step, self.batches, self._schedule = int(state["step"]), int(state["batches"]), state["schedule"]
+        self.step, self._schedule = int(state["step"]), state["schedule"]
 
     @staticmethod
     def find(folder: Path, identity: str) -> Resume | None:
@@ -97,12 +95,12 @@ class Resume:
 class SafeCheckpoint(L.Callback):
     """Saves a checkpoint every n optimizer steps."""
 
-    def __init__(self, folder: Path, every_n_steps: int, first_batch: int, identity: str) -> None:
-        """``first_batch`` batches were trained on before this process; ``identity`` is that of settings and rows."""
-        self.folder, self.every, self.first_batch, self.identity = folder, every_n_steps, first_batch, identity
+    def __init__(self, folder: Path, every_n_steps: int, identity: str) -> None:
+        """``identity`` is that of settings and rows."""
+        self.folder, self.every, self.identity = folder, every_n_steps, identity
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where a step of the optimizer has just ended on a multiple of n."""
         done = (batch_idx + 1) % module.config.accumulate == 0
         if done and module.step % self.every == 0:
-            save(self.folder, module, self.first_batch + batch_idx + 1, self.identity)
+            save(self.folder, module, self.identity)

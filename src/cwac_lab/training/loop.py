@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -93,9 +92,9 @@ def fit(
     settings = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL_TRAINER}
     identity = digest([seed, settings, [[e.input_ids, e.labels] for e in examples]])
     resume = Resume.find(checkpoint, identity) if checkpoint is not None else None
-    first = resume.batches if resume is not None else 0
-    data = TrainData(examples, pad_id, config.batch_size, config.epochs, seed, first)
-    steps = math.ceil(len(data.plan) / config.accumulate)
+    first = resume.step if resume is not None else 0
+    data = TrainData(examples, pad_id, config.batch_size, config.epochs, seed, first, config.accumulate)
+    steps = len(data.plan)
     restore = resume.optimizer(model) if resume is not None else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
@@ -103,10 +102,10 @@ def fit(
     defense.begin(steps, examples)
     if resume is not None:
         resume.weights(model, defense)
-    module = FineTuning(model, defense, config, steps, resume.step if resume is not None else 0, restore)
+    module = FineTuning(model, defense, config, steps, first, restore)
     called = [*callbacks, *([_ProgressBar(leave=True)] if config.progress_bar else [])]
     if checkpoint is not None and config.checkpoint_every_n_steps:
-        called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, first, identity))
+        called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, identity))
     trainer = L.Trainer(
         max_epochs=1,
         accelerator=config.accelerator,
@@ -125,7 +124,7 @@ def fit(
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if first < len(data.plan):
+    if first < steps:
         trainer.fit(module, datamodule=data)
     model.gradient_checkpointing_disable()
     model.to(device).eval()  # Lightning leaves it on the CPU
@@ -138,3 +137,5 @@ def _calm() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
+    # The names that transformers 5.17 has as well.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
