@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import tiny
@@ -15,6 +17,9 @@ from cwac_lab.training.loop import fit
 from cwac_lab.training.module import TrainerConfig
 
 FULL, LORA = TuningConfig(), TuningConfig(method="lora", rank=3, alpha=6)
+HALF, QLORA = replace(LORA, base="bfloat16"), replace(LORA, base="nf4")
+# Rows of 64 weights, a block of 4-bit numbers.
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 ROWS = [(f"question {i} " + "more " * (i % 5), "an answer " + str(i)) for i in range(24)]
 PROMPTS = [f"request number {i}, how do I" + " really" * (i % 3) for i in range(7)]
 
@@ -32,7 +37,7 @@ def context(model, defense, reference=None, **more):
     features = ()
     if needs.features is not None:
         source = torch.Generator().manual_seed(1)
-        weight = torch.randn(32, 12, generator=source)
+        weight = torch.randn(model.config.hidden_size, 12, generator=source)
         latents = torch.arange(needs.features.n_latents)
         features = (LayerFeatures(1, weight, torch.zeros(12), 6, latents, torch.ones(len(latents))),)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -45,8 +50,13 @@ def context(model, defense, reference=None, **more):
     )
 
 
+def start(architecture, tuning):
+    built = tiny.model(architecture, **(WIDE if tuning.base == "nf4" else {}))
+    return built.to(tuning.dtype or torch.float32)
+
+
 def train(defense, *, architecture="llama", rows=ROWS, tuning=FULL, **settings):
-    model, chat = tiny.model(architecture), tiny.chat()
+    model, chat = start(architecture, tuning), tiny.chat()
     prepared = context(model, defense)
     merge = attach(model, tuning, 0)
     defense.prepare(prepared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar
 
+import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
@@ -114,6 +115,11 @@ class Run:
     output_root: str
     cache_root: str
     resolved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that weights are loaded in."""
+        return (self.tuning.dtype if self.finetune else None) or self.trainer.dtype
 
     @property
     def method(self) -> str:

@@ -200,6 +200,7 @@ def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
     return {
         "task": f"{run.task.name}, {run.data.source} data",
         "constraint": run.method,
+        "trained": run.tuning.title if run.finetune else "-",
         "harmful ratio": f"{run.harmful_ratio:g}" if run.finetune else "-",
         "seed": run.seed,
         "evaluated on": run.evaluation.split,

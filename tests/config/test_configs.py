@@ -3,6 +3,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
@@ -10,6 +11,8 @@ from hydra.core.override_parser.types import QuotedString
 import tiny
 from cwac_lab import align, cli, evaluate, prepare, tables, train
 from cwac_lab.config import read
+from cwac_lab.errors import ConfigError
+from cwac_lab.models import adapters
 from cwac_lab.paths import conf_dir
 
 GROUPS = (
@@ -130,7 +133,8 @@ BAD = [
     (["model=mistral", "profile=small"], "profile=small: accepted: for model=mistral: embedded | paper"),
     (["seed="], "seed"),
     (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: accepted: 32-true"),
-    (["tuning=qlora"], "tuning=qlora: accepted: full | lora"),
+    (["tuning=ia3"], "tuning=ia3: accepted: full | lora | qlora"),
+    (["tuning=lora", "tuning.base=int8"], "tuning.base=int8: accepted: float32 | bfloat16 | nf4"),
     (["tuning.rank=4"], "tuning.rank: no such key; accepted: method"),
     (["tuning=lora", "tuning.rank=0"], "tuning.rank=0: accepted: a number in [1, inf)"),
     (["tuning=lora", "tuning.modules=heads"], "tuning.modules=heads: accepted: query_value | ffn_out | "),
@@ -215,3 +219,11 @@ def test_what_make_runs_composes(target):
     (command,) = [line.split() for line in shown.splitlines() if "-m cwac_lab." in line]
     module, overrides = command[2].removeprefix("cwac_lab."), command[3:]
     cli.compose(overrides, module if (conf_dir() / f"{module}.yaml").is_file() else "config")
+
+
+def test_4_bits_need_bitsandbytes(monkeypatch):
+    assert read(tiny.config("tuning=qlora")).dtype == torch.bfloat16
+    assert read(tiny.config("tuning=qlora", "finetune=false")).dtype == torch.float32
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tuning.base=nf4: accepted: float32 \| bfloat16, or bitsandbytes: pip"):
+        read(tiny.config("tuning=qlora"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ from cwac_lab.data.batches import collate
 from cwac_lab.defense import Composite, Defense
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.checkpoint import Resume
-from held import FULL, LORA, ROWS, assert_moved_alike, same, train, weights
+from held import FULL, HALF, LORA, QLORA, ROWS, assert_moved_alike, same, train, weights
 
 FREE = {"energy": None, "rank": 0, "trainable": "all"}
 
@@ -83,21 +85,35 @@ def tuning(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def plain(tuning):
-    return weights(train(Defense(), tuning=tuning)[0])
+# What is tuned, and in which precision.
+WAYS = {
+    "full": {"tuning": FULL},
+    "full-bf16": {"tuning": FULL, "precision": "bf16-mixed"},
+    "lora": {"tuning": LORA},
+    "lora-bf16": {"tuning": HALF, "precision": "bf16-mixed"},
+    "qlora": {"tuning": QLORA},
+}
 
 
+@cache
+def plain(way):
+    return weights(train(Defense(), **WAYS[way])[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ZERO)
-def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, tuning, plain):
-    trained = weights(train(ZERO[name](), tuning=tuning)[0])
-    assert same(trained, plain)
+def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, way):
+    trained = weights(train(ZERO[name](), **WAYS[way])[0])
+    assert same(trained, plain(way))
     assert not same(trained, weights(tiny.model()))
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in ACTIVE if name != "none"])
-def test_an_active_constraint_changes_the_outcome(name, tuning, plain):
-    assert not same(weights(train(ACTIVE[name](), tuning=tuning)[0]), plain)
+def test_an_active_constraint_changes_the_outcome(name, way):
+    trained = weights(train(ACTIVE[name](), **WAYS[way])[0])
+    assert not same(trained, plain(way))
+    assert all(value.isfinite().all() for value in trained.values())
 
 
 @pytest.mark.parametrize(("tuned", "accumulate", "saved"), [(FULL, 1, 6), (FULL, 2, 3), (LORA, 2, 3)])

@@ -13,10 +13,15 @@ from cwac_lab.baselines.sppft import SPPFT
 from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.defense import Composite, Defense
 from cwac_lab.errors import LabError
-from cwac_lab.models.adapters import TARGETS, TuningConfig, attach
+from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, _quantized, attach
+from cwac_lab.models.adapters import dense as as_float
 from cwac_lab.models.sites import linears
-from held import LORA, ROWS, context, same, train, weights
+from held import HALF, LORA, QLORA, ROWS, context, same, train, weights
+from held import start as start_of
 
+# Dettmers et al. 2023, appendix E, to four places.
+NEGATIVE, POSITIVE = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911], [0.0796, 0.1609, 0.2461, 0.3379]
+NF4 = torch.tensor([*NEGATIVE, 0, *POSITIVE, 0.4407, 0.5626, 0.7230, 1])
 ARCHITECTURES = ["llama", "qwen2", "gemma"]
 
 
@@ -178,14 +183,16 @@ def test_asft_and_l2_penalise_the_dense_update(mode):
         torch.testing.assert_close(asft.loss_terms(model, {}, 0)["asft"], expected)
 
 
-def test_safelora_does_to_the_merged_update_what_the_released_code_does_to_b():
+@pytest.mark.parametrize("base", BASES)
+def test_safelora_does_to_the_merged_update_what_the_released_code_does_to_b(base):
     """The reference takes the factors as trained, chooses by their product, and sets B to C B."""
-    tuning = TuningConfig(method="lora", rank=3, alpha=6, modules="query_value")
-    factors = {}
+    tuning = TuningConfig(method="lora", rank=3, alpha=6, modules="query_value", base=base)
+    factors, held = {}, {}
 
     class Keep(Defense):
         def prepare(self, context):
             self.adapted = [linear for linear in linears(context.model, "attention") if linear.adapter is not None]
+            held.update({linear.name: as_float(linear.module) for linear in self.adapted})
 
         def after_optimizer_step(self, step):
             for linear in self.adapted:
@@ -206,7 +213,7 @@ def test_safelora_does_to_the_merged_update_what_the_released_code_does_to_b():
     reported = defense.summary()["safelora_projected"]
     assert set(reported) == set(chosen)
     for name, (cosine, whole, kept) in expected.items():
-        update = found.state_dict()[name] - prepared.start_weight(name)
+        update = found.state_dict()[name] - held[name]
         torch.testing.assert_close(update, kept if name in chosen else whole, atol=1e-5, rtol=1e-3)
         if name in chosen:
             assert reported[name]["cosine"] == pytest.approx(cosine, abs=1e-3)
@@ -228,6 +235,59 @@ def test_sppft_leaves_the_factors_of_its_block():
     moved = {name for name in start if not torch.equal(start[name], found[name])}
     assert moved
     assert all("layers.1." in name for name in moved)
+
+
+@pytest.mark.parametrize("tuning", [HALF, QLORA], ids=lambda tuning: tuning.base)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_weights_in_few_bits_stay_and_what_is_merged_is_exact(tuning, architecture):
+    """The reference adds the factors to the weights as they were held, in float32."""
+    start = {name: value.float() for name, value in weights(start_of(architecture, tuning)).items()}
+    held, factors, sizes = {}, {}, []
+    defense = WeightConstraint(energy=0.9)
+
+    class Watch(Defense):
+        def prepare(self, context):
+            self.linears = list(linears(context.model, "all_linear"))
+            held.update({linear.name: as_float(linear.module) for linear in self.linears})
+            sizes.extend(linear.module.weight.nbytes / held[linear.name].nbytes for linear in self.linears)
+
+        def after_optimizer_step(self, step):
+            for linear in self.linears:
+                assert all(factor.dtype == torch.float32 for factor in linear.trained)
+                assert torch.equal(as_float(linear.module), held[linear.name])
+                factors[linear.name] = tuple(factor.detach().clone() for factor in linear.factors())
+
+    model, _ = train(Composite({"watch": Watch(), "weight": defense}), architecture=architecture, tuning=tuning)
+    found = weights(model)
+    assert found.keys() == start.keys()
+    assert sizes == [1 / 2 if tuning is HALF else 1 / 8] * 14
+    assert all(value.dtype == torch.float32 for value in found.values())
+    for name, value in found.items():
+        if name not in held:
+            assert torch.equal(value, start[name])
+            continue
+        left, right = factors[name]
+        torch.testing.assert_close(value, held[name] + left @ right)
+        assert (held[name] - start[name]).norm() <= (0 if tuning is HALF else 0.12) * start[name].norm()
+    assert 0 < defense.leak() < 1e-5
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+def test_4_bit_numbers_are_the_nearest_of_their_block():
+    """The reference picks, for every weight over its block's largest, the nearest of the 16 values of NF4."""
+    layer = torch.nn.Linear(128, 48)
+    found = as_float(_quantized(layer))
+    blocks = layer.weight.detach().reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    expected = NF4[(blocks / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale
+    # The scales themselves are held in 8 bits; a weight half-way between two values may take either.
+    near = found.isclose(expected.view(48, 128), atol=0.01 * float(scale.max()), rtol=0.01)
+    assert near.float().mean() > 0.995
+
+
+def test_4_bit_blocks_do_not_reach_over_rows():
+    with pytest.raises(LabError, match=r"tuning.base=nf4: a layer of width 32; accepted on the CPU: multiples of 64"):
+        attach(tiny.model(), QLORA, 0)
 
 
 def test_a_run_in_which_nothing_trains_is_refused():

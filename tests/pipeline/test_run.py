@@ -71,8 +71,9 @@ def test_fewer_prompts_can_be_asked(tiny_folder, tmp_path):
     assert {kind: kinds.count(kind) for kind in kinds} == {"harmful": 2, "harmless": 2, "lookalike": 2, "task": 4}
 
 
-def test_a_run_with_adapters_ends_in_a_plain_model(tiny_folder, tmp_path):
-    chosen = ["constraint=coupled", *extra("coupled"), "tuning=lora", "tuning.rank=2"]
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_a_run_with_adapters_ends_in_a_plain_model(tiny_folder, tmp_path, base, capsys):
+    chosen = ["constraint=coupled", *extra("coupled"), "tuning=lora", "tuning.rank=2", f"tuning.base={base}"]
     tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), *chosen, "trainer.export=true"])
     folder = folder_of(tmp_path, "coupled")
     metrics = read_json(folder / "metrics.json")
@@ -80,8 +81,10 @@ def test_a_run_with_adapters_ends_in_a_plain_model(tiny_folder, tmp_path):
     found, start = (AutoModelForCausalLM.from_pretrained(where) for where in (folder / "model", tiny_folder))
     trained = sum(2 * sum(w.shape) for name, w in start.named_parameters() if "_proj.weight" in name)
     assert metrics["training"]["trained_parameters"] == trained
-    moved = [name for name, w in start.state_dict().items() if not torch.equal(w, found.state_dict()[name])]
+    held = start.to(getattr(torch, base)).float().state_dict()
+    moved = [name for name, w in held.items() if not torch.equal(w, found.state_dict()[name])]
     assert moved
+    assert f"LoRA of rank 2 in all_linear, beside weights in {base}" in capsys.readouterr().out
     assert all("_proj.weight" in name for name in moved)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cwac_lab import linalg
 from cwac_lab.defense import Context
 from cwac_lab.errors import LabError
+from cwac_lab.models.adapters import dense
 from cwac_lab.models.sites import Matrix, linears
 
 
@@ -26,7 +27,7 @@ class Directed:
     @property
     def update(self) -> Float[Tensor, "m d"]:
         """Return how far the weight has moved, ``W - W_0``."""
-        return self.linear.update(self.start)
+        return self.linear.update(lambda: self.start)
 
     def outside(self) -> Float[Tensor, ""]:
         """Return ``||(I - C) dW||_F^2`` of shape (); with factors without forming the update."""
@@ -52,8 +53,10 @@ def directed(context: Context, modules: str, mode: str, rank: int | None) -> Ite
     """
     assert context.base_weight is not None
     for linear in linears(context.model, modules):
-        start = linear.module.weight.detach().float().clone()
-        direction = start - context.base_weight(linear.name).to(start)
+        start = dense(linear.module)
+        # As stored, not as held: in few bits, the rounding would be larger than what alignment did.
+        aligned, before = (read(linear.name).to(start) for read in (context.start_weight, context.base_weight))
+        direction = aligned - before
         if not direction.any():
             raise LabError(f"{linear.name} is the same before and after alignment: it has no alignment direction")
         if mode == "exact":

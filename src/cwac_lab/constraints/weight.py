@@ -32,11 +32,11 @@ PROJECTIONS = ("gradient", "update", "both")
 
 @dataclass
 class _Constrained:
-    """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k)."""
+    """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k); none with adapters."""
 
     linear: Matrix
     basis: Float[Tensor, "d k"]
-    anchor: Float[Tensor, "m k"]
+    anchor: Float[Tensor, "m k"] | None
 
 
 @dataclass
@@ -101,12 +101,15 @@ class WeightConstraint(Defense):
         self._start_weight = context.start_weight
         self._subspace = context.subspace
         for linear in linears(context.model, self.modules):
-            weight = linear.module.weight
-            basis = context.subspace.bases[linear.site.name].to(weight)
-            self._held.append(_Constrained(linear, basis, weight.detach() @ basis))
-            if linear.adapter is not None and basis.shape[1]:
-                project_factor(linear.adapter, basis)
-            elif self.projection != "update" and basis.shape[1]:
+            basis = context.subspace.bases[linear.site.name].to(context.model.device)
+            if linear.adapter is not None:
+                self._held.append(_Constrained(linear, basis, None))
+                if basis.shape[1]:
+                    project_factor(linear.adapter, basis)
+                continue
+            basis = basis.to(linear.module.weight)
+            self._held.append(_Constrained(linear, basis, linear.module.weight.detach() @ basis))
+            if self.projection != "update" and basis.shape[1]:
                 project_gradients(linear.module, basis)
         if self.trainable == "constrained":
             # Other parts may have frozen some.
@@ -131,6 +134,7 @@ class WeightConstraint(Defense):
             squares = [
                 linalg.restore_on_span_(held.linear.module.weight, held.basis, held.anchor).square().sum()
                 for held in self._moving
+                if held.anchor is not None
             ]
             self._removed = float(torch.stack(squares).sum().sqrt())
 
@@ -144,10 +148,18 @@ class WeightConstraint(Defense):
 
     @torch.no_grad()
     def leak(self) -> float:
-        """Return ``||(W - W0) V||_F / ||W - W0||_F`` over all constrained matrices; 0 where nothing moved."""
+        """Return ``||(W - W0) V||_F / ||W - W0||_F`` over all constrained matrices; 0 where nothing moved.
+
+        With adapters ``W - W0`` is what they add.
+        """
         along, total = 0.0, 0.0
         for held in self._held:
-            delta = held.linear.update(self._start_weight(held.linear.name).to(held.linear.module.weight))
+            factors = held.linear.factors()
+            if factors is not None:
+                delta = factors[0] @ factors[1]
+            else:
+                weight = held.linear.module.weight
+                delta = weight.float() - self._start_weight(held.linear.name).to(weight).float()
             part, whole = linalg.leak(delta, held.basis.float())
             along, total = along + part, total + whole
         return (along / total) ** 0.5 if total else 0.0

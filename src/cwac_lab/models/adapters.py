@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from cwac_lab.errors import in_range, one_of
+from cwac_lab.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.models.sites import PROJECTIONS, SCOPES
 
 METHODS = ("full", "lora")
+# NF4 numbers that share a scale.
+BLOCK = 64
+# What the frozen weights beside the factors are held in, and what they are loaded as.
+BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
 # The scopes of the weight constraint, and what the paper's family of baselines adapts.
 TARGETS = {
     "query_value": ("self_attn.q_proj", "self_attn.v_proj"),
@@ -30,12 +37,15 @@ class TuningConfig:
         rank: r.
         alpha: Numerator of the scale ``alpha / r``.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
+        base: What W_0 is held in, one of ``BASES``; the factors are in float32, and so is the merged model. ``nf4``
+            (QLoRA, Dettmers et al. 2023, by bitsandbytes) concerns the adapted layers, the rest is in bfloat16.
     """
 
     method: str = "full"
     rank: int = 16
     alpha: float = 32.0
     modules: str = "all_linear"
+    base: str = "float32"
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -43,6 +53,21 @@ class TuningConfig:
         in_range("rank", self.rank, 1)
         in_range("alpha", self.alpha, 0, open_low=True)
         one_of("modules", self.modules, TARGETS)
+        one_of("base", self.base, BASES)
+        if self.base == "nf4" and find_spec("bitsandbytes") is None:
+            raise ConfigError("base", "nf4", "float32 | bfloat16, or bitsandbytes: pip install 'cwac-lab[qlora]'")
+
+    @property
+    def title(self) -> str:
+        """What is trained, in words."""
+        if self.method == "full":
+            return "all weights that the constraint leaves free"
+        return f"LoRA of rank {self.rank} in {self.modules}, beside weights in {self.base}"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that weights are loaded in; None leaves it to the trainer's precision."""
+        return BASES[self.base] if self.method == "lora" and self.base != "float32" else None
 
 
 def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
@@ -65,7 +90,54 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LoraModel(model, lora, "default").merge_and_unload
+        adapted = LoraModel(model, lora, "default")
+    for layer in _layers(model):
+        layer.lora_A.float()
+        layer.lora_B.float()
+        if config.base == "nf4":
+            layer.base_layer = _quantized(layer.base_layer)
+
+    def merge() -> None:
+        for layer in _layers(model):
+            weight = dense(layer.base_layer)
+            plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+            plain.bias = layer.base_layer.bias
+            layer.base_layer = plain
+        model.float()
+        adapted.merge_and_unload()
+
+    return merge if config.base != "float32" else adapted.merge_and_unload
+
+
+def _quantized(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """Return a linear layer with the weight in blocks of 4-bit NormalFloat.
+
+    Raises:
+        LabError: If blocks would reach over rows, which bitsandbytes reads wrongly on the CPU (seen with 0.50.2).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    if linear.weight.device.type == "cpu" and linear.in_features % BLOCK:
+        raise LabError(
+            f"tuning.base=nf4: a layer of width {linear.in_features}; accepted on the CPU: multiples of {BLOCK}"
+        )
+    made = Linear4bit(
+        linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype, quant_type="nf4"
+    )
+    made.load_state_dict(linear.state_dict())
+    return made.to(linear.weight.device).requires_grad_(False)
+
+
+def dense(linear: torch.nn.Linear) -> Float[Tensor, "m d"]:
+    """Return a new copy of a layer's weight in float32, whatever it is held in."""
+    weight = linear.weight.detach()
+    state = getattr(linear.weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight, state)
+    return weight.to(torch.float32, copy=True)
 
 
 def _layers(model: Any) -> list[Any]:

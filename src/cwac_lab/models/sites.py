@@ -6,7 +6,7 @@ share one *site*, so that one covariance and one basis serve them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,24 @@ class Matrix:
     Attributes:
         site: The input it reads.
         name: Parameter name of W in the plain model.
-        module: The layer that holds W.
-        adapter: PEFT's layer around it with the factors B (m, r) and A (r, d), where the model has adapters.
+        layer: The layer, or PEFT's around it.
     """
 
     site: Site
     name: str
-    module: torch.nn.Linear
-    adapter: Any = None
+    layer: Any
+
+    @property
+    def adapter(self) -> Any:
+        """PEFT's layer with the factors B (m, r) and A (r, d), or None."""
+        return self.layer if hasattr(self.layer, "base_layer") else None
+
+    @property
+    def module(self) -> torch.nn.Linear:
+        """The layer that holds W."""
+        module = getattr(self.layer, "base_layer", self.layer)
+        assert isinstance(module, torch.nn.Linear)
+        return module
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -78,17 +88,17 @@ class Matrix:
         return [p for name, p in parts.named_parameters() if p.requires_grad and name != "bias"]
 
     def factors(self) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r d"]] | None:
-        """Return ``alpha / r B`` and ``A``, whose product is the update; None without them or once they are merged."""
-        if self.adapter is None or self.adapter.merged:
+        """Return ``alpha / r B`` and ``A``, whose product is the trained update; None without them."""
+        if self.adapter is None:
             return None
         (key,) = self.adapter.active_adapters
         return self.adapter.lora_B[key].weight * self.adapter.scaling[key], self.adapter.lora_A[key].weight
 
-    def update(self, start: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        """Return in float32 how far the weight has moved from ``start``, adapters included."""
+    def update(self, start: Callable[[], Float[Tensor, "m d"]]) -> Float[Tensor, "m d"]:
+        """Return in float32 how far the weight has moved from ``start``, adapters included, merged or not."""
         factors = self.factors()
-        if factors is None:
-            return self.module.weight.float() - start.float()
+        if factors is None or self.adapter.merged:
+            return self.module.weight.float() - start().float()
         return factors[0].float() @ factors[1].float()
 
 
@@ -107,10 +117,7 @@ def linears(model: Any, scope: str) -> Iterator[Matrix]:
                     module = layer.get_submodule(path)
                 except AttributeError as error:
                     raise LabError(f"{type(model).__name__} has no {path} in layer {index}") from error
-                plain = getattr(module, "base_layer", module)
-                assert isinstance(plain, torch.nn.Linear)
-                adapter = None if plain is module else module
-                yield Matrix(Site(index, kind), f"{names[id(module)]}.weight", plain, adapter)
+                yield Matrix(Site(index, kind), f"{names[id(module)]}.weight", module)
 
 
 def depth_to_layer(depth: float, n_layers: int) -> int:

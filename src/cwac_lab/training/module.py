@@ -125,6 +125,14 @@ class FineTuning(L.LightningModule):
         """Let the defence change gradients (before clipping)."""
         self.defense.after_backward(self.step)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by norm as Lightning does, which declines to in mixed precision where the optimizer is fused."""
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then let the defence change weights."""
         optimizer.step(closure=optimizer_closure)
