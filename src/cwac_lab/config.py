@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from cwac_lab import distributed
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import check_plan
 from cwac_lab.data.sources import DataConfig
@@ -280,8 +282,19 @@ def _check_adapters(run: Run) -> None:
             )
 
 
+def _check_devices(trainer: TrainerConfig) -> None:
+    kind = trainer.device.type
+    there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
+    if trainer.devices > there:
+        raise ConfigError("trainer.devices", trainer.devices, f"at most {there}, what this machine has of {kind}")
+    if trainer.devices > trainer.batch_size:
+        raise ConfigError("trainer.devices", trainer.devices, f"at most trainer.batch_size={trainer.batch_size}")
+    distributed.check(trainer.devices)
+
+
 def _cross_check(run: Run) -> None:
     """Check what concerns more than one group."""
+    _check_devices(run.trainer)
     choose_weights(run.model, run.profile.name)
     check_plan(run.data)
     needs = run.constraint.requirements

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cwac_lab import provenance
+from cwac_lab import distributed, provenance
 from cwac_lab.cache import digest
 from cwac_lab.config import INCIDENTAL, Run
 from cwac_lab.data import mixing
@@ -32,7 +34,7 @@ def folder_of(run: Run, content: dict[str, str]) -> RunFolder:
     key = store.run_key(run.resolved, INCIDENTAL, content)[:8]
     mixture = f"-p{run.harmful_ratio:g}-s{run.seed}" if run.finetune else ""
     name = f"{run.model.name}-{run.task.name}-{run.method}{mixture}-{key}"
-    return RunFolder(Path(run.output_root) / "runs" / name)
+    return RunFolder(Path(run.output_root) / "runs" / name, writes=distributed.rank() == 0)
 
 
 @dataclass
@@ -65,7 +67,9 @@ class _Stage:
         bad = sum(row.harmful for row in rows)
         self.screen.say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")
         examples = [self.chat.encode(row.prompt, row.response) for row in rows]
-        loggers = make_loggers(run.logger, self.folder.path, self.folder.path.name, run.resolved)
+        loggers = []
+        if self.folder.writes:
+            loggers = make_loggers(run.logger, self.folder.path, self.folder.path.name, run.resolved)
         checkpoint = self.folder.path / store.CHECKPOINT
         with self.meter.stage("train"):
             trained = fit(
@@ -89,7 +93,7 @@ class _Stage:
         with self.meter.stage("evaluate"):
             rows = evaluation_rows(run, self.begin.pools, self.data)
             self.folder.write(store.GENERATIONS, _answers(run, rows, self.model, self.chat))
-            return judge(run, self.folder)
+            return judge(run, self.folder) if self.folder.writes else {}
 
 
 def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
@@ -108,7 +112,8 @@ def _answers(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: 
     answered = []
     for kind, asked in rows.items():
         longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
-        outputs = generate(model, chat, [row["prompt"] for row in asked], longest, run.evaluation.batch_size)
+        batches = partial(generate, model, chat, max_new_tokens=longest, batch_size=run.evaluation.batch_size)
+        outputs = distributed.spread([row["prompt"] for row in asked], batches)
         answered += [{**row, "output": output} for row, output in zip(asked, outputs, strict=True)]
     return answered
 
@@ -163,6 +168,19 @@ def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
     return _known[key]
 
 
+def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
+    """Carry a run out here, or by as many processes as it has devices, which read the same command line.
+
+    Raises:
+        LabError: As ``execute``; and if one of several processes is lost.
+    """
+    if run.trainer.devices == 1 or distributed.launched():
+        with distributed.group(run.trainer.device):
+            return execute(run, screen)
+    distributed.launch(run.trainer.devices, "cwac_lab.train", overrides)
+    return folder_of(run, identity(run, screen.say))
+
+
 def execute(run: Run, screen: Screen) -> RunFolder:
     """Carry a run out and write its record.
 
@@ -175,11 +193,13 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     data = begin.pools.task_rows(run.data, run.task)
     content = _content(run, begin, data)
     folder = folder_of(run, content)
-    with folder.claim(wait=1.0) as free:  # a reader that looks whether the run is alive holds it for a moment
+    # A reader that looks whether the run is alive holds it for a moment.
+    with folder.claim(wait=1.0) if folder.writes else nullcontext(False) as mine:
+        free, done = distributed.told((mine, mine and folder.done() and not run.force))
         if not free:
             screen.say(f"another process is on it: {folder.path}")
             return folder
-        if folder.has(store.STATUS) and folder.told()["status"] == "ok" and not run.force:
+        if done:
             metrics = folder.read(store.METRICS)
             screen.say(f"already done: {folder.path} (force=true repeats it)")
             screen.result(title(metrics), metrics)
@@ -231,9 +251,11 @@ def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, facts: d
     screen.banner(begin.folder.description, _banner(run, folder))
     stage = _Stage(run, folder, screen, meter, begin, data, model, chat)
     extra = stage.fine_tune() if run.finetune else {}
-    if run.finetune and run.trainer.export:
+    if run.finetune and run.trainer.export and folder.writes:
         stage.export()
     metrics = stage.evaluate()
+    if not folder.writes:
+        return
     leak = extra.get("constraint_summary", {}).get("leak")
     record = {
         **facts,
@@ -259,7 +281,7 @@ def rejudge(run: Run, folder: RunFolder, screen: Screen) -> None:
         MissingAsset: If the folder holds no finished run.
     """
     with folder.claim(wait=1.0) as free:
-        if not free or not folder.has(store.STATUS) or folder.told()["status"] != "ok":
+        if not free or not folder.done():
             raise MissingAsset(f"run={folder.path}: no finished run there; let it finish first")
         if not folder.has(store.GENERATIONS):
             raise MissingAsset(f"run={folder.path}: no {store.GENERATIONS} there")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from cwac_lab import distributed
 from cwac_lab.cache import cached_folder, digest, read_json
 from cwac_lab.config import Run
 from cwac_lab.data.mixing import TrainRow
@@ -89,6 +91,29 @@ def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
     return read
 
 
+def together(root: Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """Return ``cached_folder``, where all processes of the run build if the first one finds that it must.
+
+    The others do their part of the work and keep nothing of it.
+    """
+    if distributed.rank():
+        if distributed.told(False):
+            with TemporaryDirectory() as scratch:
+                build(Path(scratch))
+        return distributed.told(Path())
+    announced = False
+
+    def led(folder: Path) -> None:
+        nonlocal announced
+        announced = distributed.told(True)
+        build(folder)
+
+    found = cached_folder(root, kind, key, led)
+    if not announced:
+        distributed.told(False)
+    return distributed.told(found)
+
+
 @dataclass
 class _Workshop:
     """Builds the artefacts of one run, each cached under the content it was made from."""
@@ -107,7 +132,7 @@ class _Workshop:
     def cached(self, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """Return the folder of an artefact of this start model."""
         identity = {"model": self.begin.folder.content, "dtype": str(self.model.dtype)}
-        return cached_folder(Path(self.run.cache_root), kind, identity | key, build)
+        return together(Path(self.run.cache_root), kind, identity | key, build)
 
     def subspace(self, spec: SubspaceSpec) -> Path:
         """Return the folder with the bases of the weight constraint."""

@@ -45,6 +45,8 @@ def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[s
         for part in parts[:-1]:
             node = node.get(part, {})
         node.pop(parts[-1], None)
+    if "devices" in kept.get("trainer", {}):
+        kept["trainer"]["devices"] = 1  # is in the keys of records from before there could be more
     kept = {key: value for key, value in kept.items() if key not in LATER or value != LATER[key]}
     return digest([_numbers_alike(kept), content])
 
@@ -67,9 +69,10 @@ def _numbers_alike(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run on disk."""
+    """One run on disk; of a run in several processes the first one writes."""
 
     path: Path
+    writes: bool = True
 
     @property
     def status(self) -> str:
@@ -100,8 +103,14 @@ class RunFolder:
             raise LabError(f"{self.path / STATUS} names no status; remove the folder to run it again")
         return told
 
+    def done(self) -> bool:
+        """Tell whether the run is finished."""
+        return self.has(STATUS) and self.told()["status"] == "ok"
+
     def mark(self, status: str, reason: str | None = None) -> None:
         """Write the status, with a reason where it failed, and who wrote it when."""
+        if not self.writes:
+            return
         written = {"status": status} | ({"reason": reason} if reason else {})
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(self.path / STATUS, written | {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": now})
@@ -152,6 +161,8 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, or JSON Lines where the name says so; atomic."""
+        if not self.writes:
+            return
         write = write_jsonl if name.endswith(".jsonl") else write_json
         write(self.path / name, value)
 
@@ -181,7 +192,8 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         """Remove a folder of the run, where it is there."""
-        shutil.rmtree(self.path / name, ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def has(self, name: str) -> bool:
         """Tell whether a file or folder of the run is there."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cwac_lab import distributed
 from cwac_lab.data.batches import pad
 from cwac_lab.models.capture import layer_outputs, without_sinks
 
@@ -40,11 +41,10 @@ def collect(
     Returns:
         Activations of shape (N, D) in float32 on the CPU.
     """
-    rows = []
     seen = {tuple(other[: end + 1]) for other in unlike for end in range(len(other))}
     ordered = sorted(conversations, key=len)
-    for begin in range(0, len(ordered), batch_size):
-        batch = ordered[begin : begin + batch_size]
+
+    def forward(batch: Sequence[Sequence[int]]) -> Float[Tensor, "N D"]:
         ids, mask = pad(batch, pad_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         x = layer_outputs(model, [layer], ids, mask)[layer]
@@ -53,8 +53,10 @@ def collect(
             for end in range(len(tokens)):
                 if tuple(tokens[: end + 1]) in seen:
                     keep[place, end] = False
-        rows.append(x[keep].float().cpu())
-    return torch.cat(rows)
+        return x[keep].float().cpu()
+
+    batches = [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
+    return torch.cat(distributed.spread(batches, lambda part: [forward(batch) for batch in part]))
 
 
 def split(

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cwac_lab import distributed
 from cwac_lab.cache import read_json, write_json
 from cwac_lab.data.batches import pad
 from cwac_lab.linalg import leading_eigenbasis
@@ -54,6 +55,8 @@ def second_moments(
 ) -> dict[str, Float[Tensor, "d d"]]:
     """Return ``C = X X^T`` of every site's input over the tokens of some prompts, streamed by batch.
 
+    The processes of a run take a part of the prompts each.
+
     Args:
         model: The aligned model, in evaluation mode.
         prompts: Token ids of the reference prompts.
@@ -76,12 +79,13 @@ def second_moments(
         moments[site.name] = moments[site.name] + product if site.name in moments else product
 
     ordered = sorted(prompts, key=len)
+    batches = [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
     with site_inputs(model, spec.modules, receive):
-        for begin in range(0, len(ordered), batch_size):
-            ids, mask = pad(ordered[begin : begin + batch_size], pad_id)
+        for batch in batches[distributed.rank() :: distributed.world()]:
+            ids, mask = pad(batch, pad_id)
             counted = mask.to(model.device)
             decoder(model)(input_ids=ids.to(model.device), attention_mask=counted, use_cache=False)
-    return moments
+    return distributed.summed(moments)
 
 
 def build(model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_id: int, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cwac_lab.cli import compose
 from cwac_lab.config import Run, read
-from cwac_lab.experiment import execute, folder_of, identity
+from cwac_lab.experiment import carry_out, folder_of, identity
 from cwac_lab.results.console import Screen
 from cwac_lab.sweep.cells import Cells
 
@@ -53,7 +53,7 @@ def attempt(overrides: Overrides, screen: Screen) -> Outcome:
     try:
         run = composed(overrides)
         path = folder_of(run, identity(run, screen.say)).path
-        folder = execute(run, screen)
+        folder = carry_out(run, overrides, screen)
     except Exception as error:  # noqa: BLE001 - a sweep reports whatever a cell fails with, and goes on
         return Outcome(overrides, "failed", _words(error), time.perf_counter() - begin, path)
     return Outcome(overrides, folder.status, "", time.perf_counter() - begin, folder.path)

@@ -102,5 +102,5 @@ class SafeCheckpoint(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where a step of the optimizer has just ended on a multiple of n."""
         done = (batch_idx + 1) % module.config.accumulate == 0
-        if done and module.step % self.every == 0:
+        if done and module.step % self.every == 0 and trainer.is_global_zero:
             save(self.folder, module, self.identity)

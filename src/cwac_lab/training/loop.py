@@ -13,7 +13,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 
+from cwac_lab import distributed
 from cwac_lab.cache import digest
 from cwac_lab.data.batches import TrainData
 from cwac_lab.defense import Defense
@@ -70,6 +72,7 @@ class _ProgressBar(RichProgressBar):
 def fit(
     model: Any, examples: Sequence[Encoded], pad_id: int, defense: Defense, config: TrainerConfig, seed: int,
     *, loggers: Sequence[Any] = (), checkpoint: Path | None = None, callbacks: Sequence[L.Callback] = (),
+    alone: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Train a model in place under a prepared defence; resumes where ``checkpoint`` holds an unfinished run.
 
@@ -83,13 +86,14 @@ def fit(
         loggers: Lightning loggers.
         checkpoint: Folder of resumable checkpoints.
         callbacks: Further Lightning callbacks.
+        alone: Leave the other processes of the run out of it.
 
     Returns:
         Optimizer steps, answer tokens trained on, and the number of trained parameters.
     """
     _calm()
     device = model.device
-    settings = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL_TRAINER}
+    settings = {key: value for key, value in asdict(config).items() if key not in (*INCIDENTAL_TRAINER, "devices")}
     identity = digest([seed, settings, [[e.input_ids, e.labels] for e in examples]])
     resume = Resume.find(checkpoint, identity) if checkpoint is not None else None
     first = resume.step if resume is not None else 0
@@ -109,7 +113,7 @@ def fit(
     trainer = L.Trainer(
         max_epochs=1,
         accelerator=config.accelerator,
-        devices=config.devices,
+        **_processes(config, alone),
         precision=config.precision,
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.gradient_clip or None,
@@ -130,6 +134,16 @@ def fit(
     model.to(device).eval()  # Lightning leaves it on the CPU
     tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
     return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}
+
+
+def _processes(config: TrainerConfig, alone: bool) -> dict[str, Any]:
+    """Return Lightning's settings for one process or for those of the run."""
+    if alone or distributed.world() == 1:
+        return {"devices": 1}
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    # What buffers there are (rotary frequencies, bases) never changes.
+    strategy = DDPStrategy(broadcast_buffers=False, timeout=distributed.TIMEOUT)
+    return {"devices": here, "num_nodes": distributed.world() // here, "strategy": strategy}
 
 
 def _calm() -> None:

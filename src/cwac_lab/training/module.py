@@ -19,7 +19,8 @@ from cwac_lab.models.answers import Batch, answer_loss
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Settings that change nothing of what is computed, but for rounding.
-INCIDENTAL_TRAINER = ("progress_bar", "export", "checkpoint_every_n_steps", "gradient_checkpointing")
+INCIDENTAL_TRAINER = ("progress_bar", "export", "checkpoint_every_n_steps", "gradient_checkpointing", "strategy")
+STRATEGIES = ("ddp", "fsdp")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -29,7 +30,7 @@ class TrainerConfig:
 
     Attributes:
         epochs: Passes over the mixture.
-        batch_size: Rows per forward.
+        batch_size: Rows per forward, of all devices together: a run does not depend on how many there are.
         accumulate: Forwards per optimizer step.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay, on matrices only.
@@ -39,7 +40,8 @@ class TrainerConfig:
         max_length: Tokens a conversation is cut to.
         precision: Lightning precision, one of ``PRECISIONS``.
         accelerator: Lightning accelerator (``cpu``, ``cuda``, ``auto``).
-        devices: Number of devices; more than one needs the strategies of a later release.
+        devices: Number of devices of this machine, each with a process of its own.
+        strategy: ``ddp``: every device holds the model; ``fsdp``: its weights, gradients and moments are sharded.
         gradient_checkpointing: Keep only each layer's input for the backward pass and compute the rest again: less
             memory, more time.
         checkpoint_every_n_steps: Optimizer steps between resumable checkpoints; 0 means none.
@@ -59,6 +61,7 @@ class TrainerConfig:
     precision: str = "32-true"
     accelerator: str = "cpu"
     devices: int = 1
+    strategy: str = "ddp"
     gradient_checkpointing: bool = False
     checkpoint_every_n_steps: int = 0
     export: bool = True
@@ -68,7 +71,8 @@ class TrainerConfig:
         """Check the fields."""
         for key in ("epochs", "batch_size", "accumulate"):
             in_range(key, getattr(self, key), 1)
-        in_range("devices", self.devices, 1, 1)
+        in_range("devices", self.devices, 1)
+        one_of("strategy", self.strategy, STRATEGIES)
         in_range("max_length", self.max_length, 16)
         in_range("learning_rate", self.learning_rate, 0, open_low=True)
         for key in ("weight_decay", "gradient_clip", "checkpoint_every_n_steps"):
@@ -117,7 +121,7 @@ class FineTuning(L.LightningModule):
         if task is None:
             task = answer_loss(self.model, batch)
         terms = self.defense.loss_terms(self.model, batch, self.step)
-        self.log("loss/task", task.detach(), prog_bar=True)
+        self.log("loss/task", task.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self._log("loss", {f"loss/{name}": term.detach() for name, term in terms.items()})
         return task + sum(terms.values()) if terms else task
 
@@ -143,7 +147,7 @@ class FineTuning(L.LightningModule):
     def _log(self, when: str, values: dict[str, Any]) -> None:
         """Log figures; one that is absent on a step is NaN there, where Lightning would repeat its last value."""
         known = self._logged.setdefault(when, set())
-        self.log_dict({**dict.fromkeys(known, math.nan), **values})
+        self.log_dict({**dict.fromkeys(known, math.nan), **values}, sync_dist=self.trainer.world_size > 1)
         known.update(values)
 
     def configure_optimizers(self) -> dict[str, Any]:
