@@ -1,8 +1,11 @@
-"""Trains under every defence in the processes of a run; the first one saves what came out. Started by a test."""
+"""What the processes of a run do in the tests of them; the first one saves what came out. Started by a test."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
+import lightning as L
 import torch
 from safetensors.torch import save_file
 
@@ -11,7 +14,26 @@ from cwac_lab import distributed
 from held import FULL, LORA, ROWS, train, weights
 
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
+SHARDABLE = [name for name in ACTIVE if name != "safegrad"]
 TUNINGS = {"full": FULL, "lora": LORA}
+RESUMED = ["coupled", "lisa"]
+LONG = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 7:
+            raise Killed
+
+
+class Lost(L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 2 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def trained(name, tuning, **settings):
@@ -20,14 +42,40 @@ def trained(name, tuning, **settings):
     return found, defense.summary()
 
 
-def main(folder, strategy):
+def save(folder, name, found, leak=0.0):
+    if distributed.rank() == 0:
+        save_file(found, folder / f"{name}.safetensors", {"leak": str(leak)})
+
+
+def table(folder, strategy):
+    """Every defence."""
     for tuning in TUNINGS:
-        for name in ACTIVE:
+        for name in ACTIVE if strategy == "ddp" else SHARDABLE:
             found, summary = trained(name, tuning, devices=2, strategy=strategy)
-            if distributed.rank() == 0:
-                save_file(found, folder / f"{name}-{tuning}.safetensors", {"leak": str(summary.get("leak", 0.0))})
+            save(folder, f"{name}-{tuning}", found, summary.get("leak", 0.0))
+    found, _ = trained("coupled", "full", devices=2, strategy=strategy, accumulate=2, gradient_checkpointing=True)
+    save(folder, "levers", found)
+
+
+def resume(folder, strategy):
+    """Runs that stop after seven steps; one goes on here, one is left to the test."""
+    for name in RESUMED:
+        for kept in ("here", "there"):
+            settings = {"devices": 2, "strategy": strategy, "checkpoint": folder / f"{name}-{kept}", **LONG}
+            try:
+                trained(name, "full", **settings, callbacks=[Kill()])
+            except Killed:
+                distributed.wait()
+            if kept == "here":
+                save(folder, name, trained(name, "full", **settings)[0])
+
+
+def lose(folder, strategy):
+    """One process is killed."""
+    trained("coupled", "full", devices=2, strategy=strategy, callbacks=[Lost()])
 
 
 if __name__ == "__main__":
+    mode, where, chosen = sys.argv[1:]
     with distributed.group(torch.device("cpu")):
-        main(Path(sys.argv[1]), sys.argv[2])
+        globals()[mode](Path(where), chosen)

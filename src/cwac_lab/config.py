@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from omegaconf.errors import MissingMandatoryValue
 
 from cwac_lab import distributed
+from cwac_lab.binding import bind, bind_target
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import check_plan
 from cwac_lab.data.sources import DataConfig
@@ -24,7 +24,6 @@ from cwac_lab.sae.train import SAEConfig
 from cwac_lab.training.loop import LoggerConfig
 from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
 
-T = TypeVar("T")
 # Compositions with a name of their own; others are called after their parts.
 _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Settings that do not change what a run computes; they are left out of its key.
@@ -129,73 +128,6 @@ class Run:
         return self.constraint_name if self.finetune else "start"
 
 
-def _construct(key: str, cls: type[T], node: DictConfig) -> T:
-    values: dict[str, Any] = {}
-    for name in node:
-        part, field_name = node[name], str(name)
-        kind = OmegaConf.get_type(node, field_name) if isinstance(part, DictConfig) else None
-        if isinstance(part, DictConfig) and kind is not None and is_dataclass(kind):
-            values[field_name] = _construct(f"{key}.{field_name}", kind, part)
-        else:
-            values[field_name] = OmegaConf.to_object(part) if OmegaConf.is_config(part) else part
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{key}.{error.key}", error.value, error.accepted) from None
-
-
-def bind(key: str, cls: type[T], node: Any) -> T:
-    """Return an instance of a dataclass from a config node; unknown keys and wrong types are errors.
-
-    Raises:
-        ConfigError: Naming the full key, the value, and what would be accepted.
-    """
-    schema = OmegaConf.structured(cls)
-    try:
-        merged = OmegaConf.merge(schema, node)
-    except ConfigKeyError as error:
-        inner = str(error.full_key).removeprefix("_target_")
-        parent = OmegaConf.select(schema, inner.rpartition(".")[0]) if "." in inner else schema
-        seen = OmegaConf.select(node, inner)
-        raise ConfigError(f"{key}.{inner}", seen, f"one of the keys {', '.join(map(str, parent))}") from None
-    except (ValidationError, OmegaConfBaseException) as error:
-        first = str(error).splitlines()[0]
-        inner = str(error.full_key or "")
-        raise ConfigError(
-            f"{key}.{inner}".rstrip("."), OmegaConf.select(node, inner), f"a value that fits ({first})"
-        ) from None
-    assert isinstance(merged, DictConfig)
-    return _construct(key, cls, merged)
-
-
-def _without_targets(node: DictConfig) -> DictConfig:
-    plain = OmegaConf.to_container(node, resolve=True)
-
-    def strip(value: Any) -> Any:
-        return {k: strip(v) for k, v in value.items() if k != "_target_"} if isinstance(value, dict) else value
-
-    return OmegaConf.create(strip(plain))
-
-
-def bind_target(key: str, base: type[T], node: DictConfig) -> T:
-    """Return the object that a node's ``_target_`` names; the class must be one of this package.
-
-    Raises:
-        ConfigError: If the class is unknown, of another kind, or its fields do not fit.
-    """
-    target = str(node.get("_target_", ""))
-    accepted = f"the path of a {base.__name__} in cwac_lab"
-    if not target.startswith("cwac_lab."):
-        raise ConfigError(f"{key}._target_", target, accepted)
-    try:
-        cls = get_class(target)
-    except (ImportError, ValueError):
-        raise ConfigError(f"{key}._target_", target, accepted) from None
-    if not issubclass(cls, base):
-        raise ConfigError(f"{key}._target_", target, accepted)
-    return bind(key, cls, _without_targets(node))
-
-
 def _part(key: str, node: Any) -> Defense:
     if not isinstance(node, DictConfig):
         raise ConfigError(key, node, "the settings of a defence, as constraint=[weight,activation] composes them")
@@ -282,7 +214,8 @@ def _check_adapters(run: Run) -> None:
             )
 
 
-def _check_devices(trainer: TrainerConfig) -> None:
+def _check_devices(run: Run) -> None:
+    trainer = run.trainer
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:
@@ -290,11 +223,20 @@ def _check_devices(trainer: TrainerConfig) -> None:
     if trainer.devices > trainer.batch_size:
         raise ConfigError("trainer.devices", trainer.devices, f"at most trainer.batch_size={trainer.batch_size}")
     distributed.check(trainer.devices)
+    if trainer.strategy == "ddp":
+        return
+    if trainer.devices == 1 and not distributed.launched():
+        raise ConfigError("trainer.strategy", "fsdp", "ddp with trainer.devices=1: there is nothing to shard among")
+    if run.tuning.base == "nf4":
+        raise ConfigError("trainer.strategy", "fsdp", "ddp with tuning.base=nf4: its blocks are not sharded")
+    whole = [name for name, part in run.constraint.parts.items() if not part.shardable]
+    if whole:
+        raise ConfigError("trainer.strategy", "fsdp", f"ddp with constraint={whole[0]}, which needs whole weights")
 
 
 def _cross_check(run: Run) -> None:
     """Check what concerns more than one group."""
-    _check_devices(run.trainer)
+    _check_devices(run)
     choose_weights(run.model, run.profile.name)
     check_plan(run.data)
     needs = run.constraint.requirements

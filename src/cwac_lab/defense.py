@@ -81,9 +81,11 @@ class Defense:
     """Base of all defences; the fields of a subclass are its config keys, checked in ``__post_init__``.
 
     ``precedence`` orders the parts of a composition: what freezes (0), what changes weights (1), what reads them (2).
+    ``shardable`` tells whether it works on a model whose weights are divided among processes.
     """
 
     precedence: ClassVar[int] = 2
+    shardable: ClassVar[bool] = True
 
     @property
     def requirements(self) -> Requirements:

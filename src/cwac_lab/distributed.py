@@ -110,6 +110,12 @@ def check(devices: int) -> None:
         raise ConfigError("trainer.devices", devices, f"{os.environ['LOCAL_WORLD_SIZE']}, as torchrun started")
 
 
+def wait() -> None:
+    """Wait until all processes are here."""
+    if world() > 1:
+        distributed.barrier()
+
+
 def told(value: T) -> T:
     """Return the first process's value in all of them."""
     if world() == 1:

@@ -12,27 +12,56 @@ import spmd
 import tiny
 from contract.test_defenses import ACTIVE
 from cwac_lab import distributed
+from cwac_lab.errors import LabError
 from held import assert_moved_alike, weights
 
-STRATEGIES = ("ddp",)
 
-
-@pytest.fixture(scope="module", params=STRATEGIES)
-def folder(request, tmp_path_factory):
-    where = tmp_path_factory.mktemp(request.param)
+def processes(mode, folder, strategy):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        distributed.launch(2, "spmd", [str(where), request.param])
+        distributed.launch(2, "spmd", [mode, str(folder), strategy])
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def folder(request, tmp_path_factory):
+    where = tmp_path_factory.mktemp(request.param)
+    processes("table", where, request.param)
     return where
 
 
 @pytest.mark.parametrize("tuning", spmd.TUNINGS)
 @pytest.mark.parametrize("name", ACTIVE)
 def test_two_processes_end_where_one_does(name, tuning, folder):
+    if name not in spmd.SHARDABLE and folder.name.startswith("fsdp"):
+        assert not ACTIVE[name]().shardable
+        return
     expected, summary = spmd.trained(name, tuning)
     file = folder / f"{name}-{tuning}.safetensors"
     assert_moved_alike(load_file(file), expected, weights(tiny.model()))
     with safe_open(file, "pt") as stored:
         leak = float(stored.metadata()["leak"])
     assert leak == pytest.approx(summary.get("leak", 0.0), rel=0.3, abs=1e-5)
+
+
+def test_accumulation_and_checkpointing_within_them(folder):
+    expected, _ = spmd.trained("coupled", "full", accumulate=2)
+    assert_moved_alike(load_file(folder / "levers.safetensors"), expected, weights(tiny.model()))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, tmp_path):
+    processes("resume", tmp_path, strategy)
+    for name in spmd.RESUMED:
+        expected, _ = spmd.trained(name, "full", **spmd.LONG)
+        assert_moved_alike(load_file(tmp_path / f"{name}.safetensors"), expected, weights(tiny.model()))
+        left = tmp_path / f"{name}-there"
+        assert len(list(left.glob("weights-*-of-00002.safetensors"))) == (2 if strategy == "fsdp" else 1)
+        alone, _ = spmd.trained(name, "full", **spmd.LONG, checkpoint=left)
+        assert_moved_alike(alone, expected, weights(tiny.model()))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_lost_process_ends_the_others(strategy, tmp_path):
+    with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
+        processes("lose", tmp_path, strategy)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab.config import bind, read
+from cwac_lab.binding import bind
+from cwac_lab.config import read
 from cwac_lab.data import mixing
 from cwac_lab.data.batches import TrainData, collate, pad, plan_batches
 from cwac_lab.data.pools import POOLS, Pools, assert_disjoint, build_pools

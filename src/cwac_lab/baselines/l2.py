@@ -18,6 +18,7 @@ from cwac_lab import linalg
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import in_range
 from cwac_lab.models.answers import Batch
+from cwac_lab.models.shards import local, rows, whole
 from cwac_lab.models.sites import Matrix, linears
 
 
@@ -58,11 +59,12 @@ def squared_update(adapted: list[Matrix]) -> Float[Tensor, ""]:
 
 
 def start_copy(model: Any) -> dict[str, Tensor]:
-    """Return copies of all trained weights by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Return copies of all trained weights by name, whole in every process."""
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def squared_distance(model: Any, anchor: dict[str, Tensor]) -> Float[Tensor, ""]:
-    """Return ``sum ||theta - anchor||^2`` over the weights that train now, of shape ()."""
+    """Return ``sum ||theta - anchor||^2`` over the weights that train now, of shape (); of those here, if sharded."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return torch.stack([(p.float() - anchor[name].float()).square().sum() for name, p in trained.items()]).sum()
+    moved = [local(p).float() - rows(p, anchor[name]).float() for name, p in trained.items()]
+    return torch.stack([each.square().sum() for each in moved]).sum()

@@ -11,6 +11,7 @@ data. Surgery comes before clipping; with accumulation it acts on the summed use
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class SafeGrad(Defense):
 
     strength: float = 1.0
     batch_size: int = 4
+
+    shardable: ClassVar[bool] = False  # a gradient beside that of the backward pass is not gathered
 
     def __post_init__(self) -> None:
         """Check the fields."""

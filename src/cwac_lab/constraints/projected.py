@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import register_parametrization
 
 from cwac_lab import linalg
+from cwac_lab.models.shards import whole
 
 
 class _Linear(torch.autograd.Function):
@@ -80,6 +81,7 @@ class _WithoutSpan(torch.nn.Module):
 
     def forward(self, factor: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
         """Return the projected factor."""
+        factor = whole(factor)
         with torch.autocast(factor.device.type, enabled=False):
             return linalg.remove_span(factor, self.basis)
 

@@ -24,6 +24,7 @@ from cwac_lab import linalg
 from cwac_lab.constraints.projected import ProjectedLinear, project_factor, project_gradients, release
 from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.models.shards import is_sharded, local, rows, total
 from cwac_lab.models.sites import SCOPES, Matrix, linears
 from cwac_lab.subspace.basis import SubspaceSpec
 
@@ -131,12 +132,13 @@ class WeightConstraint(Defense):
 
     def _restore(self) -> None:
         with torch.no_grad():
-            squares = [
-                linalg.restore_on_span_(held.linear.module.weight, held.basis, held.anchor).square().sum()
-                for held in self._moving
-                if held.anchor is not None
-            ]
-            self._removed = float(torch.stack(squares).sum().sqrt())
+            squares = []
+            for held in self._moving:
+                assert held.anchor is not None
+                weight = held.linear.module.weight
+                removed = linalg.restore_on_span_(local(weight), held.basis, rows(weight, held.anchor))
+                squares.append(removed.square().sum())
+            self._removed = float(total(torch.stack(squares).sum(), sharded=is_sharded(weight)).sqrt())
 
     def after_training(self, model: Any) -> None:
         """Leave plain linear layers, with nothing moved along V."""
@@ -152,17 +154,21 @@ class WeightConstraint(Defense):
 
         With adapters ``W - W0`` is what they add.
         """
-        along, total = 0.0, 0.0
+        sums = torch.zeros(2, dtype=torch.float64)
+        weight: Tensor | None = None
         for held in self._held:
             factors = held.linear.factors()
             if factors is not None:
                 delta = factors[0] @ factors[1]
             else:
                 weight = held.linear.module.weight
-                delta = weight.float() - self._start_weight(held.linear.name).to(weight).float()
-            part, whole = linalg.leak(delta, held.basis.float())
-            along, total = along + part, total + whole
-        return (along / total) ** 0.5 if total else 0.0
+                start = rows(weight, self._start_weight(held.linear.name)).to(local(weight))
+                delta = local(weight).float() - start.float()
+            sums += torch.tensor(linalg.leak(delta, held.basis.float()), dtype=torch.float64)
+        if weight is not None and is_sharded(weight):
+            sums = total(sums.to(weight.device), sharded=True)
+        along, moved = sums.tolist()
+        return (along / moved) ** 0.5 if moved else 0.0
 
     def step_metrics(self, step: int) -> dict[str, float]:
         """Return what was taken out of the weights where that was done (Frobenius norm), every n-th step the leak."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
     """
     if config.method == "full":
         return lambda: None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is; it misses a faster kernel
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from cwac_lab.models.chat import IGNORED
 from cwac_lab.models.prefix import shared_length, states_after
+from cwac_lab.models.shards import is_sharded
 from cwac_lab.models.sites import decoder_layers
 
 T = TypeVar("T")
@@ -91,8 +92,10 @@ def answer_states(model: Any, batch: Batch) -> tuple[Float[Tensor, "N D"], Int[T
     """
     ids, labels = batch["input_ids"], batch["labels"]
     first = int((labels != IGNORED).int().argmax(dim=1).min())  # the state before it is needed, so it is not shared
-    dropped = model.training and decoder_layers(model)[0].gradient_checkpointing  # keys and values of an opening
-    shared = 0 if dropped else shared_length(ids[:, :first].tolist(), first - 1)
+    layer = decoder_layers(model)[0]
+    # A checkpointed layer drops an opening's keys and values, and a sharded one is not gathered for their gradients.
+    alone = model.training and (layer.gradient_checkpointing or is_sharded(next(layer.parameters())))
+    shared = 0 if alone else shared_length(ids[:, :first].tolist(), first - 1)
     hidden = states_after(model, ids, batch["attention_mask"], shared)
     targets = labels[:, shared + 1 :]
     answers = targets != IGNORED

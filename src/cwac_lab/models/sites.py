@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.errors import LabError, one_of
+from cwac_lab.models.shards import whole
 
 PROJECTIONS = {
     "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -92,13 +93,14 @@ class Matrix:
         if self.adapter is None:
             return None
         (key,) = self.adapter.active_adapters
-        return self.adapter.lora_B[key].weight * self.adapter.scaling[key], self.adapter.lora_A[key].weight
+        left, right = (whole(factor[key].weight) for factor in (self.adapter.lora_B, self.adapter.lora_A))
+        return left * self.adapter.scaling[key], right
 
     def update(self, start: Callable[[], Float[Tensor, "m d"]]) -> Float[Tensor, "m d"]:
         """Return in float32 how far the weight has moved from ``start``, adapters included, merged or not."""
         factors = self.factors()
         if factors is None or self.adapter.merged:
-            return self.module.weight.float() - start().float()
+            return whole(self.module.weight).float() - start().float()
         return factors[0].float() @ factors[1].float()
 
 

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cwac_lab import distributed
 from cwac_lab.cache import read_json, write_json
 from cwac_lab.defense import Defense
+from cwac_lab.models.shards import is_sharded, like, local
 from cwac_lab.training.module import FineTuning
 
 
@@ -22,17 +24,26 @@ def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def save(folder: Path, module: FineTuning, identity: str) -> None:
-    """Write weights, optimizer, schedule and the defence's state after a step; replaces an older checkpoint."""
+    """Write weights, optimizer, schedule and the defence's state after a step; replaces an older checkpoint.
+
+    Of a sharded model every process writes its rows, the first one all else.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".checkpoint-"))
+    lead, number = distributed.rank() == 0, f"{distributed.rank():05d}-of-{distributed.world():05d}"
+    scratch = distributed.told(Path(tempfile.mkdtemp(dir=folder.parent, prefix=".checkpoint-")) if lead else folder)
     parameters = _trainable(module.model)
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, scratch / "weights.safetensors")
     moments = {
-        f"{name}/{key}": value.contiguous()
+        f"{name}/{key}": value
         for name, p in parameters.items()
         for key, value in module.optimizer.state.get(p, {}).items()
     }
-    save_file(moments, scratch / "optimizer.safetensors")
+    for kind, values in (("weights", parameters), ("optimizer", moments)):
+        mine = {name: local(v.detach()).contiguous() for name, v in values.items() if lead or is_sharded(v)}
+        if mine:
+            save_file(mine, scratch / f"{kind}-{number}.safetensors")
+    distributed.wait()
+    if not lead:
+        return
     save_file(
         {key: value.contiguous() for key, value in module.defense.state_dict().items()}, scratch / "defense.safetensors"
     )
@@ -44,6 +55,15 @@ def save(folder: Path, module: FineTuning, identity: str) -> None:
         folder.rename(old)
     scratch.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _stored(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Return what the processes wrote, whole."""
+    parts: dict[str, list[Tensor]] = {}
+    for file in sorted(folder.glob(f"{kind}-*.safetensors")):
+        for name, value in load_file(file).items():
+            parts.setdefault(name, []).append(value)
+    return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
 
 
 class Resume:
@@ -68,7 +88,7 @@ class Resume:
 
     def weights(self, model: Any, defense: Defense) -> None:
         """Put back weights and the defence's state; the defence is already prepared on the start weights."""
-        stored = load_file(self.folder / "weights.safetensors")
+        stored = _stored(self.folder, "weights")
         with torch.no_grad():
             for name, parameter in _trainable(model).items():
                 parameter.copy_(stored[name])
@@ -76,17 +96,21 @@ class Resume:
 
     def optimizer(self, model: Any) -> Any:
         """Return the function that fills a new optimizer and schedule."""
-        parameters = _trainable(model)
 
         def restore(optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+            parameters = _trainable(model)  # sharded by now, if they are to be
             moments: dict[str, dict[str, Tensor]] = {}
-            for key, value in load_file(self.folder / "optimizer.safetensors").items():
+            for key, value in _stored(self.folder, "optimizer").items():
                 name, _, field = key.rpartition("/")
                 moments.setdefault(name, {})[field] = value
             for name, fields in moments.items():
-                optimizer.state[parameters[name]] = {k: v.to(parameters[name].device) for k, v in fields.items()}
-            schedule.load_state_dict({**schedule.state_dict(), **self._schedule})
-            for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                p = parameters[name]
+                optimizer.state[p] = {k: like(p, v.to(p.device)) if v.ndim else v for k, v in fields.items()}
+            # All groups have one rate, and a sharded model more groups than a whole one.
+            fresh, rate = schedule.state_dict(), self._schedule["_last_lr"][0]
+            rates = {"base_lrs": fresh["base_lrs"], "_last_lr": [rate] * len(optimizer.param_groups)}
+            schedule.load_state_dict({**fresh, **self._schedule, **rates})
+            for group in optimizer.param_groups:
                 group["lr"] = rate
 
         return restore
@@ -102,5 +126,5 @@ class SafeCheckpoint(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where a step of the optimizer has just ended on a multiple of n."""
         done = (batch_idx + 1) % module.config.accumulate == 0
-        if done and module.step % self.every == 0 and trainer.is_global_zero:
+        if done and module.step % self.every == 0:
             save(self.folder, module, self.identity)

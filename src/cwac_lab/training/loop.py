@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from cwac_lab import distributed
 from cwac_lab.cache import digest
@@ -142,8 +142,15 @@ def _processes(config: TrainerConfig, alone: bool) -> dict[str, Any]:
         return {"devices": 1}
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     # What buffers there are (rotary frequencies, bases) never changes.
-    strategy = DDPStrategy(broadcast_buffers=False, timeout=distributed.TIMEOUT)
-    return {"devices": here, "num_nodes": distributed.world() // here, "strategy": strategy}
+    strategies = {
+        "ddp": lambda: DDPStrategy(broadcast_buffers=False, timeout=distributed.TIMEOUT),
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=distributed.world(), tensor_parallel_size=1),
+    }
+    return {
+        "devices": here,
+        "num_nodes": distributed.world() // here,
+        "strategy": strategies[config.strategy](),
+    }
 
 
 def _calm() -> None:

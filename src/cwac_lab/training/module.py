@@ -10,12 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from transformers import get_scheduler
 
 from cwac_lab.defense import Defense
 from cwac_lab.errors import in_range, one_of
 from cwac_lab.models.answers import Batch, answer_loss
+from cwac_lab.models.shards import is_sharded
+from cwac_lab.training.sharding import Sharded, clip_grad_norm
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Settings that change nothing of what is computed, but for rounding.
@@ -111,22 +114,39 @@ class FineTuning(L.LightningModule):
         self.model, self.defense, self.config = model, defense, config
         self.total_steps, self.step, self._restore = total_steps, first_step, restore
         self._logged: dict[str, set[str]] = {}
+        self._sharded: Sharded | None = None
         self.optimizer: torch.optim.Optimizer
         self.schedule: Any
+
+    def configure_model(self) -> None:
+        """Shard the model, where the strategy asks for it."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self._sharded is None:
+            self._sharded = Sharded(self.model, self.trainer.strategy.device_mesh["data_parallel"])
+
+    def teardown(self, stage: str) -> None:
+        """Make a sharded model whole again."""
+        if self._sharded is not None:
+            self._sharded.undo()
+
+    def _losses(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        task = self.defense.task_loss(self.model, batch, self.step)
+        if task is None:
+            task = answer_loss(self.model, batch)
+        return task, self.defense.loss_terms(self.model, batch, self.step)
 
     def training_step(self, batch: Batch, _: int) -> Float[Tensor, ""]:
         """Return the task loss plus the defence's terms, shape ()."""
         batch = self.defense.select_batch(self.step, batch)
-        task = self.defense.task_loss(self.model, batch, self.step)
-        if task is None:
-            task = answer_loss(self.model, batch)
-        terms = self.defense.loss_terms(self.model, batch, self.step)
+        sharded = self._sharded
+        task, terms = self._losses(batch) if sharded is None else sharded.root(self._losses, batch)
         self.log("loss/task", task.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self._log("loss", {f"loss/{name}": term.detach() for name, term in terms.items()})
         return task + sum(terms.values()) if terms else task
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the defence change gradients (before clipping)."""
+        if self._sharded is not None:
+            self._sharded.average()
         self.defense.after_backward(self.step)
 
     def configure_gradient_clipping(
@@ -135,7 +155,8 @@ class FineTuning(L.LightningModule):
         """Clip by norm as Lightning does, which declines to in mixed precision where the optimizer is fused."""
         if gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            clip = torch.nn.utils.clip_grad_norm_ if self._sharded is None else clip_grad_norm
+            clip(parameters, gradient_clip_val)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then let the defence change weights."""
@@ -153,10 +174,13 @@ class FineTuning(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW over what is trainable (no decay on vectors) and its schedule."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups = []
+        for sharded in (False, True):
+            mine = [p for p in trainable if is_sharded(p) is sharded]
+            groups += [
+                {"params": [p for p in mine if p.ndim > 1], "weight_decay": self.config.weight_decay},
+                {"params": [p for p in mine if p.ndim <= 1], "weight_decay": 0.0},
+            ]
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=True)
         warmup = int(self.config.warmup_share * self.total_steps)

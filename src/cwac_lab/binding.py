@@ -1,0 +1,81 @@
+"""From a node of the configuration to an object of a dataclass, or one line that names what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from cwac_lab.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _construct(key: str, cls: type[T], node: DictConfig) -> T:
+    values: dict[str, Any] = {}
+    for name in node:
+        part, field_name = node[name], str(name)
+        kind = OmegaConf.get_type(node, field_name) if isinstance(part, DictConfig) else None
+        if isinstance(part, DictConfig) and kind is not None and is_dataclass(kind):
+            values[field_name] = _construct(f"{key}.{field_name}", kind, part)
+        else:
+            values[field_name] = OmegaConf.to_object(part) if OmegaConf.is_config(part) else part
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error.key}", error.value, error.accepted) from None
+
+
+def bind(key: str, cls: type[T], node: Any) -> T:
+    """Return an instance of a dataclass from a config node; unknown keys and wrong types are errors.
+
+    Raises:
+        ConfigError: Naming the full key, the value, and what would be accepted.
+    """
+    schema = OmegaConf.structured(cls)
+    try:
+        merged = OmegaConf.merge(schema, node)
+    except ConfigKeyError as error:
+        inner = str(error.full_key).removeprefix("_target_")
+        parent = OmegaConf.select(schema, inner.rpartition(".")[0]) if "." in inner else schema
+        seen = OmegaConf.select(node, inner)
+        raise ConfigError(f"{key}.{inner}", seen, f"one of the keys {', '.join(map(str, parent))}") from None
+    except (ValidationError, OmegaConfBaseException) as error:
+        first = str(error).splitlines()[0]
+        inner = str(error.full_key or "")
+        raise ConfigError(
+            f"{key}.{inner}".rstrip("."), OmegaConf.select(node, inner), f"a value that fits ({first})"
+        ) from None
+    assert isinstance(merged, DictConfig)
+    return _construct(key, cls, merged)
+
+
+def _without_targets(node: DictConfig) -> DictConfig:
+    plain = OmegaConf.to_container(node, resolve=True)
+
+    def strip(value: Any) -> Any:
+        return {k: strip(v) for k, v in value.items() if k != "_target_"} if isinstance(value, dict) else value
+
+    return OmegaConf.create(strip(plain))
+
+
+def bind_target(key: str, base: type[T], node: DictConfig) -> T:
+    """Return the object that a node's ``_target_`` names; the class must be one of this package.
+
+    Raises:
+        ConfigError: If the class is unknown, of another kind, or its fields do not fit.
+    """
+    target = str(node.get("_target_", ""))
+    accepted = f"the path of a {base.__name__} in cwac_lab"
+    if not target.startswith("cwac_lab."):
+        raise ConfigError(f"{key}._target_", target, accepted)
+    try:
+        cls = get_class(target)
+    except (ImportError, ValueError):
+        raise ConfigError(f"{key}._target_", target, accepted) from None
+    if not issubclass(cls, base):
+        raise ConfigError(f"{key}._target_", target, accepted)
+    return bind(key, cls, _without_targets(node))

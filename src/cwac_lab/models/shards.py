@@ -1,0 +1,46 @@
+"""Parameters of a sharded model (FSDP2): rows 0..m of a matrix lie divided among the processes, in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(value: Tensor) -> Tensor:
+    """Return what lies in this process, sharing its memory: some rows, or all of a value that is not sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def rows(value: Tensor, full: Tensor) -> Tensor:
+    """Return the rows of ``full`` that go with ``local(value)``; no communication."""
+    if not isinstance(value, DTensor):
+        return full
+    parts = full.chunk(value.device_mesh.size(), dim=0)
+    place = value.device_mesh.get_local_rank()
+    return parts[place] if place < len(parts) else full[:0]
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return all rows, gathered where they are sharded; every process has to ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, full: Tensor) -> Tensor:
+    """Return ``full`` sharded as ``value`` is."""
+    if not isinstance(value, DTensor):
+        return full
+    part = rows(value, full).contiguous()
+    return DTensor.from_local(part, value.device_mesh, value.placements, shape=full.shape, stride=full.stride())
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Tell whether a value is divided among the processes."""
+    return isinstance(value, DTensor)
+
+
+def total(parts: Tensor, *, sharded: bool) -> Tensor:
+    """Return the sum over the processes of a scalar that each has a part of, where it is sharded."""
+    if sharded:
+        torch.distributed.all_reduce(parts)
+    return parts
