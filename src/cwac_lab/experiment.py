@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cwac_lab import distributed, provenance
 from cwac_lab.cache import digest
@@ -16,7 +18,7 @@ from cwac_lab.data import mixing
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
-from cwac_lab.errors import MissingAsset
+from cwac_lab.errors import LabError, MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge
@@ -211,7 +213,8 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             folder.write(store.CONFIG, run.resolved)
             facts = _facts(run, begin)
             folder.write(store.PROVENANCE, provenance.describe() | facts | content)
-            _execute(run, folder, begin, data, facts, screen)
+            with _levers(run):
+                _execute(run, folder, begin, data, facts, screen)
             folder.remove(store.CHECKPOINT)
     return folder
 
@@ -242,6 +245,24 @@ def _facts(run: Run, begin: Start) -> dict[str, Any]:
         "seed": run.seed,
         "split": run.evaluation.split,
     }
+
+
+@contextmanager
+def _levers(run: Run) -> Iterator[None]:
+    """Turn a lack of memory into one line that says what takes less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        levers = (
+            f"a smaller trainer.batch_size ({run.trainer.batch_size}) with a larger trainer.accumulate",
+            "trainer.gradient_checkpointing=true",
+            "tuning=lora or qlora",
+            f"a smaller evaluation.batch_size ({run.evaluation.batch_size})",
+            "several devices with trainer.strategy=fsdp",
+        )
+        raise LabError(f"out of memory ({str(error).splitlines()[0]}); less takes: {'; '.join(levers)}") from error
 
 
 def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, facts: dict[str, Any], screen: Screen) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ from safetensors.torch import load_file
 import spmd
 import tiny
 from contract.test_defenses import ACTIVE
-from cwac_lab import distributed
+from cwac_lab import distributed, train
+from cwac_lab.cache import read_json, read_jsonl
 from cwac_lab.errors import LabError
 from held import assert_moved_alike, weights
 
@@ -65,3 +69,28 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, t
 def test_a_lost_process_ends_the_others(strategy, tmp_path):
     with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
         processes("lose", tmp_path, strategy)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_on_two_devices_is_the_same_run(strategy, tmp_path, capsys):
+    """Prepared, trained and evaluated by two processes; then one process finds it done, and repeats it alike."""
+    model = tiny.save(tmp_path / "model")
+    chosen = ["constraint=coupled", "constraint.activation.n_latents=8", "constraint.activation.depths=[0.5]"]
+    arguments = [*tiny.small_run(model, tmp_path), *chosen]
+    command = [sys.executable, "-m", "cwac_lab.train", *arguments, "trainer.devices=2", f"trainer.strategy={strategy}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert shown.stdout.count("fine-tuning on 16 rows") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    together = read_json(folder / "metrics.json"), read_jsonl(folder / "generations.jsonl")
+    tiny.launch(train.main, arguments)
+    assert f"already done: {folder}" in capsys.readouterr().out.replace("\n", "")
+    tiny.launch(train.main, [*arguments, "force=true"])
+    metrics, generations = read_json(folder / "metrics.json"), read_jsonl(folder / "generations.jsonl")
+    assert generations == together[1]
+    volatile = {"stages", "leak", "constraint_summary"}
+    assert {k: v for k, v in metrics.items() if k not in volatile} == {
+        k: v for k, v in together[0].items() if k not in volatile
+    }
+    assert together[0]["leak"] < 1e-3

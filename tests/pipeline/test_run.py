@@ -190,6 +190,26 @@ def test_a_failed_run_is_marked_with_its_reason(tiny_folder, tmp_path, capsys):
     assert "QualityError" in status["reason"]
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_lack_of_memory_names_what_takes_less(tiny_folder, tmp_path, capsys, monkeypatch, error):
+    def fit(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr("cwac_lab.experiment.fit", fit)
+    with pytest.raises(SystemExit) as stop:
+        tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: out of memory (")
+    for lever in ("trainer.batch_size (4)", "accumulate", "gradient_checkpointing=true", "tuning=lora", "fsdp"):
+        assert lever in line
+    status = read_json(folder_of(tmp_path, "none") / "status.json")
+    assert status["status"] == "failed"
+    assert "out of memory" in status["reason"]
+
+
 def test_pools_that_overlap_stop_the_run(tiny_folder, tmp_path, monkeypatch, capsys):
     from cwac_lab.data import pools
 
