@@ -9,10 +9,9 @@ import torch
 import tiny
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defense import Context
-from cwac_lab.linalg import leading_eigenbasis
 from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.sae.latents import LayerFeatures
-from cwac_lab.subspace.basis import Subspace, second_moments
+from cwac_lab.subspace.basis import Subspace, leading
 from cwac_lab.training.loop import fit
 from cwac_lab.training.module import TrainerConfig
 
@@ -29,10 +28,8 @@ def context(model, defense, reference=None, **more):
     reference = reference or [chat.prompt_ids(prompt) for prompt in PROMPTS]
     subspace = None
     if needs.subspace is not None:
-        bases, kept = {}, {}
-        for name, moment in second_moments(model, reference, needs.subspace, chat.pad_id).items():
-            basis, kept[name] = leading_eigenbasis(moment, energy=needs.subspace.energy, rank=needs.subspace.rank)
-            bases[name] = basis.float()
+        found = dict(leading(model, reference, needs.subspace, chat.pad_id))
+        bases, kept = ({name: getattr(each, what) for name, each in found.items()} for what in ("basis", "kept"))
         subspace = Subspace(bases, kept)
     features = ()
     if needs.features is not None:

@@ -136,15 +136,17 @@ def spread(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> li
     return [parts[place % world()][place // world()] for place in range(len(items))]
 
 
-def summed(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the sums of the processes' tensors by name; a process may lack what others have."""
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the processes' tensors of one shape, in place."""
+    if world() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors of all processes, in their order; they may differ in the first dimension."""
     if world() == 1:
-        return parts
-    shapes: list[Any] = [None] * world()
-    distributed.all_gather_object(shapes, {name: (tensor.shape, tensor.dtype) for name, tensor in parts.items()})
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    totals = {}
-    for name, (shape, dtype) in {name: entry for part in shapes for name, entry in part.items()}.items():
-        totals[name] = parts[name] if name in parts else torch.zeros(shape, dtype=dtype, device=device)
-        distributed.all_reduce(totals[name])
-    return totals
+        return [tensor]
+    parts: list[Any] = [None] * world()
+    distributed.all_gather_object(parts, tensor)
+    return parts

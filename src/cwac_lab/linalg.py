@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Of the range finder: columns beyond the rank, and powers of C.
+OVERSAMPLING, ITERATIONS = 10, 2
+
 
 def leading_eigenbasis(
     second_moment: Float[Tensor, "d d"], *, energy: float | None = None, rank: int | None = None
@@ -26,25 +29,82 @@ def leading_eigenbasis(
     Raises:
         ValueError: If both or neither of ``energy`` and ``rank`` are given, or one is out of range.
     """
-    width = second_moment.shape[0]
-    if (energy is None) == (rank is None):
-        raise ValueError("give exactly one of energy and rank")
     values, vectors = torch.linalg.eigh(second_moment.double())
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    total = values.sum()
-    if rank is None:
-        assert energy is not None
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy={energy} must lie in (0, 1]")
-        # At energy 1 everything above rounding counts; a plain cumulative sum would keep noise directions too.
-        floor = width * torch.finfo(torch.float64).eps * values[0]
-        support = int((values > floor).sum())
-        reached = int((torch.cumsum(values, 0) < energy * total * (1 - 1e-12)).sum()) + 1
-        rank = min(support, reached)
-    elif not 0 <= rank <= width:
-        raise ValueError(f"rank={rank} must lie in 0..{width}")
-    kept = float(values[:rank].sum() / total) if total > 0 else 0.0
-    return vectors[:, :rank].to(second_moment.dtype).contiguous(), kept
+    rank = _rank(values, second_moment.shape[0], energy, rank)
+    return vectors[:, :rank].to(second_moment.dtype).contiguous(), _share(values, rank, values.sum())
+
+
+def _rank(values: Float[Tensor, " n"], width: int, energy: float | None, rank: int | None) -> int:
+    """Return how many of the sorted eigenvalues of a (width x width) matrix are kept; the rest of them may be zero."""
+    if (energy is None) == (rank is None):
+        raise ValueError("give exactly one of energy and rank")
+    # At energy 1 everything above rounding counts; a plain cumulative sum would keep noise directions too.
+    floor = width * torch.finfo(torch.float64).eps * values[0] if len(values) else 0.0
+    support = int((values > floor).sum())
+    if rank is not None:
+        if not 0 <= rank <= width:
+            raise ValueError(f"rank={rank} must lie in 0..{width}")
+        return rank if len(values) == width else min(rank, support)
+    assert energy is not None
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy={energy} must lie in (0, 1]")
+    reached = int((torch.cumsum(values, 0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
+    return min(support, reached)
+
+
+def _share(values: Float[Tensor, " n"], rank: int, total: Float[Tensor, ""]) -> float:
+    return float(values[:rank].sum() / total) if total > 0 else 0.0
+
+
+def leading_directions(
+    x: Float[Tensor, "n d"], *, energy: float | None = None, rank: int | None = None
+) -> tuple[Float[Tensor, "d k"], float]:
+    """Return what ``leading_eigenbasis`` does for ``C = X^T X``, by the Gram matrix ``X X^T``, small for n < d.
+
+    With ``X X^T = Q L Q^T`` the directions are ``X^T Q L^(-1/2)``; they are orthonormalised once more, as division by a
+    small eigenvalue magnifies rounding. A ``rank`` above that of X gives as many directions as X has.
+
+    Args:
+        x: Tokens, shape (n, d); computed on in float64.
+        energy: As for ``leading_eigenbasis``.
+        rank: Likewise.
+
+    Raises:
+        ValueError: Likewise.
+    """
+    rows = x.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    rank = _rank(values, x.shape[1], energy, rank)
+    directions = rows.T @ (vectors[:, :rank] / values[:rank].sqrt())
+    return torch.linalg.qr(directions).Q.to(x.dtype).contiguous(), _share(values, rank, values.sum())
+
+
+def range_finder(x: Float[Tensor, "n d"], rank: int, *, seed: int = 0) -> tuple[Float[Tensor, "d k"], float]:
+    """Return about what ``leading_directions`` returns for a fixed rank, without any matrix of n x n or d x d.
+
+    Randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) with ``OVERSAMPLING``
+    further columns and ``ITERATIONS`` powers.
+
+    Args:
+        x: Tokens, shape (n, d); computed on in float64.
+        rank: Number of directions, at most the smaller side of ``x``.
+        seed: Seed of the start.
+
+    Returns:
+        Orthonormal directions of shape (d, k), and the share of ``||X||_F^2`` they hold.
+    """
+    rows = x.double()
+    width = min(rank + OVERSAMPLING, *x.shape)
+    source = torch.Generator().manual_seed(seed)
+    start = torch.randn(x.shape[0], width, generator=source, dtype=torch.float64).to(x.device)
+    basis = torch.linalg.qr(rows.T @ start).Q
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(rows.T @ torch.linalg.qr(rows @ basis).Q).Q
+    _, singular, right = torch.linalg.svd(rows @ basis, full_matrices=False)
+    directions = basis @ right[:rank].T
+    return directions.to(x.dtype).contiguous(), _share(singular.square(), rank, rows.square().sum())
 
 
 def remove_span(matrix: Float[Tensor, "m d"], basis: Float[Tensor, "d k"]) -> Float[Tensor, "m d"]:

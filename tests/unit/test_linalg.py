@@ -6,7 +6,10 @@ from hypothesis import strategies as st
 
 import tiny
 from cwac_lab import linalg
-from cwac_lab.subspace.basis import SubspaceSpec, second_moments
+from cwac_lab.models.sites import linears
+from cwac_lab.subspace import basis
+from cwac_lab.subspace.basis import SubspaceSpec
+from cwac_lab.subspace.solvers import Covariance, Gram, Randomized, cheapest
 
 shapes = st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(0, 12), st.integers(0, 10_000))
 
@@ -68,16 +71,73 @@ def test_arguments_out_of_range_are_errors(arguments):
         linalg.leading_eigenbasis(torch.eye(3), **arguments)
 
 
-def test_second_moments_equal_the_plain_product():
+SOLVERS = {"covariance": Covariance, "gram": Gram, "randomized": Randomized}
+
+
+def falling(n, d, seed=0):
+    """Tokens whose singular values fall as those of a language model's activations do, about as a power."""
+    source = torch.Generator().manual_seed(seed)
+    normal = [torch.randn(side, min(n, d), generator=source, dtype=torch.float64) for side in (n, d)]
+    left, right = (torch.linalg.qr(matrix).Q for matrix in normal)
+    return left * torch.arange(1, min(n, d) + 1).double().pow(-1.5) @ right.T
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("shape", [(20, 60), (60, 20), (1, 8)])
+def test_the_gram_matrix_gives_the_directions_of_the_covariance(shape, energy):
+    x = falling(*shape)
+    found, kept = linalg.leading_directions(x, energy=energy)
+    expected, share = linalg.leading_eigenbasis(x.T @ x, energy=energy)
+    assert found.shape == expected.shape
+    assert kept == pytest.approx(share, abs=1e-12)
+    torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1]).double())
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (30, 40)])
+def test_the_range_finder_spans_nearly_the_leading_directions(shape):
+    """Cosines of the principal angles to the exact span, and the share of energy that is held."""
+    x = falling(*shape)
+    found, kept = linalg.range_finder(x, 16)
+    expected, share = linalg.leading_directions(x, rank=16)
+    torch.testing.assert_close(found.T @ found, torch.eye(16).double())
+    cosines = torch.linalg.svdvals(expected.T @ found)
+    assert cosines.min() > 0.999
+    assert share * (1 - 1e-4) < kept <= share * (1 + 1e-12)
+    again, _ = linalg.range_finder(x, 16)
+    assert torch.equal(again, found)
+
+
+def test_a_rank_above_that_of_the_tokens_gives_what_there_is():
+    x = falling(5, 40)
+    assert linalg.leading_directions(x, rank=9)[0].shape == (40, 5)
+    assert linalg.range_finder(x, 5)[0].shape == (40, 5)
+
+
+def test_the_cheapest_way_is_chosen():
+    assert cheapest(4000, 576, None) is Covariance
+    assert cheapest(3000, 11008, None) is Gram
+    assert cheapest(3000, 11008, 100) is Randomized
+    assert cheapest(100_000, 4096, None) is Covariance
+    assert cheapest(100_000, 4096, 64) is Randomized
+
+
+@pytest.mark.parametrize("at_once", [1, 2**30])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_directions_of_collected_tokens(solver, at_once, monkeypatch):
+    """The reference collects the tokens prompt by prompt and takes their singular vectors."""
+    monkeypatch.setattr(basis, "cheapest", lambda n, width, rank: SOLVERS[solver])
+    monkeypatch.setattr(basis, "MEMORY", at_once)
     model, chat = tiny.model(), tiny.chat()
     prompts = [chat.prompt_ids(prompt) for prompt in ("how do I", "tell me what", "one more of them, really")]
     for normalize, tokens in ((False, "all"), (True, "all"), (False, "no_sinks")):
-        spec = SubspaceSpec("ffn_out", 0.9, None, tokens, normalize)
-        found = second_moments(model, prompts, spec, chat.pad_id, batch_size=7)["layers.0.ffn_out"]
+        spec = SubspaceSpec("all_linear", None, 5, tokens, normalize)
+        found = dict(basis.leading(model, prompts, spec, chat.pad_id, batch_size=2))
+        assert list(found) == list(dict.fromkeys(matrix.site.name for matrix in linears(model, "all_linear")))
         rows = []
         for prompt in prompts:
             seen = []
-            module = model.get_decoder().layers[0].mlp.down_proj
+            module = model.get_decoder().layers[1].mlp.down_proj
             handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
             with torch.no_grad():
                 model(torch.tensor([prompt]))
@@ -85,4 +145,9 @@ def test_second_moments_equal_the_plain_product():
             rows.append(seen[0][1:] if tokens == "no_sinks" else seen[0])
         x = torch.cat(rows).double()
         x = x / x.norm(dim=-1, keepdim=True) if normalize else x
-        torch.testing.assert_close(found, x.T @ x, atol=1e-5, rtol=1e-4)
+        _, singular, right = torch.linalg.svd(x, full_matrices=False)
+        each = found["layers.1.ffn_out"]
+        assert each.solver == solver
+        share = float(singular[:5].square().sum() / singular.square().sum())
+        assert each.kept == pytest.approx(share, rel=1e-3)
+        assert torch.linalg.svdvals(right[:5] @ each.basis.double()).min() > 0.99

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,17 @@ SINK_RATIO = 10.0
 
 
 @contextmanager
-def site_inputs(model: Any, scope: str, receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """Call ``receive(site, x)`` with the input x of shape (B, T, d_in) of each site once per forward."""
+def site_inputs(
+    model: Any, scope: str, receive: Callable[[Site, Tensor], None], only: Collection[str] | None = None
+) -> Iterator[None]:
+    """Call ``receive(site, x)`` with the input x of shape (B, T, d_in) of each site once per forward.
+
+    ``only`` names the sites of the scope that are meant; all by default.
+    """
     handles, seen = [], set()
     for matrix in linears(model, scope):
         site = matrix.site
-        if site in seen:
+        if site in seen or (only is not None and site.name not in only):
             continue
         seen.add(site)
 

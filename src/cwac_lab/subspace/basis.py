@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from torch import Tensor
 from cwac_lab import distributed
 from cwac_lab.cache import read_json, write_json
 from cwac_lab.data.batches import pad
-from cwac_lab.linalg import leading_eigenbasis
-from cwac_lab.models.capture import site_inputs, without_sinks
-from cwac_lab.models.sites import Site, decoder
+from cwac_lab.models.capture import site_inputs, truncated, without_sinks
+from cwac_lab.models.sites import Site, decoder, linears
+from cwac_lab.subspace.solvers import Solver, cheapest
+
+# Bytes that accumulate at once, at most.
+MEMORY = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -49,56 +52,82 @@ class Subspace:
     energy: dict[str, float]
 
 
-@torch.no_grad()
-def second_moments(
-    model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_id: int, batch_size: int = 16
-) -> dict[str, Float[Tensor, "d d"]]:
-    """Return ``C = X X^T`` of every site's input over the tokens of some prompts, streamed by batch.
+@dataclass(frozen=True)
+class Directions:
+    """The protected directions V of a site's input, shape (d_in, k), their share of the trace, how they were found."""
 
-    The processes of a run take a part of the prompts each.
+    basis: Float[Tensor, "d k"]
+    kept: float
+    solver: str
+
+
+def _passes(sizes: dict[Site, int]) -> Iterator[list[Site]]:
+    """Divide sites, in their order, so that what a forward fills stays within ``MEMORY`` (or is a single site)."""
+    group: list[Site] = []
+    for site in sizes:
+        if group and sum(sizes[held] for held in group) + sizes[site] > MEMORY:
+            yield group
+            group = []
+        group.append(site)
+    yield group
+
+
+def _fill(
+    held: dict[Site, Solver], model: Any, batches: Sequence[Sequence[Sequence[int]]], spec: SubspaceSpec, pad_id: int
+) -> None:
+    counted: Int[Tensor, "B T"]
+
+    def receive(site: Site, x: Float[Tensor, "B T d"]) -> None:
+        rows = x[without_sinks(x, counted) if spec.tokens == "no_sinks" else counted.bool()].double()
+        if spec.normalize:
+            rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        held[site].add(rows)
+
+    names, last = {site.name for site in held}, max(site.layer for site in held)
+    with site_inputs(model, spec.modules, receive, names), truncated(model, last + 1):
+        for batch in batches:
+            ids, mask = pad(batch, pad_id)
+            counted = mask.to(model.device)
+            decoder(model)(input_ids=ids.to(model.device), attention_mask=counted, use_cache=False)
+
+
+@torch.no_grad()
+def leading(
+    model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_id: int, batch_size: int = 16
+) -> Iterator[tuple[str, Directions]]:
+    """Yield the leading directions of every site's input over the tokens of some prompts, streamed by batch.
+
+    The processes of a run take a part of the prompts each. Where all sites at once would hold too much, the prompts are
+    run several times, each as far as the last layer that is needed.
 
     Args:
         model: The aligned model, in evaluation mode.
         prompts: Token ids of the reference prompts.
-        spec: Scope of sites, tokens that count, and whether tokens are scaled to unit norm.
+        spec: Scope of sites, tokens that count, whether they are scaled to unit norm, and how many directions.
         pad_id: Id to pad with.
         batch_size: Prompts per forward.
-
-    Returns:
-        For every site's name its matrix of shape (d_in, d_in), accumulated in float64.
     """
-    moments: dict[str, Tensor] = {}
-    counted: Int[Tensor, "B T"]
-
-    def receive(site: Site, x: Float[Tensor, "B T d"]) -> None:
-        keep = without_sinks(x, counted) if spec.tokens == "no_sinks" else counted.bool()
-        rows = x[keep].double()  # in float32, noise of the product would pass for directions in use
-        if spec.normalize:
-            rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-        product = rows.T @ rows
-        moments[site.name] = moments[site.name] + product if site.name in moments else product
-
+    widths = {matrix.site: matrix.module.in_features for matrix in linears(model, spec.modules)}
+    n = sum(map(len, prompts))
+    ranks = {site: None if spec.rank is None else min(spec.rank, width) for site, width in widths.items()}
+    kinds = {site: cheapest(n, width, ranks[site]) for site, width in widths.items()}
     ordered = sorted(prompts, key=len)
     batches = [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
-    with site_inputs(model, spec.modules, receive):
-        for batch in batches[distributed.rank() :: distributed.world()]:
-            ids, mask = pad(batch, pad_id)
-            counted = mask.to(model.device)
-            decoder(model)(input_ids=ids.to(model.device), attention_mask=counted, use_cache=False)
-    return distributed.summed(moments)
+    for group in _passes({site: kinds[site].size(n, width) for site, width in widths.items()}):
+        held: dict[Site, Solver] = {site: kinds[site](widths[site], model.device) for site in group}
+        _fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
+        for site in group:
+            basis, kept = held.pop(site).solve(spec.energy, ranks[site])
+            yield site.name, Directions(basis.float().contiguous(), kept, kinds[site].name)
 
 
 def build(model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_id: int, folder: Path) -> None:
-    """Compute the bases of all sites and save them with a report of rank and share of variance kept."""
-    bases, energy = {}, {}
-    for name, moment in second_moments(model, prompts, spec, pad_id).items():
-        width = moment.shape[0]
-        rank = None if spec.rank is None else min(spec.rank, width)
-        basis, energy[name] = leading_eigenbasis(moment, energy=spec.energy, rank=rank)
-        bases[name] = basis.float().contiguous().cpu()
-    save_file(bases, folder / "bases.safetensors")
+    """Compute the bases of all sites and save them with a report of rank, share of variance kept and solver."""
+    found = dict(leading(model, prompts, spec, pad_id))
+    save_file({name: each.basis.cpu() for name, each in found.items()}, folder / "bases.safetensors")
     report = {
-        name: {"rank": basis.shape[1], "width": basis.shape[0], "kept": energy[name]} for name, basis in bases.items()
+        name: {"rank": each.basis.shape[1], "width": each.basis.shape[0], "kept": each.kept, "solver": each.solver}
+        for name, each in found.items()
     }
     write_json(folder / "report.json", report)
 
