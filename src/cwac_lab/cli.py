@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -19,12 +22,16 @@ from safetensors import SafetensorError
 from cwac_lab.errors import LabError
 from cwac_lab.paths import conf_dir
 
+# Where a process that meets an error leaves a mark, for the exit code of the one that was started.
+_FAILURES = "CWAC_LAB_FAILURES"
+
 
 def _one_line(error: Exception) -> str:
     """Return a user's error in one line."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={option}: accepted: {' | '.join(error.options)}"
+        more = "; others with pip install 'cwac-lab[launchers]'" if group == "hydra/launcher" else ""
+        return f"{group}={option}: accepted: {' | '.join(error.options)}{more}"
     if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
         # Hydra says which override failed, OmegaConf why; the hint to append with "+" would only create a dead key.
         cause = error.__cause__
@@ -69,43 +76,51 @@ def compose(overrides: Iterable[str], config_name: str = "config") -> DictConfig
 def launch(task: Callable[[DictConfig], float | None], config_name: str = "config") -> None:
     """Run a task function under Hydra; exits with 2 on a user's error, printed as one line without a traceback.
 
-    What the task returns is handed to Hydra's sweeper. In a multirun the jobs after a failed one still run.
+    What the task returns is handed to Hydra's sweeper. In a multirun the jobs after a failed one still run, in this
+    process or in those of a launcher.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing and exiting by itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    failures = []
+    with tempfile.TemporaryDirectory() as failures:
+        os.environ[_FAILURES] = failures  # processes of a launcher inherit it
+        _launch(task, config_name)
+        if any(Path(failures).iterdir()):
+            sys.exit(2)
 
-    def report(error: Exception) -> None:
-        failures.append(error)
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+
+def _report(error: Exception) -> None:
+    if Path(os.environ[_FAILURES]).is_dir():
+        Path(os.environ[_FAILURES], uuid.uuid4().hex).touch()
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+
+
+def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> None:
 
     def job(config: DictConfig) -> float | None:
         # Caught here, before Hydra adds a line of its own.
         try:
             return task(config)
         except (LabError, OmegaConfBaseException) as error:
-            report(error)
+            _report(error)
         except (OSError, SafetensorError) as error:
             full = _no_space(error)
             if full is None:
                 raise
             kept = f"what was recorded before in {config.get('output_root', 'outputs')} is whole"
-            report(LabError(f"{full}: free some and run it again; {kept}"))
+            _report(LabError(f"{full}: free some and run it again; {kept}"))
         return None
 
     decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)
     try:
         decorated()
     except (HydraException, OmegaConfBaseException, OverrideParseException) as error:
-        report(error)
+        _report(error)
     except ValueError as error:
         # A tuning sweep has no best trial where every one failed, each with its line above.
-        if not failures or "No trials are completed" not in str(error):
+        if not any(Path(os.environ[_FAILURES]).iterdir()) or "No trials are completed" not in str(error):
             raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if failures:
-        sys.exit(2)

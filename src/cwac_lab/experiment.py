@@ -21,6 +21,7 @@ from cwac_lab.data.sources import TaskData
 from cwac_lab.errors import LabError, MissingAsset
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
+from cwac_lab.gpus import one_of_several
 from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
@@ -176,8 +177,11 @@ def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
     Raises:
         LabError: As ``execute``; and if one of several processes is lost.
     """
-    if run.trainer.devices == 1 or distributed.launched():
+    if distributed.launched():
         with distributed.group(run.trainer.device):
+            return execute(run, screen)
+    if run.trainer.devices == 1:
+        with one_of_several(run.trainer.device):
             return execute(run, screen)
     distributed.launch(run.trainer.devices, "cwac_lab.train", overrides)
     return folder_of(run, identity(run, screen.say))

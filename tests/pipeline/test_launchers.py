@@ -1,0 +1,42 @@
+"""Sweeps whose runs a launcher starts in processes of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+import tiny
+from cwac_lab.results import load
+
+LAUNCHERS = {
+    "basic": [],
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": ["hydra.launcher.timeout_min=10"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_runs_of_a_launcher_are_recorded_and_a_failure_shows_in_the_exit_code(launcher, tmp_path):
+    model = tiny.save(tmp_path / "model")
+    chosen = ["constraint=none", f"hydra/launcher={launcher}", *LAUNCHERS[launcher], "seed=0,1,-1"]
+    command = [sys.executable, "-m", "cwac_lab.train", "-m", *tiny.small_run(model, tmp_path / "out"), *chosen]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = load(tmp_path / "out")
+    assert sorted(found["seed"]) == [0, 1]
+    assert set(found["status"]) == {"ok"}
+    assert done.returncode == 2
+    if launcher != "submitit_local":  # which writes what its jobs print into files
+        assert "error: seed=-1: accepted: a number in [0, inf)" in done.stderr
+
+
+def test_a_launcher_that_is_not_installed_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cwac_lab.train", "-m", "hydra/launcher=slurmish", "seed=0,1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: hydra/launcher=slurmish: accepted: basic")
+    assert "pip install 'cwac-lab[launchers]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
