@@ -64,7 +64,7 @@ format: $(READY)  ## rewrite the sources in house style
 	$(BIN)/ruff format .
 
 benchmark: $(READY)  ## step time of the constraints beside plain fine-tuning
-	$(BIN)/python -m cwac_lab.benchmark model=smollm $(ARGS)
+	$(BIN)/python -m cwac_lab.benchmarks.steps model=smollm $(ARGS)
 
 clean:  ## remove run records and caches (not .venv)
 	rm -rf outputs/runs outputs/cache outputs/sweeps outputs/made outputs/cells.json .pytest_cache .mypy_cache .ruff_cache

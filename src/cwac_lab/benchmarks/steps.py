@@ -1,6 +1,6 @@
 """Step time of the constraints beside plain fine-tuning, on the same batches in one process.
 
-``python -m cwac_lab.benchmark model=smollm`` prepares what is missing first, and evaluates nothing.
+``python -m cwac_lab.benchmarks.steps model=smollm`` prepares what is missing first, and evaluates nothing.
 """
 
 from __future__ import annotations
