@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 
 from contract.test_defenses import ACTIVE
 from cwac_lab import distributed
+from cwac_lab.baselines.lisa import Lisa
+from cwac_lab.constraints.weight import WeightConstraint
+from cwac_lab.defense import Composite
 from held import FULL, LORA, ROWS, train, weights
 
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
@@ -55,6 +58,22 @@ def table(folder, strategy):
             save(folder, f"{name}-{tuning}", found, summary.get("leak", 0.0))
     found, _ = trained("coupled", "full", devices=2, strategy=strategy, accumulate=2, gradient_checkpointing=True)
     save(folder, "levers", found)
+
+
+def watched(loggers, **settings):
+    parts = {
+        "lisa": Lisa(1, 2, strength=5.0, warmup_share=0.3),
+        "weight": WeightConstraint(energy=0.9, restore_every_n_steps=2, leak_every_n_steps=3),
+    }
+    train(Composite(parts), **SETTINGS, **settings, accumulate=2, epochs=2, loggers=loggers)
+
+
+def logged(folder, strategy):
+    """What the loop logs, by step."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    loggers = [CSVLogger(folder, name="", version=strategy)] if distributed.rank() == 0 else []
+    watched(loggers, devices=2, strategy=strategy)
 
 
 def resume(folder, strategy):

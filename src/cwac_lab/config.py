@@ -32,6 +32,8 @@ INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
+# What does not set runs apart in tables either; in the key of a run it always counts as one device.
+ALIKE = (*INCIDENTAL, "trainer.devices")
 
 
 @dataclass
@@ -214,19 +216,27 @@ def _check_adapters(run: Run) -> None:
             )
 
 
-def _check_devices(run: Run) -> None:
-    trainer = run.trainer
+def check_machine(trainer: TrainerConfig) -> None:
+    """Check that this machine has the devices of a configuration, which may be a record's that was made elsewhere.
+
+    Raises:
+        ConfigError: If not.
+    """
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:
         raise ConfigError("trainer.devices", trainer.devices, f"at most {there}, what this machine has of {kind}")
+    distributed.check(trainer.devices)
+    if trainer.strategy == "fsdp" and trainer.devices == 1 and not distributed.launched():
+        raise ConfigError("trainer.strategy", "fsdp", "ddp with trainer.devices=1: there is nothing to shard among")
+
+
+def _check_devices(run: Run) -> None:
+    trainer = run.trainer
     if trainer.devices > trainer.batch_size:
         raise ConfigError("trainer.devices", trainer.devices, f"at most trainer.batch_size={trainer.batch_size}")
-    distributed.check(trainer.devices)
     if trainer.strategy == "ddp":
         return
-    if trainer.devices == 1 and not distributed.launched():
-        raise ConfigError("trainer.strategy", "fsdp", "ddp with trainer.devices=1: there is nothing to shard among")
     if run.tuning.base == "nf4":
         raise ConfigError("trainer.strategy", "fsdp", "ddp with tuning.base=nf4: its blocks are not sharded")
     whole = [name for name, part in run.constraint.parts.items() if not part.shardable]

@@ -80,7 +80,8 @@ class Context:
 class Defense:
     """Base of all defences; the fields of a subclass are its config keys, checked in ``__post_init__``.
 
-    ``precedence`` orders the parts of a composition: what freezes (0), what changes weights (1), what reads them (2).
+    ``precedence`` orders the parts of a composition: what freezes (0), what changes weights (1), what runs the model
+    (2), what penalises the weights themselves (3; last, so that of a sharded model their gradients are there first).
     ``shardable`` tells whether it works on a model whose weights are divided among processes.
     """
 

@@ -13,7 +13,7 @@ import torch
 
 from cwac_lab import distributed, provenance
 from cwac_lab.cache import digest
-from cwac_lab.config import INCIDENTAL, Run
+from cwac_lab.config import INCIDENTAL, Run, check_machine
 from cwac_lab.data import mixing
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance, refusal
@@ -177,6 +177,7 @@ def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
     Raises:
         LabError: As ``execute``; and if one of several processes is lost.
     """
+    check_machine(run.trainer)
     if distributed.launched():
         with distributed.group(run.trainer.device):
             return execute(run, screen)
@@ -201,6 +202,9 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     folder = folder_of(run, content)
     # A reader that looks whether the run is alive holds it for a moment.
     with folder.claim(wait=1.0) if folder.writes else nullcontext(False) as mine:
+        if mine and run.force:
+            folder.remove(store.CHECKPOINT)
+            folder.remove(f"{store.CHECKPOINT}.old")
         free, done = distributed.told((mine, mine and folder.done() and not run.force))
         if not free:
             screen.say(f"another process is on it: {folder.path}")
@@ -210,9 +214,6 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             screen.say(f"already done: {folder.path} (force=true repeats it)")
             screen.result(title(metrics), metrics)
             return folder
-        if run.force:
-            folder.remove(store.CHECKPOINT)
-            folder.remove(f"{store.CHECKPOINT}.old")
         with folder.running():
             folder.write(store.CONFIG, run.resolved)
             facts = _facts(run, begin)

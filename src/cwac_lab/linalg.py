@@ -39,18 +39,21 @@ def _rank(values: Float[Tensor, " n"], width: int, energy: float | None, rank: i
     """Return how many of the sorted eigenvalues of a (width x width) matrix are kept; the rest of them may be zero."""
     if (energy is None) == (rank is None):
         raise ValueError("give exactly one of energy and rank")
-    # At energy 1 everything above rounding counts; a plain cumulative sum would keep noise directions too.
-    floor = width * torch.finfo(torch.float64).eps * values[0] if len(values) else 0.0
-    support = int((values > floor).sum())
     if rank is not None:
         if not 0 <= rank <= width:
             raise ValueError(f"rank={rank} must lie in 0..{width}")
-        return rank if len(values) == width else min(rank, support)
+        return rank
     assert energy is not None
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy} must lie in (0, 1]")
     reached = int((torch.cumsum(values, 0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
-    return min(support, reached)
+    # At energy 1 everything above rounding counts; a plain cumulative sum would keep noise directions too.
+    return min(_support(values, width), reached)
+
+
+def _support(values: Float[Tensor, " n"], width: int) -> int:
+    """Return how many of the sorted eigenvalues of a (width x width) matrix are above rounding."""
+    return int((values > width * torch.finfo(torch.float64).eps * values[0]).sum()) if len(values) else 0
 
 
 def _share(values: Float[Tensor, " n"], rank: int, total: Float[Tensor, ""]) -> float:
@@ -76,7 +79,7 @@ def leading_directions(
     rows = x.double()
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    rank = _rank(values, x.shape[1], energy, rank)
+    rank = min(_rank(values, x.shape[1], energy, rank), _support(values, x.shape[1]))
     directions = rows.T @ (vectors[:, :rank] / values[:rank].sqrt())
     return torch.linalg.qr(directions).Q.to(x.dtype).contiguous(), _share(values, rank, values.sum())
 
@@ -98,9 +101,9 @@ def range_finder(x: Float[Tensor, "n d"], rank: int, *, seed: int = 0) -> tuple[
     rows = x.double()
     width = min(rank + OVERSAMPLING, *x.shape)
     source = torch.Generator().manual_seed(seed)
-    start = torch.randn(x.shape[0], width, generator=source, dtype=torch.float64).to(x.device)
-    basis = torch.linalg.qr(rows.T @ start).Q
-    for _ in range(ITERATIONS):
+    # Drawn on the side of the width, so that the order of the tokens does not matter.
+    basis = torch.randn(x.shape[1], width, generator=source, dtype=torch.float64).to(x.device)
+    for _ in range(ITERATIONS + 1):
         basis = torch.linalg.qr(rows.T @ torch.linalg.qr(rows @ basis).Q).Q
     _, singular, right = torch.linalg.svd(rows @ basis, full_matrices=False)
     directions = basis @ right[:rank].T

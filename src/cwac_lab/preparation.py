@@ -142,7 +142,9 @@ class _Workshop:
             self.say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
             basis.build(self.model, prompts, spec, self.chat.pad_id, folder)
 
-        return self.cached("subspace", {"prompts": digest(prompts), **asdict(spec)}, build)
+        # Of a fixed rank the directions may be an approximation, since there is more than one way to find them.
+        way = {} if spec.rank is None else {"recipe": 2}
+        return self.cached("subspace", {"prompts": digest(prompts), **asdict(spec), **way}, build)
 
     def texts(self) -> list[Sequence[int]]:
         """Return what an autoencoder is trained on: refused harmful prompts and benign text, at the set shares."""
@@ -161,6 +163,8 @@ class _Workshop:
             data, held_out = activations.split(texts, config.held_out, config.seed)
             x = activations.collect(self.model, layer, data, pad_id)
             y = activations.collect(self.model, layer, held_out, pad_id, unlike=data)
+            if distributed.rank():  # the rest is work for one
+                return
             self.say(f"training the autoencoder: layer {layer}, {len(x)} activations, {config.n_latents} latents")
             sae_train.train(x, y, config, f"model.layers.{layer}", folder)
 
@@ -178,7 +182,7 @@ class _Workshop:
         }
 
         def build(folder: Path) -> None:
-            for layer, path in autoencoders.items():
+            for layer, path in autoencoders.items() if distributed.rank() == 0 else ():
                 self.say(f"choosing {spec.n_latents} safety latents: layer {layer}, {spec.selection}")
                 self._choose(spec, layer, path, folder)
 

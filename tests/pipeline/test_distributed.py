@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -16,6 +18,7 @@ import tiny
 from contract.test_defenses import ACTIVE
 from cwac_lab import distributed, train
 from cwac_lab.cache import read_json, read_jsonl
+from cwac_lab.config import read
 from cwac_lab.errors import LabError
 from held import assert_moved_alike, weights
 
@@ -54,6 +57,15 @@ def test_accumulation_and_checkpointing_within_them(folder):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_two_processes_log_is_what_one_does(strategy, tmp_path):
+    processes("logged", tmp_path, strategy)
+    spmd.watched([CSVLogger(tmp_path, name="", version="alone")])
+    found, expected = (pd.read_csv(tmp_path / version / "metrics.csv") for version in (strategy, "alone"))
+    assert {"loss/task", "loss/proximal", "weight/removed", "weight/leak"} < set(expected)
+    pd.testing.assert_frame_equal(found[list(expected)], expected, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, tmp_path):
     processes("resume", tmp_path, strategy)
     for name in spmd.RESUMED:
@@ -69,6 +81,23 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, t
 def test_a_lost_process_ends_the_others(strategy, tmp_path):
     with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
         processes("lose", tmp_path, strategy)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "line"),
+    [
+        (["trainer.devices=4096", "trainer.batch_size=4096"], "trainer.devices=4096: accepted: at most"),
+        (["trainer.strategy=fsdp"], "trainer.strategy=fsdp: accepted: ddp with trainer.devices=1"),
+    ],
+)
+def test_what_this_machine_has_not_is_one_line(chosen, line, capsys, tmp_path):
+    """A record's configuration, made elsewhere, can be read nevertheless."""
+    assert read(tiny.config(*chosen)).trainer.devices
+    with pytest.raises(SystemExit) as stop:
+        tiny.launch(train.main, [*chosen, f"output_root={tmp_path}"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")

@@ -13,7 +13,7 @@ spectrum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,8 @@ class AsFT(Defense):
     mode: str = "as_released"
     rank: int = 64
     direction: str = "aligned"
+
+    precedence: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         """Check the fields."""

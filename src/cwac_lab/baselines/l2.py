@@ -8,7 +8,7 @@ that limits how far weights move.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from cwac_lab import linalg
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import in_range
 from cwac_lab.models.answers import Batch
-from cwac_lab.models.shards import local, rows, whole
+from cwac_lab.models.shards import is_sharded, local, rows, whole, with_local_gradient
 from cwac_lab.models.sites import Matrix, linears
 
 
@@ -31,6 +31,8 @@ class L2(Defense):
     """
 
     strength: float = 1.0
+
+    precedence: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         """Check the field."""
@@ -64,7 +66,12 @@ def start_copy(model: Any) -> dict[str, Tensor]:
 
 
 def squared_distance(model: Any, anchor: dict[str, Tensor]) -> Float[Tensor, ""]:
-    """Return ``sum ||theta - anchor||^2`` over the weights that train now, of shape (); of those here, if sharded."""
+    """Return ``sum ||theta - anchor||^2`` over the weights that train now, of shape ()."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moved = [local(p).float() - rows(p, anchor[name]).float() for name, p in trained.items()]
-    return torch.stack([each.square().sum() for each in moved]).sum()
+    squares: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, p in trained.items():
+        squares[is_sharded(p)].append((local(p).float() - rows(p, anchor[name]).float()).square().sum())
+    parts = {sharded: torch.stack(found).sum() for sharded, found in squares.items() if found}
+    if True in parts:
+        parts[True] = with_local_gradient(parts[True])
+    return torch.stack(list(parts.values())).sum()

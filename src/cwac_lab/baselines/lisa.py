@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,8 @@ class Lisa(Defense):
     user_steps: int = 9
     strength: float = 1.0
     warmup_share: float = 0.1
+
+    precedence: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cwac_lab import distributed
 from cwac_lab.baselines.kl import divergence
 from cwac_lab.baselines.start import StartLogits
 from cwac_lab.data.batches import collate, cyclic
@@ -66,11 +67,14 @@ class SafeGrad(Defense):
         if self._start is None:
             return
         rows = cyclic(len(self._refusals), self.batch_size, step, f"safegrad/{self._seed}")
-        batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id), self._model.device)
+        # Every device takes a part of the refusals; their gradients are averaged, and so the same everywhere.
+        piece = distributed.rank(), distributed.world()
+        batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id, *piece), self._model.device)
         trained = [p for p in self._model.parameters() if p.requires_grad and p.grad is not None]
         with torch.enable_grad(), self._autocast():
             aligned = torch.autograd.grad(divergence(self._model, self._start, batch), trained, allow_unused=True)
-        pairs = [(p, g) for p, g in zip(trained, aligned, strict=True) if g is not None]
+        used = [(p, g) for p, g in zip(trained, aligned, strict=True) if g is not None]
+        pairs = [(p, distributed.summed(g) / distributed.world()) for p, g in used]
         with torch.no_grad():
             inner = torch.stack([(p.grad * g).sum() for p, g in pairs]).sum()
             square = torch.stack([g.square().sum() for _, g in pairs]).sum()

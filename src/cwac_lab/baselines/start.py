@@ -35,7 +35,7 @@ def answer_counts(labels: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
 class StartValues:
     """Values of the start model at the answer tokens of known rows, computed once: no second model is kept.
 
-    They lie in the memory of the CPU; N answer tokens take N times the size of a value.
+    They lie in the memory of the CPU, in every process of a run; N answer tokens take N times the size of a value.
     """
 
     @torch.no_grad()

@@ -30,13 +30,18 @@ def like(value: Tensor, full: Tensor) -> Tensor:
     """Return ``full`` sharded as ``value`` is."""
     if not isinstance(value, DTensor):
         return full
-    part = rows(value, full).contiguous()
+    part = rows(value, full).clone()  # a view would keep all of it
     return DTensor.from_local(part, value.device_mesh, value.placements, shape=full.shape, stride=full.stride())
 
 
 def is_sharded(value: Tensor) -> bool:
     """Tell whether a value is divided among the processes."""
     return isinstance(value, DTensor)
+
+
+def with_local_gradient(parts: Tensor) -> Tensor:
+    """Return the sum over the processes of a scalar that each has a part of; its gradient is that of the part here."""
+    return parts + (total(parts.detach().clone(), sharded=True) - parts.detach())
 
 
 def total(parts: Tensor, *, sharded: bool) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cwac_lab.config import INCIDENTAL
+from cwac_lab.config import ALIKE
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.report.records import SETTING, Row, finished, grouped
 from cwac_lab.stats import Difference, holm, paired_difference, sign_flip_p
@@ -31,7 +31,7 @@ def _partner(row: Row, rows: list[Row], baseline: str) -> Row | None:
     def fits(other: Row) -> bool:
         if other["constraint"] != baseline or any(other[key] != row[key] for key in SETTING):
             return False
-        shared = (key for key in row["config"] if key.startswith(_SHARED[baseline]) and key not in INCIDENTAL)
+        shared = (key for key in row["config"] if key.startswith(_SHARED[baseline]) and key not in ALIKE)
         if any(other["config"].get(key, row["config"][key]) != row["config"][key] for key in shared):
             return False
         return baseline == "start" or (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cwac_lab.config import INCIDENTAL, requirements
+from cwac_lab.config import ALIKE, requirements
 from cwac_lab.errors import LabError
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.results import store
@@ -94,7 +94,7 @@ def _varied(rows: list[Row], setting: list[str]) -> list[dict[str, Any]]:
     for row in rows:
         peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*setting, "constraint"])]
         known = dict.fromkeys(key for peer in peers for key in peer if key in row["config"] or key.startswith(_OWN))
-        keys = [key for key in known if key not in INCIDENTAL and _differs(peers, key)]
+        keys = [key for key in known if key not in ALIKE and _differs(peers, key)]
         found.append({key.removeprefix(_OWN): row["config"].get(key, "unset") for key in keys})
     if "task" not in setting:
         found = [{key: value for key, value in varied.items() if not key.startswith("task.")} for varied in found]

@@ -47,6 +47,8 @@ def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[s
         node.pop(parts[-1], None)
     if "devices" in kept.get("trainer", {}):
         kept["trainer"]["devices"] = 1  # is in the keys of records from before there could be more
+    if kept.get("tuning", {}).get("base") == "float32":
+        del kept["tuning"]["base"]  # is not in the keys of records from before there were others
     kept = {key: value for key, value in kept.items() if key not in LATER or value != LATER[key]}
     return digest([_numbers_alike(kept), content])
 

@@ -105,7 +105,8 @@ class Resume:
                 moments.setdefault(name, {})[field] = value
             for name, fields in moments.items():
                 p = parameters[name]
-                optimizer.state[p] = {k: like(p, v.to(p.device)) if v.ndim else v for k, v in fields.items()}
+                there = {k: v.to(p.device) for k, v in fields.items()}
+                optimizer.state[p] = {k: like(p, v) if v.ndim else v for k, v in there.items()}
             # All groups have one rate, and a sharded model more groups than a whole one.
             fresh, rate = schedule.state_dict(), self._schedule["_last_lr"][0]
             rates = {"base_lrs": fresh["base_lrs"], "_last_lr": [rate] * len(optimizer.param_groups)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -139,7 +140,8 @@ def fit(
 def _processes(config: TrainerConfig, alone: bool) -> dict[str, Any]:
     """Return Lightning's settings for one process or for those of the run."""
     if alone or distributed.world() == 1:
-        return {"devices": 1}
+        # Lightning would move to the first GPU, where this process may have taken another.
+        return {"devices": [torch.cuda.current_device()] if config.device.type == "cuda" else 1}
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     # What buffers there are (rotary frequencies, bases) never changes.
     strategies = {

@@ -113,7 +113,8 @@ class FineTuning(L.LightningModule):
         super().__init__()
         self.model, self.defense, self.config = model, defense, config
         self.total_steps, self.step, self._restore = total_steps, first_step, restore
-        self._logged: dict[str, set[str]] = {}
+        self._logged: dict[str, dict[str, float]] = {}
+        self._micro: list[dict[str, Tensor]] = []
         self._sharded: Sharded | None = None
         self.optimizer: torch.optim.Optimizer
         self.schedule: Any
@@ -139,8 +140,7 @@ class FineTuning(L.LightningModule):
         batch = self.defense.select_batch(self.step, batch)
         sharded = self._sharded
         task, terms = self._losses(batch) if sharded is None else sharded.root(self._losses, batch)
-        self.log("loss/task", task.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
-        self._log("loss", {f"loss/{name}": term.detach() for name, term in terms.items()})
+        self._micro.append({f"loss/{name}": term.detach() for name, term in {"task": task, **terms}.items()})
         return task + sum(terms.values()) if terms else task
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -162,14 +162,18 @@ class FineTuning(L.LightningModule):
         """Step, then let the defence change weights."""
         optimizer.step(closure=optimizer_closure)
         self.defense.after_optimizer_step(self.step)
+        losses = {name: torch.stack([each[name] for each in self._micro]).mean() for name in self._micro[0]}
+        self._micro.clear()
+        self.log("loss/task", losses.pop("loss/task"), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self._log("loss", losses)
         self._log("step", self.defense.step_metrics(self.step))
         self.step += 1
 
     def _log(self, when: str, values: dict[str, Any]) -> None:
         """Log figures; one that is absent on a step is NaN there, where Lightning would repeat its last value."""
-        known = self._logged.setdefault(when, set())
-        self.log_dict({**dict.fromkeys(known, math.nan), **values}, sync_dist=self.trainer.world_size > 1)
-        known.update(values)
+        known = self._logged.setdefault(when, {})  # in one order in all processes, which average value by value
+        known.update(dict.fromkeys(values, math.nan))
+        self.log_dict({**known, **values}, sync_dist=self.trainer.world_size > 1)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW over what is trainable (no decay on vectors) and its schedule."""

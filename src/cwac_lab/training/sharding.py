@@ -40,15 +40,15 @@ class Sharded:
         self._plain = [(layer, layer.__class__, {k: copy.copy(v) for k, v in vars(layer).items()}) for layer in layers]
         self.root = _Root(model)
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        others = {parameter for parameter in model.parameters() if id(parameter) not in inside}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
         self._others = [parameter for parameter in others if parameter.requires_grad]
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        fully_shard(self.root, mesh=mesh, ignored_params=others)
+        fully_shard(self.root, mesh=mesh, ignored_params=set(others))
 
     def average(self) -> None:
         """Average the gradients of what is not sharded; those of the layers are."""
-        for parameter in sorted(self._others, key=lambda p: tuple(p.shape)):
+        for parameter in self._others:
             if parameter.grad is not None:
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= distributed.get_world_size()
