@@ -1,6 +1,12 @@
 """The benchmarks run and say what they should; what they measure is no test."""
 
-from cwac_lab.benchmarks import subspace
+from dataclasses import asdict
+
+import pytest
+
+import tiny
+from cwac_lab.benchmarks import subspace, trainers
+from cwac_lab.training.module import TrainerConfig
 
 
 def test_every_way_of_the_subspace_is_measured_against_the_dense_one(capsys):
@@ -14,3 +20,18 @@ def test_every_way_of_the_subspace_is_measured_against_the_dense_one(capsys):
     assert rows["gram"][4] == f"{4 / 96:.2%}"
     assert rows["full SVD, dense projector"][4] == "100.00%"
     assert {f"{what}, k = {k}" for what in ("gradient", "weights") for k in (64, 128, 512)} < rows.keys()
+
+
+def test_every_trainer_is_measured_on_the_same_rows(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    chat = tiny.chat()
+    rows = [chat.encode(f"question {i} " + "more " * (i % 5), f"an answer {i}") for i in range(20)]
+    ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
+    settings = asdict(TrainerConfig(batch_size=4, progress_bar=False))
+    shared = trainers._Rows(str(tiny.save(tmp_path)), ids, labels, chat.pad_id, settings)
+    found = trainers.compare(shared, 1, 1)
+    assert list(found) == list(trainers.WAYS)
+    assert all(each.tokens_per_second > 0 and each.peak_gb > 0.1 for (each,) in found.values())
+    lines = trainers.table(found).splitlines()
+    assert lines[2].startswith("| cwac-lab | ")
+    assert " | 1.00 | " in lines[2]

@@ -65,6 +65,18 @@ def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
     assert table["variant"].tolist() == ["energy=0.9", "energy=0.99", ""]
 
 
+def test_devices_are_no_setting_of_their_own(tmp_path):
+    for seed, devices in enumerate((1, 1, 2)):
+        run = record(tmp_path, "l2", 0.2, seed, 40, strength=1)
+        run.write("config.json", run.config() | {"trainer": {"learning_rate": 1, "devices": devices}})
+    record(tmp_path, "none", 0.2, 2, 90)
+    rows = records(runs(tmp_path))
+    (row,) = [row for row in summary(rows).to_dict("records") if row["constraint"] == "l2"]
+    assert (row["variant"], row["seeds"]) == ("", 3)
+    (row,) = differences(rows).to_dict("records")
+    assert "1 seed" in row["HS - none"]
+
+
 def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
     for seed in range(2):
         record(tmp_path, "none", 0.2, seed, 90, "sst2", 80)
@@ -252,13 +264,18 @@ def test_the_key_of_a_run_ignores_what_changes_no_result():
         return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL, {"data": data})
 
     assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
+    levers = ("trainer.devices=2", "trainer.strategy=fsdp", "trainer.gradient_checkpointing=true")
+    assert key() == key(*levers)
     assert key("harmful_ratio=0") == key("harmful_ratio=0.0")
+    assert len({key(), key("tuning=lora"), key("tuning=qlora"), key("tuning=lora", "tuning.base=bfloat16")}) == 4
     assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
 
 
 def test_a_group_that_came_later_leaves_the_keys_of_earlier_records(tmp_path):
     full, lora = ({"seed": 0, "tuning": {"method": method}} for method in ("full", "lora"))
     assert run_key(full, (), {}) == run_key({"seed": 0}, (), {}) != run_key(lora, (), {})
+    based = {"seed": 0, "tuning": {"method": "lora", "base": "float32"}}
+    assert run_key(based, (), {}) == run_key(lora, (), {})
     run = RunFolder(tmp_path)
     run.write("config.json", {"seed": 0})
     assert run.config() == full
