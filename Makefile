@@ -47,7 +47,7 @@ tables: $(READY)  ## the runs that the experiments lack, then their tables; EXP=
 	$(BIN)/python -m cwac_lab.tables exp=$(EXP) seeds=$(SEEDS) profile_name=$(PROFILE) jobs=$(JOBS) $(ARGS)
 
 test: $(READY)  ## fast tests, no network
-	$(BIN)/pytest -q -m "not slow" $(ARGS)
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the smoke test on real weights
 	$(BIN)/pytest -q -m slow $(ARGS)

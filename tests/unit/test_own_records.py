@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
-from cwac_lab.results import load, select
+from cwac_lab.results import select
 from cwac_lab.results.store import runs
 from cwac_lab.tables import views
 
@@ -37,13 +38,18 @@ def test_the_pages_show_what_the_records_say(name, query):
 
 def test_the_tuning_page_shows_its_trials():
     page = (TUNING / "README.md").read_text()
-    trials = load(TUNING)
-    assert set(trials["split"]) == {"validation"}
-    for trial in trials.to_dict("records"):
-        rates = [f"{trial[rate]:.1f}" for rate in ("harmful_score", "finetune_accuracy", "over_refusal", "incoherent")]
-        strength = f"{trial['constraint.l2.strength']:g}"
-        (row,) = [line for line in page.splitlines() if re.match(rf"\|.*\| {strength}( \(the default\))? \|", line)]
-        assert [cell.strip() for cell in row.split("|")[3:-1]] == rates
+    told = []
+    rows = records(runs(TUNING), told.append)
+    assert told == []
+    assert {row["split"] for row in rows} == {"validation"}
+    lines = markdown(summary(rows, "tuning"), "").splitlines()
+    assert [line for line in lines if line.startswith("| ") and line not in page] == []
+    best = {}
+    for run in runs(TUNING):
+        metrics = run.read("metrics.json")
+        best.setdefault(metrics["constraint"], []).append(tuning_error(metrics))
+    said = dict(re.findall(r"\| `(\w+)` \| [^|]+ \| ([\d.]+) \|", page))
+    assert said == {method: f"{min(errors):.1f}" for method, errors in best.items() if method != "none"}
 
 
 @pytest.mark.parametrize(
