@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import lightning as L
 import torch
 
 import tiny
@@ -45,6 +46,19 @@ def context(model, defense, reference=None, **more):
     return Context(
         model, 0, chat, start.__getitem__, reference, benign, refusals, base.__getitem__, subspace, features, **more
     )
+
+
+class Killed(Exception):
+    """What ``Kill`` raises."""
+
+
+class Kill(L.Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            raise Killed
 
 
 def start(architecture, tuning):

@@ -14,23 +14,13 @@ from cwac_lab import distributed
 from cwac_lab.baselines.lisa import Lisa
 from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.defense import Composite
-from held import FULL, LORA, ROWS, train, weights
+from held import FULL, LORA, ROWS, Kill, Killed, train, weights
 
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
 SHARDABLE = [name for name in ACTIVE if name != "safegrad"]
 TUNINGS = {"full": FULL, "lora": LORA}
 RESUMED = ["coupled", "lisa"]
 LONG = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(L.Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx == 7:
-            raise Killed
 
 
 class Lost(L.Callback):
@@ -82,7 +72,7 @@ def resume(folder, strategy):
         for kept in ("here", "there"):
             settings = {"devices": 2, "strategy": strategy, "checkpoint": folder / f"{name}-{kept}", **LONG}
             try:
-                trained(name, "full", **settings, callbacks=[Kill()])
+                trained(name, "full", **settings, callbacks=[Kill(7)])
             except Killed:
                 distributed.wait()
             if kept == "here":

@@ -6,13 +6,13 @@ import getpass
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import count
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-_turns = cycle(range(2**31))
+_turns = count()
 
 
 @contextmanager
@@ -21,13 +21,13 @@ def one_of_several(device: torch.device) -> Iterator[None]:
 
     So the local processes of a launcher (joblib, ray) or of several shells spread over a machine's GPUs by themselves.
     """
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if count < 2:
+    there = torch.cuda.device_count() if device.type == "cuda" else 0
+    if there < 2:
         yield
         return
     folder = Path(tempfile.gettempdir()) / f"cwac-lab-{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
-    for index in range(count):
+    for index in range(there):
         lock = FileLock(folder / f"{torch.cuda.get_device_properties(index).uuid}.lock")
         try:
             lock.acquire(timeout=0)
@@ -39,5 +39,5 @@ def one_of_several(device: torch.device) -> Iterator[None]:
         finally:
             lock.release()
         return
-    torch.cuda.set_device(next(_turns) % count)
+    torch.cuda.set_device(next(_turns) % there)
     yield

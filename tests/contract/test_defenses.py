@@ -24,7 +24,7 @@ from cwac_lab.data.batches import collate
 from cwac_lab.defense import Composite, Defense
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.checkpoint import Resume
-from held import FULL, HALF, LORA, QLORA, ROWS, assert_moved_alike, same, train, weights
+from held import FULL, HALF, LORA, QLORA, ROWS, Kill, Killed, assert_moved_alike, same, train, weights
 
 FREE = {"energy": None, "rank": 0, "trainable": "all"}
 
@@ -119,16 +119,6 @@ def test_an_active_constraint_changes_the_outcome(name, way):
 @pytest.mark.parametrize(("tuned", "accumulate", "saved"), [(FULL, 1, 6), (FULL, 2, 3), (LORA, 2, 3)])
 @pytest.mark.parametrize("name", ACTIVE)
 def test_a_resumed_run_continues_exactly(name, tuned, accumulate, saved, tmp_path):
-    import lightning as L
-
-    class Killed(Exception):
-        pass
-
-    class Kill(L.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            if batch_idx == 8:
-                raise Killed
-
     settings = {
         "tuning": tuned,
         "epochs": 2,
@@ -139,7 +129,7 @@ def test_a_resumed_run_continues_exactly(name, tuned, accumulate, saved, tmp_pat
     whole = weights(train(ACTIVE[name](), **settings)[0])
     folder = tmp_path / "checkpoint"
     with pytest.raises(Killed):
-        train(ACTIVE[name](), **settings, checkpoint=folder, callbacks=[Kill()])
+        train(ACTIVE[name](), **settings, checkpoint=folder, callbacks=[Kill(8)])
     assert Resume(folder).step == saved
     assert same(weights(train(ACTIVE[name](), **settings, checkpoint=folder)[0]), whole)
 

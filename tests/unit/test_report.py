@@ -14,7 +14,7 @@ from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import averages, markdown, summary
-from cwac_lab.results.store import SCHEMA, RunFolder, run_key, runs
+from cwac_lab.results.store import SCHEMA, RunFolder, runs
 from cwac_lab.stats import wilson
 
 
@@ -253,34 +253,6 @@ def test_differences_are_paired_by_seed_and_item(tmp_path):
     assert row["HS - start"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
     assert row["over-refusal - start"] == ""
     assert "Paired: w (c0ffee) | sst2" in markdown(differences(rows), "Paired: ")
-
-
-def test_the_key_of_a_run_ignores_what_changes_no_result():
-    def key(*overrides, data="a"):
-        from omegaconf import OmegaConf
-
-        from cwac_lab.config import INCIDENTAL
-
-        return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL, {"data": data})
-
-    assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
-    levers = ("trainer.devices=2", "trainer.strategy=fsdp", "trainer.gradient_checkpointing=true")
-    assert key() == key(*levers)
-    assert key("harmful_ratio=0") == key("harmful_ratio=0.0")
-    assert len({key(), key("tuning=lora"), key("tuning=qlora"), key("tuning=lora", "tuning.base=bfloat16")}) == 4
-    assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
-
-
-def test_a_group_that_came_later_leaves_the_keys_of_earlier_records(tmp_path):
-    full, lora = ({"seed": 0, "tuning": {"method": method}} for method in ("full", "lora"))
-    assert run_key(full, (), {}) == run_key({"seed": 0}, (), {}) != run_key(lora, (), {})
-    based = {"seed": 0, "tuning": {"method": "lora", "base": "float32"}}
-    assert run_key(based, (), {}) == run_key(lora, (), {})
-    run = RunFolder(tmp_path)
-    run.write("config.json", {"seed": 0})
-    assert run.config() == full
-    run.write("config.json", lora)
-    assert run.config() == lora
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

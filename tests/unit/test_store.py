@@ -9,11 +9,14 @@ import time
 from datetime import datetime
 
 import pytest
+from omegaconf import OmegaConf
 
+import tiny
 from cwac_lab import results
+from cwac_lab.config import INCIDENTAL
 from cwac_lab.errors import LabError
 from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.results.store import RunFolder, run_key
 
 HOLD = """
 import sys, time
@@ -108,3 +111,27 @@ def test_the_store_as_a_table(other, tmp_path):
     assert row["seconds"] == 2.0
     assert row["sae.k"] == 8
     assert [run.path.name for run in results.select(tmp_path, "mine", "`sae.k` > 7")] == ["two"]
+
+
+def test_the_key_of_a_run_ignores_what_changes_no_result():
+    def key(*overrides, data="a"):
+        return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL, {"data": data})
+
+    assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
+    levers = ("trainer.devices=2", "trainer.strategy=fsdp", "trainer.gradient_checkpointing=true")
+    assert key() == key(*levers)
+    assert key("harmful_ratio=0") == key("harmful_ratio=0.0")
+    assert len({key(), key("tuning=lora"), key("tuning=qlora"), key("tuning=lora", "tuning.base=bfloat16")}) == 4
+    assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
+
+
+def test_a_group_that_came_later_leaves_the_keys_of_earlier_records(tmp_path):
+    full, lora = ({"seed": 0, "tuning": {"method": method}} for method in ("full", "lora"))
+    assert run_key(full, (), {}) == run_key({"seed": 0}, (), {}) != run_key(lora, (), {})
+    based = {"seed": 0, "tuning": {"method": "lora", "base": "float32"}}
+    assert run_key(based, (), {}) == run_key(lora, (), {})
+    run = RunFolder(tmp_path)
+    run.write("config.json", {"seed": 0})
+    assert run.config() == full
+    run.write("config.json", lora)
+    assert run.config() == lora

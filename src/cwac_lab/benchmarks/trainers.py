@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -63,8 +64,6 @@ def _own(rows: _Rows) -> list[float]:
     class Clock(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             ticks.append(time.perf_counter())
-
-    from pathlib import Path
 
     config = TrainerConfig(**rows.trainer)
     examples = [Encoded(ids, labels) for ids, labels in zip(rows.ids, rows.labels, strict=True)]

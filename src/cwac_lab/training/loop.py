@@ -111,7 +111,19 @@ def fit(
     called = [*callbacks, *([_ProgressBar(leave=True)] if config.progress_bar else [])]
     if checkpoint is not None and config.checkpoint_every_n_steps:
         called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, identity))
-    trainer = L.Trainer(
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if first < steps:
+        _trainer(config, loggers, called, alone).fit(module, datamodule=data)
+    model.gradient_checkpointing_disable()
+    model.to(device).eval()  # Lightning leaves it on the CPU
+    tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
+    return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}
+
+
+def _trainer(config: TrainerConfig, loggers: Sequence[Any], callbacks: list[L.Callback], alone: bool) -> L.Trainer:
+    return L.Trainer(
         max_epochs=1,
         accelerator=config.accelerator,
         **_processes(config, alone),
@@ -119,22 +131,13 @@ def fit(
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.gradient_clip or None,
         logger=list(loggers) or False,
-        callbacks=called,
+        callbacks=callbacks,
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=config.progress_bar,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    model.train()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if first < steps:
-        trainer.fit(module, datamodule=data)
-    model.gradient_checkpointing_disable()
-    model.to(device).eval()  # Lightning leaves it on the CPU
-    tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
-    return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}
 
 
 def _processes(config: TrainerConfig, alone: bool) -> dict[str, Any]:
