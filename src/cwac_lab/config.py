@@ -18,6 +18,7 @@ from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.defense import Composite, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.evaluation import engines
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
@@ -79,16 +80,19 @@ class EvaluationConfig:
         batch_size: Prompts per batch of generation.
         max_new_tokens: Length of answers to harmful and harmless prompts.
         n_prompts: At most so many prompts of each kind (harmful, harmless, look-alike); all by default.
+        engine: Who generates: ``hf`` (transformers) or ``vllm``.
     """
 
     split: str = "test"
     batch_size: int = 64
     max_new_tokens: int = 48
     n_prompts: int | None = None
+    engine: str = "hf"
 
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("split", self.split, ("test", "validation"))
+        one_of("engine", self.engine, engines.ENGINES)
         in_range("batch_size", self.batch_size, 1)
         in_range("max_new_tokens", self.max_new_tokens, 1)
         if self.n_prompts is not None:
@@ -216,12 +220,14 @@ def _check_adapters(run: Run) -> None:
             )
 
 
-def check_machine(trainer: TrainerConfig) -> None:
-    """Check that this machine has the devices of a configuration, which may be a record's that was made elsewhere.
+def check_machine(run: Run) -> None:
+    """Check that this machine has what a configuration asks for, which may be a record's that was made elsewhere.
 
     Raises:
         ConfigError: If not.
     """
+    trainer = run.trainer
+    engines.check(run.evaluation.engine, trainer.devices)
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:

@@ -19,7 +19,7 @@ from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
 from cwac_lab.errors import LabError, MissingAsset
-from cwac_lab.evaluation.generate import generate
+from cwac_lab.evaluation.engines import ENGINES, Engine
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.gpus import one_of_several
 from cwac_lab.judges.refusal import RefusalJudge
@@ -95,7 +95,8 @@ class _Stage:
         self.screen.say(f"evaluating on the {run.evaluation.split} split")
         with self.meter.stage("evaluate"):
             rows = evaluation_rows(run, self.begin.pools, self.data)
-            self.folder.write(store.GENERATIONS, _answers(run, rows, self.model, self.chat))
+            engine = ENGINES[run.evaluation.engine](self.model, self.chat, run.evaluation.batch_size)
+            self.folder.write(store.GENERATIONS, _answers(run, rows, engine))
             return judge(run, self.folder) if self.folder.writes else {}
 
 
@@ -111,12 +112,12 @@ def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[di
     return rows
 
 
-def _answers(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> list[dict[str, Any]]:
+def _answers(run: Run, rows: dict[str, list[dict[str, Any]]], engine: Engine) -> list[dict[str, Any]]:
     answered = []
     for kind, asked in rows.items():
         longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
-        batches = partial(generate, model, chat, max_new_tokens=longest, batch_size=run.evaluation.batch_size)
-        outputs = distributed.spread([row["prompt"] for row in asked], batches)
+        prompts = [row["prompt"] for row in asked]
+        outputs = distributed.spread(prompts, partial(engine, max_new_tokens=longest))
         answered += [{**row, "output": output} for row, output in zip(asked, outputs, strict=True)]
     return answered
 
@@ -177,7 +178,7 @@ def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
     Raises:
         LabError: As ``execute``; and if one of several processes is lost.
     """
-    check_machine(run.trainer)
+    check_machine(run)
     if distributed.launched():
         with distributed.group(run.trainer.device):
             return execute(run, screen)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 import tiny
-from cwac_lab.benchmarks import subspace, trainers
+from cwac_lab.benchmarks import generation, subspace, trainers
 from cwac_lab.training.module import TrainerConfig
 
 
@@ -35,3 +35,18 @@ def test_every_trainer_is_measured_on_the_same_rows(tmp_path):
     lines = trainers.table(found).splitlines()
     assert lines[2].startswith("| cwac-lab | ")
     assert " | 1.00 | " in lines[2]
+
+
+def test_batch_sizes_of_generation_are_timed_on_the_same_prompts():
+    asked = []
+
+    def ask(size: int) -> list[str]:
+        asked.append(size)
+        return ["alike", "alike" if size < 4 else "unlike"]
+
+    seconds, unlike = generation.compare(ask, (1, 2, 4), 3)
+    assert asked == [1, 2, 4] * 3
+    assert unlike == {1: 0, 2: 0, 4: 1}
+    first, _, last = generation.table("harmful", 2, seconds, unlike).splitlines()
+    assert "| 1.00 | 0 of 2 |" in first
+    assert last.endswith("1 of 2 |")

@@ -26,7 +26,7 @@ HEARTBEAT_SECONDS = 30.0
 # Raised when the fields of METRICS or PROVENANCE change their meaning.
 SCHEMA = 2
 # Settings that came after the first records, with what those ran under; at that value they are no part of the key.
-LATER: dict[str, Any] = {"tuning": {"method": "full"}}
+LATER: dict[str, Any] = {"tuning": {"method": "full"}, "evaluation.engine": "hf"}
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
 FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
 
@@ -41,16 +41,33 @@ def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[s
     """
     kept = copy.deepcopy(resolved)
     for path in incidental:
-        node, *parts = kept, *path.split(".")
-        for part in parts[:-1]:
-            node = node.get(part, {})
-        node.pop(parts[-1], None)
+        _drop(kept, path)
     if "devices" in kept.get("trainer", {}):
         kept["trainer"]["devices"] = 1  # is in the keys of records from before there could be more
     if kept.get("tuning", {}).get("base") == "float32":
         del kept["tuning"]["base"]  # is not in the keys of records from before there were others
-    kept = {key: value for key, value in kept.items() if key not in LATER or value != LATER[key]}
+    for path, value in LATER.items():
+        if _get(kept, path) == value:
+            _drop(kept, path)
     return digest([_numbers_alike(kept), content])
+
+
+def _parent(node: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping that holds a dotted path, an empty one where there is none, and the last name of the path."""
+    *parts, last = path.split(".")
+    for part in parts:
+        node = node.get(part, {})
+    return node, last
+
+
+def _get(node: dict[str, Any], path: str) -> Any:
+    parent, name = _parent(node, path)
+    return parent.get(name)
+
+
+def _drop(node: dict[str, Any], path: str) -> None:
+    parent, name = _parent(node, path)
+    parent.pop(name, None)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -174,7 +191,11 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration; a setting that came later has the value that the run had without it."""
-        return {**LATER, **self.read(CONFIG)}
+        found: dict[str, Any] = self.read(CONFIG)
+        for path, value in LATER.items():
+            parent, name = _parent(found, path)
+            parent.setdefault(name, value)
+        return found
 
     def facts(self) -> dict[str, Any]:
         """Return what ran, or is to run, by the names of ``FACTS``; with the metrics where the run is finished.
