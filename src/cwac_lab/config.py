@@ -30,7 +30,7 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Settings that do not change what a run computes; they are left out of its key.
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
-    *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
+    *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator", "diagnostics"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # What does not set runs apart in tables either; in the key of a run it always counts as one device.
@@ -100,6 +100,26 @@ class EvaluationConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    """Settings of the measurement of drift within a run; it changes nothing that the run computes.
+
+    Attributes:
+        enabled: Measure after fine-tuning, on prompts of the split that is evaluated on.
+        every_n_steps: Measure during fine-tuning too, every so many optimizer steps; 0 means not.
+        n_prompts: At most so many harmful and harmless prompts each.
+    """
+
+    enabled: bool = False
+    every_n_steps: int = 0
+    n_prompts: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        in_range("every_n_steps", self.every_n_steps, 0)
+        in_range("n_prompts", self.n_prompts, 2)
+
+
+@dataclass
 class Run:
     """A checked configuration: plain settings, and the task and defence as objects."""
 
@@ -115,6 +135,7 @@ class Run:
     logger: LoggerConfig
     align: AlignConfig
     evaluation: EvaluationConfig
+    diagnostics: DiagnosticsConfig
     harmful_ratio: float
     seed: int
     finetune: bool
@@ -191,6 +212,7 @@ def read(config: DictConfig) -> Run:
         logger=bind("logger", LoggerConfig, config.logger),
         align=bind("align", AlignConfig, config.align),
         evaluation=bind("evaluation", EvaluationConfig, config.evaluation),
+        diagnostics=bind("diagnostics", DiagnosticsConfig, config.get("diagnostics") or {}),
         **plain,
         output_root=str(config.output_root),
         cache_root=str(config.cache_root),
@@ -243,6 +265,8 @@ def _check_devices(run: Run) -> None:
         raise ConfigError("trainer.devices", trainer.devices, f"at most trainer.batch_size={trainer.batch_size}")
     if trainer.strategy == "ddp":
         return
+    if run.diagnostics.enabled:
+        raise ConfigError("diagnostics.enabled", True, "false with trainer.strategy=fsdp, or ddp")
     if run.tuning.base == "nf4":
         raise ConfigError("trainer.strategy", "fsdp", "ddp with tuning.base=nf4: its blocks are not sharded")
     whole = [name for name, part in run.constraint.parts.items() if not part.shardable]

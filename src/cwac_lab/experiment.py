@@ -18,6 +18,9 @@ from cwac_lab.data import mixing
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
+from cwac_lab.defense import Context
+from cwac_lab.diagnostics.callback import DriftSampler
+from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.errors import LabError, MissingAsset
 from cwac_lab.evaluation.engines import ENGINES, Engine
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
@@ -26,6 +29,7 @@ from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.preparation import Start, artefacts, base, start
+from cwac_lab.probing import probe
 from cwac_lab.results import store
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
@@ -62,6 +66,8 @@ class _Stage:
         )
         with self.meter.stage("prepare"):
             context, prepared = artefacts(run, self.begin, self.model, self.chat, self.screen.say)
+        drift = self._probe(context)
+        with self.meter.stage("prepare"):
             merge = adapters.attach(self.model, run.tuning, run.seed)
             defense.prepare(context)
         rows = defense.wrap_dataset(rows)
@@ -74,14 +80,28 @@ class _Stage:
         if self.folder.writes:
             loggers = make_loggers(run.logger, self.folder.path, self.folder.path.name, run.resolved)
         checkpoint = self.folder.path / store.CHECKPOINT
+        sampler = (
+            DriftSampler(drift, run.diagnostics.every_n_steps) if drift and run.diagnostics.every_n_steps else None
+        )
         with self.meter.stage("train"):
             trained = fit(
                 self.model, examples, self.chat.pad_id, defense, run.trainer, run.seed,
-                loggers=loggers, checkpoint=checkpoint,
+                loggers=loggers, checkpoint=checkpoint, callbacks=[sampler] if sampler else [],
             )  # fmt: skip
             merge()
             defense.after_training(self.model)
+        if drift is not None:
+            with self.meter.stage("diagnose"):
+                samples = {"samples": sampler.samples} if sampler else {}
+                self.folder.write(store.DRIFT, {**drift.measure(self.model), **samples})
         return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
+
+    def _probe(self, context: Context) -> Probe | None:
+        """Return what the start is measured by, where the run asks for it."""
+        if not self.run.diagnostics.enabled:
+            return None
+        with self.meter.stage("probe"):
+            return probe(self.run, self.begin, self.model, self.chat, context)
 
     def export(self) -> None:
         """Save the fine-tuned model so that plain ``AutoModelForCausalLM.from_pretrained`` loads it."""

@@ -170,11 +170,15 @@ class _Workshop:
 
         return self.cached("sae", {"layer": layer, "texts": digest(texts), **asdict(config)}, build)
 
-    def features(self, spec: FeatureSpec) -> Path:
-        """Return the folder with encoders and chosen latents of all hooked layers."""
+    def autoencoders(self, spec: FeatureSpec) -> dict[int, Path]:
+        """Return the folders of the autoencoders of all hooked layers."""
         n_layers = self.model.config.num_hidden_layers
         layers = sorted({depth_to_layer(depth, n_layers) for depth in spec.depths})
-        autoencoders = {layer: self.autoencoder(layer) for layer in layers}
+        return {layer: self.autoencoder(layer) for layer in layers}
+
+    def features(self, spec: FeatureSpec) -> Path:
+        """Return the folder with encoders and chosen latents of all hooked layers."""
+        autoencoders = self.autoencoders(spec)
         key = {
             "autoencoders": {str(layer): path.name for layer, path in autoencoders.items()},
             "prompts": digest([self.ids(self.held.harmful), self.ids(self.held.benign)]),
@@ -214,6 +218,15 @@ class _Workshop:
             "quality": read_json(autoencoder / sae_train.REPORT),
         }
         latents.export(folder, layer, encoder, chosen, scores, scale, facts)
+
+
+def autoencoders(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> dict[int, Path]:
+    """Return, by layer that the run's defence hooks, the folder of its autoencoder; none where it hooks no layer."""
+    spec = run.constraint.requirements.features
+    if spec is None:
+        return {}
+    held = references(run, begin.pools, begin.folder.content, model, chat, say)
+    return _Workshop(run, begin, model, chat, held, say).autoencoders(spec)
 
 
 def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> tuple[Context, dict[str, Any]]:

@@ -23,6 +23,21 @@ def _cell(rate: dict[str, Any]) -> tuple[str, str, str]:
     return f"{rate['value']:.1f} %", f"[{rate['low']:.1f}, {rate['high']:.1f}]", str(rate["n"])
 
 
+_DRIFT = {
+    "weight": "||dW h0||, by the weights",
+    "activation": "||W0 dh||, by their input",
+    "cross": "||dW dh||, by both",
+    "total": "||W h - W0 h0||",
+    "overlap": "overlap of leading directions, before and now",
+    "leak": "leak, ||dW V|| / ||dW||",
+    "latents_chosen": "safety latents, squared deviations",
+    "latents_others": "other latents, squared deviations",
+    "latents_code": "codes of safety latents, relative",
+    "refusal_cosine": "cosine of the refusal direction, before and now",
+    "kl": "KL at the first tokens of the start's answers",
+}
+
+
 class Screen:
     """Prints to the terminal through rich."""
 
@@ -38,6 +53,19 @@ class Screen:
     def say(self, text: str) -> None:
         """Print one line about a stage."""
         self.console.print(f"[dim]-[/dim] {text}", soft_wrap=True)
+
+    def drift(self, title: str, found: dict[str, Any]) -> None:
+        """Print the means over layers of what moved, by kind of prompts."""
+        kinds = found["summary"]
+        heads = [f"{kind} (n={found['prompts'][kind]})" for kind in kinds]
+        table = Table("", *heads, title=f"{title} | {found['scope']}", title_justify="left")
+        for name, words in _DRIFT.items():
+            if any(name in means for means in kinds.values()):
+                table.add_row(words, *(f"{means[name]:.3g}" if name in means else "" for means in kinds.values()))
+        for layer, by_kind in found.get("reconstruction", {}).items():
+            told = (f"{told['start']:.3f} -> {told['now']:.3f}" for told in by_kind.values())
+            table.add_row(f"explained variance, autoencoder after layer {layer}", *told)
+        self.console.print(table)
 
     def result(self, title: str, metrics: dict[str, Any]) -> None:
         """Print the rates of a run with intervals and n."""

@@ -1,0 +1,90 @@
+"""Measure drift between a start and a fine-tuned model: ``python -m cwac_lab.diagnose run=outputs/runs/NAME``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cwac_lab import cli
+
+if TYPE_CHECKING:
+    from cwac_lab.config import Run
+    from cwac_lab.results.store import RunFolder
+
+
+def _measured(run: Run, moved: Path, say: Callable[[str], None], content: str | None = None) -> dict[str, Any]:
+    """Return the drift from a run's start to a model folder, in the subspace and latents of the run's constraint."""
+    import torch
+
+    from cwac_lab.errors import LabError
+    from cwac_lab.models.loading import load_model
+    from cwac_lab.preparation import artefacts, start
+    from cwac_lab.probing import explaining, probe
+
+    begin = start(run, say)
+    if content is not None and begin.folder.content != content:
+        raise LabError(f"the start here has the weights {begin.folder.content[:8]}, that of the run {content[:8]}")
+    model, chat = begin.load(run)
+    context, _ = artefacts(run, begin, model, chat, say)
+    measure = probe(run, begin, model, chat, context, explaining(run, begin, model, chat, say)).measure
+    del model
+    return measure(load_model(moved, torch.float32, run.trainer.device))
+
+
+def _of_run(folder: RunFolder, config: DictConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure a finished run and write its ``drift.json``.
+
+    Raises:
+        ConfigError: If the run is not finished or has no model.
+    """
+    from cwac_lab.config import read
+    from cwac_lab.errors import ConfigError
+    from cwac_lab.results import store
+
+    if not folder.done() or not folder.has(store.MODEL):
+        raise ConfigError("run", folder.path, f"a finished run with {store.MODEL}/ (trainer.export=true)")
+    asked = OmegaConf.create(folder.config())
+    asked.constraint = cli.compose([f"constraint={config.measured_in}"]).constraint
+    run = read(asked)
+    run.diagnostics = replace(run.diagnostics, n_prompts=config.n_prompts)
+    found = _measured(run, folder.path / store.MODEL, say, folder.facts()["weights_content"])
+    earlier = folder.read(store.DRIFT) if folder.has(store.DRIFT) else {}
+    folder.write(store.DRIFT, {**{key: earlier[key] for key in ("samples",) if key in earlier}, **found})
+    return found
+
+
+def _of_folders(config: DictConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    from cwac_lab.config import read
+    from cwac_lab.errors import ConfigError
+
+    for key in ("before", "after"):
+        if config[key] is None or not (Path(config[key]) / "config.json").is_file():
+            raise ConfigError(key, config[key], "a folder that transformers loads a model from")
+    given = [f"model.path={config.before}", "model.align=none", f"constraint={config.measured_in}"]
+    run = read(cli.compose([*given, f"diagnostics.n_prompts={config.n_prompts}", *config.overrides]))
+    return _measured(run, Path(config.after), say)
+
+
+def main(config: DictConfig) -> None:
+    """Measure one run, all that lack it, or two folders; prints the means over layers."""
+    from cwac_lab.results.console import Screen
+    from cwac_lab.results.store import DRIFT, MODEL, RunFolder, runs
+
+    screen = Screen()
+    if config.before is not None or config.after is not None:
+        screen.drift(f"{config.before} -> {config.after}", _of_folders(config, screen.say))
+        return
+    folders = [RunFolder(Path(config.run))] if config.run is not None else list(runs(Path(config.output_root)))
+    if config.run is None:
+        folders = [each for each in folders if each.has(MODEL) and each.done() and not each.has(DRIFT)]
+        screen.say(f"{len(folders)} runs of {config.output_root} have a model and no {DRIFT}")
+    for folder in folders:
+        screen.drift(folder.path.name, _of_run(folder, config, screen.say))
+
+
+if __name__ == "__main__":
+    cli.launch(main, "diagnose")

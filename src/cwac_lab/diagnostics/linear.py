@@ -1,0 +1,144 @@
+"""Why the output of a linear layer changed: by its weights, by its input, or by both at once.
+
+With ``dW = W - W0`` and ``dh = h - h0`` the change is exactly ``W h - W0 h0 = dW h0 + W0 dh + dW dh``. CWAC motivates
+its two constraints by the first two parts (its decomposition of drift) and drops the third, which is reported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cwac_lab import linalg
+from cwac_lab.data.batches import pad
+from cwac_lab.models.capture import site_inputs, without_sinks
+from cwac_lab.models.sites import Matrix, Site, decoder, linears
+
+# Leading directions of the inputs that are compared before and after.
+DIRECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How one linear layer moved on some prompts; norms over all counted tokens, relative to ``||W0 h0||_F``.
+
+    Attributes:
+        name: Parameter name of W.
+        layer: Index of the decoder layer.
+        weight: ``||dW h0||``, what the weight constraint bounds on its reference prompts.
+        activation: ``||W0 dh||``, what other layers did to the input.
+        cross: ``||dW dh||``.
+        total: ``||W h - W0 h0||``.
+        gap: ``||(dW h0 + W0 dh + dW dh) - (W h - W0 h0)||``: rounding only.
+        overlap: Mean squared cosine of the principal angles between the leading directions of h0 and of h.
+        leak: ``||dW V||_F / ||dW||_F`` for the directions V of a safety subspace, where there is one.
+    """
+
+    name: str
+    layer: int
+    weight: float
+    activation: float
+    cross: float
+    total: float
+    gap: float
+    overlap: float
+    leak: float | None
+
+
+def decompose(
+    h0: Float[Tensor, "N d"], h: Float[Tensor, "N d"], w0: Float[Tensor, "m d"], dw: Float[Tensor, "m d"]
+) -> dict[str, float]:
+    """Return the norms of the parts of ``W h - W0 h0``, their sum's gap to it, all relative to ``||W0 h0||_F``.
+
+    Args:
+        h0: Inputs before, N tokens.
+        h: Inputs of the same tokens now.
+        w0: Weight before.
+        dw: How far it has moved.
+    """
+    before, dh = h0 @ w0.T, h - h0
+    parts = {"weight": h0 @ dw.T, "activation": dh @ w0.T, "cross": dh @ dw.T}
+    total = h @ (w0 + dw).T - before
+    norms = {name: part.double().norm() for name, part in parts.items()}
+    norms |= {"total": total.double().norm(), "gap": (sum(parts.values()) - total).double().norm()}
+    scale = before.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return {name: float(norm / scale) for name, norm in norms.items()}
+
+
+def overlap(h0: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> float:
+    """Return the mean squared cosine of the principal angles between the leading directions of two sets of inputs."""
+    rank = min(DIRECTIONS, *h0.shape)
+    before, now = (linalg.leading_directions(x, rank=rank)[0] for x in (h0, h))
+    return float(torch.linalg.svdvals(before.T @ now).square().mean())
+
+
+class LinearProbe:
+    """Keeps the inputs of linear layers at the start, N tokens x d a site, in the memory of the CPU."""
+
+    def __init__(
+        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, start_weight: Callable[[str], Tensor],
+        scope: str = "ffn_out", batch_size: int = 16,
+    ) -> None:  # fmt: skip
+        """Run the start model on the prompts.
+
+        Args:
+            model: The start, in evaluation mode.
+            prompts: Token ids.
+            pad_id: Id to pad with.
+            start_weight: Reader of a start weight by parameter name.
+            scope: Linear layers, a key of ``SCOPES``.
+            batch_size: Prompts per forward.
+        """
+        ordered = sorted(prompts, key=len)
+        self._batches = [pad(ordered[at : at + batch_size], pad_id) for at in range(0, len(ordered), batch_size)]
+        self._scope, self._start_weight = scope, start_weight
+        self._keep: dict[Site, list[Bool[Tensor, "B T"]]] = {}
+        self._start = self._inputs(model)
+
+    @torch.no_grad()
+    def _inputs(self, model: Any) -> dict[Site, Float[Tensor, "N d"]]:
+        """Return the inputs of every site at the tokens that were no attention sinks at the start."""
+        first = not self._keep
+        found: dict[Site, list[Tensor]] = {}
+        mask: Int[Tensor, "B T"]
+
+        def receive(site: Site, x: Float[Tensor, "B T d"]) -> None:
+            if first:
+                self._keep.setdefault(site, []).append(without_sinks(x, mask).cpu())
+            rows = found.setdefault(site, [])
+            rows.append(x.float().cpu()[self._keep[site][len(rows)]])
+
+        with site_inputs(model, self._scope, receive):
+            for ids, padded in self._batches:
+                mask = padded.to(model.device)
+                decoder(model)(input_ids=ids.to(model.device), attention_mask=mask, use_cache=False)
+        return {site: torch.cat(rows) for site, rows in found.items()}
+
+    @torch.no_grad()
+    def measure(self, model: Any, bases: dict[str, Float[Tensor, "d k"]] | None = None) -> list[Drift]:
+        """Return how every linear layer of the scope has moved.
+
+        Args:
+            model: The model now, in evaluation mode, with adapters or without.
+            bases: Directions V of a safety subspace by site name.
+        """
+        now = self._inputs(model)
+        angles = {site: overlap(self._start[site], h) for site, h in now.items()}
+        return [self._drift(matrix, now, angles, bases or {}) for matrix in linears(model, self._scope)]
+
+    def _drift(
+        self, matrix: Matrix, now: dict[Site, Tensor], angles: dict[Site, float], bases: dict[str, Tensor]
+    ) -> Drift:
+        w0 = self._start_weight(matrix.name).float().cpu()
+        dw = matrix.update(lambda: w0.to(matrix.module.weight.device)).cpu()
+        basis, leak = bases.get(matrix.site.name), None
+        if basis is not None:
+            leaked, moved = linalg.leak(dw, basis.cpu())
+            leak = (leaked / moved) ** 0.5 if moved else 0.0
+        parts = decompose(self._start[matrix.site], now[matrix.site], w0, dw)
+        return Drift(matrix.name, matrix.site.layer, **parts, overlap=angles[matrix.site], leak=leak)

@@ -1,0 +1,91 @@
+"""All measurements of drift on the same prompts: the start's, taken once, against any later state of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from cwac_lab.diagnostics.linear import Drift, LinearProbe
+from cwac_lab.diagnostics.stream import AnswerProbe, Explains, StreamProbe
+from cwac_lab.models.chat import IGNORED, Encoded
+from cwac_lab.sae.latents import LayerFeatures
+from cwac_lab.subspace.basis import Subspace
+
+KINDS = ("harmful", "benign")
+# Tokens of an answer whose distributions are compared: refusals are decided there (Qi et al. 2025).
+FIRST_TOKENS = 5
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def first_tokens(row: Encoded) -> Encoded:
+    """Return a prompt and its answer cut after ``FIRST_TOKENS`` tokens."""
+    length = sum(label == IGNORED for label in row.labels) + FIRST_TOKENS
+    return Encoded(row.input_ids[:length], row.labels[:length])
+
+
+class Probe:
+    """What the start computes on held-out prompts of both kinds."""
+
+    def __init__(
+        self, model: Any, prompts: dict[str, Sequence[Sequence[int]]], answered: dict[str, Sequence[Encoded]],
+        pad_id: int, start_weight: Callable[[str], Tensor], *, scope: str = "ffn_out", subspace: Subspace | None = None,
+        features: Sequence[LayerFeatures] = (), explains: dict[int, Explains] | None = None,
+    ) -> None:  # fmt: skip
+        """Run the start on the prompts.
+
+        Args:
+            model: The start.
+            prompts: Token ids by kind, one of ``KINDS``, up to where the answer starts.
+            answered: The same prompts with the start's own answers.
+            pad_id: Id to pad with.
+            start_weight: Reader of a start weight by parameter name.
+            scope: Linear layers that are decomposed; the paper's are the FFN outputs.
+            subspace: Protected directions, for the leak.
+            features: Encoders and safety latents.
+            explains: By layer, how well the start's autoencoder describes activations.
+        """
+        self._bases = subspace.bases if subspace is not None else {}
+        with evaluating(model):
+            self._linear = {kind: LinearProbe(model, prompts[kind], pad_id, start_weight, scope) for kind in KINDS}
+            self._stream = StreamProbe(model, prompts, pad_id, features, explains)
+            rows = {kind: [first_tokens(row) for row in answered[kind]] for kind in KINDS}
+            self._answers = {kind: AnswerProbe(model, rows[kind], pad_id) for kind in KINDS}
+        self._facts = {"scope": scope, "prompts": {kind: len(prompts[kind]) for kind in KINDS}}
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Return how far a model is from the start, as JSON-able figures; the model stays as it is."""
+        with evaluating(model):
+            layers = {kind: probe.measure(model, self._bases) for kind, probe in self._linear.items()}
+            kl = {kind: probe.measure(model) for kind, probe in self._answers.items()}
+            found = {**self._facts, **self._stream.measure(model), "kl_first_tokens": kl}
+        found["layers"] = {kind: [asdict(drift) for drift in drifts] for kind, drifts in layers.items()}
+        return {**found, "summary": _summary(found, layers)}
+
+
+def _summary(found: dict[str, Any], layers: dict[str, list[Drift]]) -> dict[str, dict[str, float]]:
+    """Return, by kind, the means over layers of every measurement; the refusal direction's is of both kinds."""
+    means: dict[str, dict[str, float]] = {}
+    for kind, drifts in layers.items():
+        names = ("weight", "activation", "cross", "total", "overlap", "leak")
+        taken = {name: [value for d in drifts if (value := getattr(d, name)) is not None] for name in names}
+        means[kind] = {name: fmean(values) for name, values in taken.items() if values}
+        means[kind]["kl"] = found["kl_first_tokens"][kind]
+        for name in ("chosen", "others", "code") if found["latents"][kind] else ():
+            means[kind][f"latents_{name}"] = fmean(each[name] for each in found["latents"][kind])
+        means[kind]["refusal_cosine"] = fmean(found["refusal_direction"]["cosine"])
+    return means

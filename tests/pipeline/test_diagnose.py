@@ -1,0 +1,91 @@
+"""Drift of whole runs: within a run, of finished runs, and between two folders."""
+
+import pytest
+
+import tiny
+from cwac_lab import diagnose, train
+from cwac_lab.cache import read_json, read_jsonl
+
+SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
+
+
+@pytest.fixture(scope="module")
+def output(tiny_folder, tmp_path_factory):
+    """A run without measurement, and the same one measured, in stores of their own."""
+    where = tmp_path_factory.mktemp("output")
+    shared = [*tiny.small_run(tiny_folder, where / "plain"), *SHARED]
+    tiny.launch(train.main, shared)
+    measured = [f"output_root={where / 'measured'}", "diagnostics.enabled=true", "diagnostics.every_n_steps=3"]
+    tiny.launch(train.main, [*shared, *measured])
+    return where
+
+
+def folder(output, name):
+    (found,) = (output / name / "runs").iterdir()
+    return found
+
+
+def test_measuring_changes_nothing_that_a_run_computes(output):
+    plain, measured = folder(output, "plain"), folder(output, "measured")
+    assert plain.name == measured.name
+    assert read_jsonl(plain / "generations.jsonl") == read_jsonl(measured / "generations.jsonl")
+    for name in ("model.safetensors", "config.json"):
+        assert (plain / "model" / name).read_bytes() == (measured / "model" / name).read_bytes()
+    assert not (plain / "drift.json").exists()
+
+
+def test_drift_is_sampled_and_logged(output):
+    found = read_json(folder(output, "measured") / "drift.json")
+    assert [sample["step"] for sample in found["samples"]] == [3, 6]  # of 8 steps
+    assert found["prompts"] == {"harmful": 3, "benign": 3}
+    assert found["samples"][0]["harmful"]["weight"] > 0
+    assert found["summary"]["harmful"]["leak"] < 1e-5
+    log = (folder(output, "measured") / "log" / "metrics.csv").read_text()
+    assert "drift/harmful/weight" in log.splitlines()[0]
+
+
+def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys):
+    within = read_json(folder(output, "measured") / "drift.json")
+    tiny.launch(diagnose.main, [f"output_root={output / 'plain'}", "measured_in=weight"], "diagnose")
+    after = read_json(folder(output, "plain") / "drift.json")
+    for kind in ("harmful", "benign"):
+        assert after["summary"][kind] == pytest.approx(within["summary"][kind], rel=1e-4, abs=1e-6)
+    assert "1 runs of" in capsys.readouterr().out
+    tiny.launch(diagnose.main, [f"output_root={output / 'plain'}"], "diagnose")
+    assert "0 runs of" in capsys.readouterr().out
+
+
+def test_latents_and_reconstruction_are_told_too(output, capsys):
+    run = folder(output, "measured")
+    tiny.launch(diagnose.main, [f"run={run}"], "diagnose")
+    found = read_json(run / "drift.json")
+    assert found["latents"]["harmful"][0]["chosen"] > 0
+    assert set(found["reconstruction"]["1"]["benign"]) == {"start", "now"}
+    assert len(found["samples"]) == 2  # of the run itself, kept
+    assert "explained variance, autoencoder" in capsys.readouterr().out
+
+
+def test_two_folders_are_compared(output, tiny_folder, capsys):
+    asked = [f"before={tiny_folder}", f"after={folder(output, 'plain') / 'model'}", "measured_in=none", "n_prompts=4"]
+    tiny.launch(diagnose.main, asked, "diagnose")
+    assert "harmful (n=4)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        (["run=nowhere"], "error: run=nowhere: accepted: a finished run with model/ (trainer.export=true)"),
+        (["before=nowhere"], "error: before=nowhere: accepted: a folder that transformers loads a model from"),
+    ],
+)
+def test_bad_input_is_one_line(asked, line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tiny.launch(diagnose.main, asked, "diagnose")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip() == line
+
+
+def test_a_sharded_model_is_not_measured_while_it_trains(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tiny.launch(train.main, ["trainer.devices=2", "trainer.strategy=fsdp", "diagnostics.enabled=true"])
+    assert "diagnostics.enabled=True: accepted: false with trainer.strategy=fsdp" in capsys.readouterr().err

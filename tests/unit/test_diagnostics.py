@@ -1,0 +1,215 @@
+"""Measurements of drift against their definitions, on tiny models."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+import tiny
+from cwac_lab.diagnostics.linear import LinearProbe, decompose, overlap
+from cwac_lab.diagnostics.probe import Probe, first_tokens
+from cwac_lab.diagnostics.stream import latent_drift, refusal_directions
+from cwac_lab.models import adapters
+from cwac_lab.models.adapters import TuningConfig
+from cwac_lab.models.sites import decoder_layers
+from cwac_lab.sae.latents import LayerFeatures
+from cwac_lab.subspace.basis import Subspace
+
+HARMFUL = ["how to bake bread", "a plan for the trip", "write a poem about harm to someone"]
+BENIGN = ["a fine film", "what is the answer?", "explain a question, plan a trip and write a poem"]
+
+
+def asked():
+    chat = tiny.chat()
+    prompts = {"harmful": HARMFUL, "benign": BENIGN}
+    ids = {kind: [chat.prompt_ids(text) for text in texts] for kind, texts in prompts.items()}
+    rows = {
+        kind: [chat.encode(text, "I'm sorry, but I can't help with that") for text in texts]
+        for kind, texts in prompts.items()
+    }
+    return chat, ids, rows
+
+
+def moved(start, scale=0.3):
+    model = copy.deepcopy(start)
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * parameter.std() * torch.randn(parameter.shape, generator=source))
+    return model
+
+
+def reader(model):
+    held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return held.__getitem__
+
+
+def features(width=32, latents=96):
+    source = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(width, latents, generator=source), torch.randn(latents, generator=source)
+    return LayerFeatures(1, weight, bias, 8, torch.tensor([3, 40, 41, 77]), torch.ones(4))
+
+
+def probe(model, **more):
+    chat, ids, rows = asked()
+    return Probe(model, ids, rows, chat.pad_id, reader(model), **more)
+
+
+def test_the_parts_of_a_change_are_their_definition():
+    source = torch.Generator().manual_seed(0)
+    h0, h = torch.randn(7, 5, generator=source), torch.randn(7, 5, generator=source)
+    w0, w = torch.randn(3, 5, generator=source), torch.randn(3, 5, generator=source)
+    found = decompose(h0, h, w0, w - w0)
+    scale = sum(float((w0 @ row).square().sum()) for row in h0) ** 0.5
+    expected = {"weight": [], "activation": [], "cross": [], "total": []}
+    for before, now in zip(h0, h, strict=True):
+        expected["weight"].append((w - w0) @ before)
+        expected["activation"].append(w0 @ (now - before))
+        expected["cross"].append((w - w0) @ (now - before))
+        expected["total"].append(w @ now - w0 @ before)
+    for name, rows in expected.items():
+        assert found[name] == pytest.approx(float(torch.stack(rows).norm()) / scale, rel=1e-5)
+    assert found["gap"] < 1e-6
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_layer_by_layer_the_parts_make_up_the_true_change(architecture):
+    start = tiny.lively(architecture)
+    found = probe(start).measure(moved(start))
+    for kind in ("harmful", "benign"):
+        assert [layer["layer"] for layer in found["layers"][kind]] == [0, 1]
+        for layer in found["layers"][kind]:
+            assert layer["gap"] < 1e-5
+            assert min(layer["weight"], layer["activation"], layer["cross"]) > 0.01
+            assert layer["total"] <= layer["weight"] + layer["activation"] + layer["cross"] + 1e-6
+
+
+def test_a_start_that_has_not_moved_shows_no_drift():
+    start = tiny.lively("llama")
+    found = probe(start, features=[features()]).measure(start)
+    for kind in ("harmful", "benign"):
+        means = found["summary"][kind]
+        assert {means[name] for name in ("weight", "cross", "latents_chosen", "latents_code")} == {0.0}
+        assert abs(means["kl"]) < 1e-6
+        assert means["overlap"] == pytest.approx(1)
+        assert means["refusal_cosine"] == pytest.approx(1)
+
+
+def test_only_what_was_changed_is_blamed():
+    start = tiny.lively("llama")
+    first, last = (layer.mlp.down_proj for layer in decoder_layers(start))
+    for changed, parts in ((last, {"weight"}), (first, {"activation"})):
+        model = copy.deepcopy(start)
+        index = [first, last].index(changed)
+        with torch.no_grad():
+            decoder_layers(model)[index].mlp.down_proj.weight.mul_(1.5)
+        of_last = probe(start).measure(model)["layers"]["harmful"][1]
+        assert {name for name in ("weight", "activation", "cross") if of_last[name] > 1e-6} == parts
+
+
+def test_sinks_and_padding_do_not_count():
+    start = tiny.lively("llama")
+    chat, ids, _ = asked()
+    together = LinearProbe(start, ids["harmful"], chat.pad_id, reader(start))
+    alone = LinearProbe(start, ids["harmful"], chat.pad_id, reader(start), batch_size=1)
+    n = sum(len(row) - 1 for row in ids["harmful"])
+    for site, rows in together._start.items():
+        assert len(rows) <= n
+        assert len(alone._start[site]) == pytest.approx(len(rows), abs=3)  # the median of norms is taken by batch
+
+
+def test_leak_is_that_of_the_update():
+    start = tiny.lively("llama")
+    after = moved(start)
+    basis = torch.linalg.qr(torch.randn(48, 5, generator=torch.Generator().manual_seed(3))).Q
+    space = Subspace({f"layers.{i}.ffn_out": basis for i in range(2)}, {})
+    layer = probe(start, subspace=space).measure(after)["layers"]["harmful"][0]
+    dw = after.get_parameter(layer["name"]) - start.get_parameter(layer["name"])
+    assert layer["leak"] == pytest.approx(float((dw @ basis).norm() / dw.norm()), rel=1e-4)
+
+
+def test_adapters_count_as_the_update_that_they_are():
+    start = tiny.lively("llama")
+    measure = probe(start).measure
+    model = copy.deepcopy(start)
+    merge = adapters.attach(model, TuningConfig("lora", rank=4), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    before = measure(model)
+    merge()
+    after = measure(model)
+    for kind, means in before["summary"].items():
+        assert means["weight"] > 0.01
+        assert means == pytest.approx(after["summary"][kind], rel=1e-3, abs=1e-5)
+
+
+def test_angles_are_those_of_the_leading_directions():
+    source = torch.Generator().manual_seed(0)
+    h0, h = torch.randn(40, 24, generator=source), torch.randn(40, 24, generator=source)
+    before, now = (torch.linalg.svd(x.double()).Vh[:16].T for x in (h0, h))
+    assert overlap(h0, h) == pytest.approx(float((before.T @ now).square().sum()) / 16, rel=1e-5)
+    assert overlap(h0, h0 @ torch.diag(torch.ones(24))) == pytest.approx(1)
+
+
+def test_latents_are_counted_in_their_own_deviations():
+    source = torch.Generator().manual_seed(0)
+    feature = features()
+    x0, x = torch.randn(30, 32, generator=source), torch.randn(30, 32, generator=source)
+    found = latent_drift(x0, x, feature)
+    z0, z = x0 @ feature.weight + feature.bias, x @ feature.weight + feature.bias
+    squares = [float(((z - z0)[:, i] / z0[:, i].std()).square().mean()) for i in range(96)]
+    chosen = feature.latents.tolist()
+    assert found["chosen"] == pytest.approx(sum(squares[i] for i in chosen) / 4, rel=1e-4)
+    assert found["others"] == pytest.approx(sum(squares[i] for i in range(96) if i not in chosen) / 92, rel=1e-4)
+
+
+def test_the_refusal_direction_is_the_difference_of_means():
+    source = torch.Generator().manual_seed(0)
+    harmful, benign = torch.randn(5, 2, 8, generator=source), torch.randn(6, 2, 8, generator=source)
+    directions, length = refusal_directions(harmful, benign)
+    for layer in range(2):
+        expected = harmful[:, layer].mean(0) - benign[:, layer].mean(0)
+        torch.testing.assert_close(directions[layer] * length[layer], expected)
+
+
+def test_the_divergence_is_taken_at_the_first_tokens_of_the_starts_answers():
+    start = tiny.lively("llama")
+    after = moved(start)
+    _, _, rows = asked()
+    found = probe(start).measure(after)["kl_first_tokens"]["harmful"]
+    values = []
+    for row in map(first_tokens, rows["harmful"]):
+        assert sum(label >= 0 for label in row.labels) == 5
+        ids = torch.tensor([row.input_ids])
+        p0, p = (model(ids).logits[0].float().log_softmax(-1) for model in (start, after))
+        at = [i - 1 for i, label in enumerate(row.labels) if label >= 0]
+        values += kl_div(p[at], p0[at], log_target=True, reduction="none").sum(-1).tolist()
+    assert found == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_reconstruction_is_told_before_and_now():
+    start = tiny.lively("llama")
+    seen = []
+
+    def explains(x):
+        seen.append(x)
+        return float(x.square().mean())
+
+    model = moved(start)
+    found = probe(start, features=[features()], explains={1: explains}).measure(model)["reconstruction"]["1"]["harmful"]
+    assert found["start"] == float(seen[0].square().mean())
+    assert found["now"] == float(seen[1].square().mean())
+    assert not math.isclose(found["start"], found["now"])
+
+
+def test_measuring_leaves_the_model_as_it_is():
+    start = tiny.lively("llama")
+    model = moved(start).train()
+    held = {name: value.clone() for name, value in model.state_dict().items()}
+    probe(start).measure(model)
+    assert model.training
+    assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
