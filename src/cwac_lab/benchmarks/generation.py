@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from cwac_lab import cli
 
-PROMPTS, ROUNDS = 48, 3
+PROMPTS, ROUNDS = 32, 3
 SIZES = (1, 8, 32, 64)
 
 
