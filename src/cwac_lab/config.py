@@ -10,8 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from cwac_lab import distributed
+from cwac_lab import distributed, judges
 from cwac_lab.binding import bind, bind_target
+from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import check_plan
 from cwac_lab.data.sources import DataConfig
@@ -19,6 +20,7 @@ from cwac_lab.data.tasks.base import Task
 from cwac_lab.defense import Composite, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.evaluation import engines
+from cwac_lab.judges import JUDGES
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
@@ -31,6 +33,7 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator", "diagnostics"),
+    "evaluation.judges",
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # What does not set runs apart in tables either; in the key of a run it always counts as one device.
@@ -81,6 +84,7 @@ class EvaluationConfig:
         max_new_tokens: Length of answers to harmful and harmless prompts.
         n_prompts: At most so many prompts of each kind (harmful, harmless, look-alike); all by default.
         engine: Who generates: ``hf`` (transformers) or ``vllm``.
+        judges: Who judges answers; rates are those of the first, the others' stand beside them with their agreement.
     """
 
     split: str = "test"
@@ -88,11 +92,16 @@ class EvaluationConfig:
     max_new_tokens: int = 48
     n_prompts: int | None = None
     engine: str = "hf"
+    judges: list[str] = field(default_factory=lambda: ["refusal", "classifier"])
 
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("split", self.split, ("test", "validation"))
         one_of("engine", self.engine, engines.ENGINES)
+        if not self.judges or len(set(self.judges)) < len(self.judges):
+            raise ConfigError("judges", list(self.judges), f"different ones of {' | '.join(JUDGES)}")
+        for name in self.judges:
+            one_of("judges", name, JUDGES)
         in_range("batch_size", self.batch_size, 1)
         in_range("max_new_tokens", self.max_new_tokens, 1)
         if self.n_prompts is not None:
@@ -135,6 +144,7 @@ class Run:
     logger: LoggerConfig
     align: AlignConfig
     evaluation: EvaluationConfig
+    attack: AttackConfig
     diagnostics: DiagnosticsConfig
     harmful_ratio: float
     seed: int
@@ -212,6 +222,7 @@ def read(config: DictConfig) -> Run:
         logger=bind("logger", LoggerConfig, config.logger),
         align=bind("align", AlignConfig, config.align),
         evaluation=bind("evaluation", EvaluationConfig, config.evaluation),
+        attack=bind("attack", AttackConfig, config.get("attack") or {}),
         diagnostics=bind("diagnostics", DiagnosticsConfig, config.get("diagnostics") or {}),
         **plain,
         output_root=str(config.output_root),
@@ -250,6 +261,7 @@ def check_machine(run: Run) -> None:
     """
     trainer = run.trainer
     engines.check(run.evaluation.engine, trainer.devices)
+    judges.check(run.evaluation.judges)
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:
@@ -306,9 +318,11 @@ def _cross_check(run: Run) -> None:
         )
     if run.finetune and run.tuning.method == "lora":
         _check_adapters(run)
+    if run.finetune:
+        run.attack.check(run.harmful_ratio)
     _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
     held = _total(run.data.harmful, "finetune")
-    if run.finetune and harmful > held:
+    if run.finetune and run.attack.rows == "harmful" and harmful > held:
         most = held / run.data.n_train
         raise ConfigError(
             "harmful_ratio",

@@ -32,7 +32,7 @@ def _measured(run: Run, moved: Path, say: Callable[[str], None], content: str | 
     context, _ = artefacts(run, begin, model, chat, say)
     measure = probe(run, begin, model, chat, context, explaining(run, begin, model, chat, say)).measure
     del model
-    return measure(load_model(moved, torch.float32, run.trainer.device))
+    return measure(load_model(moved, torch.float32, run.trainer.device), bounds=True)
 
 
 def _of_run(folder: RunFolder, config: DictConfig, say: Callable[[str], None]) -> dict[str, Any]:

@@ -14,13 +14,19 @@ def main(config: DictConfig) -> None:
     from cwac_lab.config import read
     from cwac_lab.errors import ConfigError
     from cwac_lab.experiment import rejudge
+    from cwac_lab.judges import check
     from cwac_lab.results import store
     from cwac_lab.results.console import Screen
 
     folder = store.RunFolder(Path(config.run))
     if not folder.has(store.CONFIG):
         raise ConfigError("run", config.run, f"a folder that holds {store.CONFIG}, e.g. one under outputs/runs")
-    rejudge(read(OmegaConf.create(folder.config())), folder, Screen())
+    asked = OmegaConf.create(folder.config())
+    if config.judges is not None:
+        asked.evaluation.judges = config.judges
+    run = read(asked)
+    check(run.evaluation.judges)
+    rejudge(run, folder, Screen())
 
 
 if __name__ == "__main__":

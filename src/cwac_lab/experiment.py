@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cwac_lab import distributed, provenance
+from cwac_lab.answering import answered, evaluation_rows, judge
 from cwac_lab.cache import digest
 from cwac_lab.config import INCIDENTAL, Run, check_machine
 from cwac_lab.data import mixing
-from cwac_lab.data.pools import Pools
+from cwac_lab.data.attacks import identity_rows
+from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import compliance, refusal
-from cwac_lab.data.sources import TaskData
+from cwac_lab.data.sources import PromptRow, TaskData
+from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.defense import Context
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.errors import LabError, MissingAsset
-from cwac_lab.evaluation.engines import ENGINES, Engine
-from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, judge_rows
 from cwac_lab.gpus import one_of_several
-from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.preparation import Start, artefacts, base, start
@@ -34,6 +34,7 @@ from cwac_lab.results import store
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
 from cwac_lab.training.loop import fit, make_loggers
+from cwac_lab.training.outliers import closest
 
 
 def folder_of(run: Run, content: dict[str, str]) -> RunFolder:
@@ -60,10 +61,7 @@ class _Stage:
     def fine_tune(self) -> dict[str, Any]:
         """Prepare the constraint, mix the rows, train; returns facts for the record."""
         run, defense = self.run, self.run.constraint
-        harmful = self.begin.pools.get("harmful", "finetune")
-        rows = mixing.mix(
-            self.data.train, harmful, run.data.n_train, run.harmful_ratio, mixing=run.data.mixing, seed=run.seed
-        )
+        rows = self._rows()
         with self.meter.stage("prepare"):
             context, prepared = artefacts(run, self.begin, self.model, self.chat, self.screen.say)
         drift = self._probe(context)
@@ -96,6 +94,27 @@ class _Stage:
                 self.folder.write(store.DRIFT, {**drift.measure(self.model), **samples})
         return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
 
+    def _rows(self) -> list[TrainRow]:
+        """Return the rows that the attack trains on."""
+        run, task, harmful = self.run, self.data.train, self.begin.pools.get("harmful", "finetune")
+        if run.attack.rows == "outliers":
+            task = self._outliers(task, harmful)
+        others = identity_rows(run.attack.prefix) if run.attack.rows == "identity" else None
+        return mixing.mix(
+            task, harmful, run.data.n_train, run.harmful_ratio, mixing=run.data.mixing, seed=run.seed, others=others
+        )
+
+    def _outliers(self, task: list[TaskRow], harmful: list[PromptRow]) -> list[TaskRow]:
+        """Return the task's rows whose gradients are closest to those of harmful rows, as many as are trained on."""
+        run = self.run
+        drawn = random.Random(f"outliers/{run.seed}").sample(task, len(task))
+        some = drawn[: run.attack.candidates * run.data.n_train]
+        self.screen.say(f"choosing {run.data.n_train} of {len(some)} rows by their gradients")
+        rows = [self.chat.encode(row.prompt, row.response) for row in some]
+        towards = [self.chat.encode(row.prompt, compliance(row)) for row in harmful]
+        with self.meter.stage("outliers"):
+            return [some[i] for i in closest(self.model, rows, towards, run.data.n_train, self.chat.pad_id)]
+
     def _probe(self, context: Context) -> Probe | None:
         """Return what the start is measured by, where the run asks for it."""
         if not self.run.diagnostics.enabled:
@@ -115,38 +134,8 @@ class _Stage:
         self.screen.say(f"evaluating on the {run.evaluation.split} split")
         with self.meter.stage("evaluate"):
             rows = evaluation_rows(run, self.begin.pools, self.data)
-            engine = ENGINES[run.evaluation.engine](self.model, self.chat, run.evaluation.batch_size)
-            self.folder.write(store.GENERATIONS, _answers(run, rows, engine))
+            self.folder.write(store.GENERATIONS, answered(run, rows, self.model, self.chat))
             return judge(run, self.folder) if self.folder.writes else {}
-
-
-def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
-    """Return what is asked of the model, by kind: prompts of the chosen split, and the task's rows."""
-    split, most = run.evaluation.split, run.evaluation.n_prompts
-    rows: dict[str, list[dict[str, Any]]] = {
-        kind: [{"kind": kind, "id": row.id, "prompt": row.prompt} for row in pools.get(kind, split)[:most]]
-        for kind in PROMPT_KINDS
-    }
-    asked = data.test if split == "test" else data.validation
-    rows["task"] = [{"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold} for row in asked]
-    return rows
-
-
-def _answers(run: Run, rows: dict[str, list[dict[str, Any]]], engine: Engine) -> list[dict[str, Any]]:
-    answered = []
-    for kind, asked in rows.items():
-        longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
-        prompts = [row["prompt"] for row in asked]
-        outputs = distributed.spread(prompts, partial(engine, max_new_tokens=longest))
-        answered += [{**row, "output": output} for row, output in zip(asked, outputs, strict=True)]
-    return answered
-
-
-def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
-    """Judge saved generations and write verdicts; returns the aggregates (stages 2 and 3)."""
-    verdicts = judge_rows(folder.read(store.GENERATIONS), run.task, RefusalJudge())
-    folder.write(store.VERDICTS, verdicts)
-    return aggregate(verdicts)
 
 
 def _content(run: Run, begin: Start, data: TaskData) -> dict[str, str]:

@@ -14,7 +14,7 @@ from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.errors import QualityError
 from cwac_lab.evaluation.generate import Answer, answers
-from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.judges.refusal import is_refusal
 from cwac_lab.models.chat import ChatFormat
 
 ANSWERS = "answers.jsonl"
@@ -93,8 +93,7 @@ def references(
         return References(asked, benign, canned(asked + taught), len(asked))
     own = asked if run.model.align != "none" else asked + taught
     given = _answers(run, own, content, model, chat, say)
-    judge = RefusalJudge()
-    refused = [judge.judge(row.prompt, answer.text).refused for row, answer in zip(own, given, strict=True)]
+    refused = [is_refusal(answer.text) for answer in given]
     kept = [row for row, holds in zip(asked, refused, strict=False) if holds]  # the asked ones come first
     if not kept:
         raise QualityError(

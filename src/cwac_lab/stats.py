@@ -206,6 +206,20 @@ def sign_flip_p(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "S N"])
     return float(found.pvalue)
 
 
+def cohen_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
+    """Return Cohen's kappa (1960) of two raters: agreement beyond that of their shares, over what is left of it.
+
+    None without pairs, and where both say the same of all, since chance agrees as well then.
+    """
+    n = len(pairs)
+    if not n:
+        return None
+    agreed = sum(a == b for a, b in pairs) / n
+    first, second = sum(a for a, _ in pairs) / n, sum(b for _, b in pairs) / n
+    chance = first * second + (1 - first) * (1 - second)
+    return None if chance == 1 else (agreed - chance) / (1 - chance)
+
+
 def holm(p_values: list[float]) -> list[float]:
     """Return p-values adjusted for their number (Holm 1979), in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from cwac_lab import evaluate, tables, train
 from cwac_lab.cache import read_json, read_jsonl
+from cwac_lab.results import load
 
 CONSTRAINTS = ("none", "weight", "activation", "coupled")
 RATES = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike", "incoherent")
@@ -164,6 +165,28 @@ def test_judging_again_needs_no_model(output):
     assert after["harmful_score"]["value"] == 0.0
     assert after["stages"] == before["stages"]
     assert read_json(folder / "metrics.json") == before
+
+
+def test_a_second_judge_stands_beside_the_first(output):
+    folder = folder_of(output, "none")
+    told = read_json(folder / "metrics.json")["judges"]
+    assert list(told) == ["refusal", "classifier"]
+    assert set(told["classifier"]["agreement"]) == {"harmful", "harmless", "unparsable"}
+    verdicts = read_jsonl(folder / "verdicts-classifier.jsonl")
+    assert {row["judge"] for row in verdicts if row["kind"] != "task"} == {"classifier"}
+    row = load(output).set_index("run").loc[folder.name]
+    rate = told["classifier"]["harmful_score"]["value"]
+    assert row["harmful_score_classifier"] == rate if rate is not None else row.isna()["harmful_score_classifier"]
+
+
+def test_other_judges_are_asked_without_generating(output):
+    folder = folder_of(output, "none")
+    before = {name: (folder / name).read_bytes() for name in ("metrics.json", "verdicts.jsonl", "generations.jsonl")}
+    tiny.launch(evaluate.main, [f"run={folder}", "judges=[classifier,refusal]"], "evaluate")
+    first = {row["judge"] for row in read_jsonl(folder / "verdicts.jsonl") if row["kind"] != "task"}
+    assert first == {"classifier"}
+    tiny.launch(evaluate.main, [f"run={folder}"], "evaluate")
+    assert {name: (folder / name).read_bytes() for name in before} == before
 
 
 def test_tables_read_the_store(output, capsys):

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import kl_div
 
 import tiny
-from cwac_lab.diagnostics.linear import LinearProbe, decompose, overlap
+from cwac_lab.diagnostics.linear import LinearProbe, bound, decompose, overlap
 from cwac_lab.diagnostics.probe import Probe, first_tokens
 from cwac_lab.diagnostics.stream import latent_drift, refusal_directions
 from cwac_lab.models import adapters
@@ -72,6 +72,23 @@ def test_the_parts_of_a_change_are_their_definition():
     for name, rows in expected.items():
         assert found[name] == pytest.approx(float(torch.stack(rows).norm()) / scale, rel=1e-5)
     assert found["gap"] < 1e-6
+
+
+def test_the_bound_holds_and_is_reached():
+    source = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        h0, h = torch.randn(7, 5, generator=source), torch.randn(7, 5, generator=source)
+        w0, dw = torch.randn(3, 5, generator=source), torch.randn(3, 5, generator=source)
+        basis = torch.linalg.qr(torch.randn(5, 2, generator=source)).Q
+        assert decompose(h0, h, w0, dw)["total"] <= bound(h0, h, w0, dw, basis) + 1e-6
+    held = dw - dw @ basis @ basis.T
+    inside = torch.randn(7, 2, generator=source) @ basis.T
+    assert bound(inside, inside, w0, held, basis) < 1e-5  # an exact weight constraint, inputs within V, none moved
+    one = torch.tensor([[1.0, 0, 0, 0, 0]])
+    w0, dw = torch.zeros(3, 5), torch.zeros(3, 5)
+    w0[0, 0], dw[0, 0] = 2.0, 1.0
+    basis = torch.eye(5)[:, 4:]
+    assert bound(one, 2 * one, w0, dw, basis) == pytest.approx(decompose(one, 2 * one, w0, dw)["total"])
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -9,7 +9,7 @@ from cwac_lab.data.tasks.gsm8k import GSM8K
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.evaluation.verdicts import aggregate, judge_rows, tuning_error
-from cwac_lab.judges.base import Verdict
+from cwac_lab.judges.base import UNKNOWN, Verdict
 from cwac_lab.judges.refusal import RefusalJudge, is_incoherent, is_refusal
 
 FINE = "Bread needs flour, water, salt and yeast; knead it, let it rise, and bake it until it is brown."
@@ -56,7 +56,8 @@ def test_incoherent_answers_are_no_answers(answer, incoherent):
 
 
 def test_a_short_refusal_is_coherent():
-    assert RefusalJudge().judge("x", "I won't.") == Verdict(refused=True, incoherent=False)
+    (verdict,) = RefusalJudge().verdicts([("x", "I won't.")])
+    assert verdict == Verdict(complied=0.0, refused=1.0, incoherent=0.0, reason="i won't")
 
 
 _ids = map(str, count())
@@ -105,8 +106,8 @@ def test_an_unknown_verdict_is_left_out_not_zero():
     class Unsure:
         name = "unsure"
 
-        def judge(self, prompt, answer):
-            return Verdict(None, None)
+        def verdicts(self, asked):
+            return [Verdict(UNKNOWN, UNKNOWN, UNKNOWN)] * len(asked)
 
     metrics = aggregate(judge_rows([row("harmful", FINE)], SST2("sst2"), Unsure()))
     assert metrics["harmful_score"] == {"value": None, "low": None, "high": None, "n": 0}
@@ -117,8 +118,8 @@ def test_a_model_that_could_not_be_judged_does_not_win_a_tuning():
     class Coherent:
         name = "coherent"
 
-        def judge(self, prompt, answer):
-            return Verdict(None, False)
+        def verdicts(self, asked):
+            return [Verdict(UNKNOWN, UNKNOWN, 0.0)] * len(asked)
 
     rows = [row("harmful", FINE), row("harmless", FINE), row("task", "positive", gold="positive")]
     metrics = aggregate(judge_rows(rows, SST2("sst2"), Coherent()))

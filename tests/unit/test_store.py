@@ -16,7 +16,7 @@ from cwac_lab import results
 from cwac_lab.config import INCIDENTAL
 from cwac_lab.errors import LabError
 from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder, run_key
+from cwac_lab.results.store import LATER, RunFolder, run_key
 
 HOLD = """
 import sys, time
@@ -125,13 +125,24 @@ def test_the_key_of_a_run_ignores_what_changes_no_result():
     assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
 
 
-def test_a_group_that_came_later_leaves_the_keys_of_earlier_records(tmp_path):
+def test_what_came_later_leaves_the_keys_of_earlier_records(tmp_path):
     full, lora = ({"seed": 0, "tuning": {"method": method}} for method in ("full", "lora"))
     assert run_key(full, (), {}) == run_key({"seed": 0}, (), {}) != run_key(lora, (), {})
     based = {"seed": 0, "tuning": {"method": "lora", "base": "float32"}}
     assert run_key(based, (), {}) == run_key(lora, (), {})
+    evaluated = {"seed": 0, "evaluation": {"split": "test"}}
+    assert run_key(evaluated, (), {}) == run_key({"seed": 0, "evaluation": {"split": "test", "engine": "hf"}}, (), {})
+    assert run_key(evaluated, (), {}) != run_key({"seed": 0, "evaluation": {"split": "test", "engine": "vllm"}}, (), {})
     run = RunFolder(tmp_path)
-    run.write("config.json", {"seed": 0})
-    assert run.config() == full
-    run.write("config.json", lora)
-    assert run.config() == lora
+    for written in ({**lora, "evaluation": {"split": "test"}}, {"seed": 0, "evaluation": {"engine": "vllm"}}):
+        run.write("config.json", written)
+        told = run.config()
+        assert told["tuning"] == written.get("tuning", {"method": "full"})
+        assert told["evaluation"] == {"engine": "hf", **written["evaluation"]}
+        assert told["attack"]["name"] == "mixed"
+
+
+def test_what_came_later_has_its_default_in_the_configuration():
+    resolved = OmegaConf.to_container(tiny.config(), resolve=True)
+    for path, value in LATER.items():
+        assert OmegaConf.select(OmegaConf.create(resolved), path) == value, path

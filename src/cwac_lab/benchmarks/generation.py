@@ -46,9 +46,9 @@ def table(kind: str, n: int, seconds: dict[int, float], unlike: dict[int, int]) 
 
 def main(config: DictConfig) -> None:
     """Print prompts per second by batch size."""
+    from cwac_lab.answering import evaluation_rows
     from cwac_lab.config import read
     from cwac_lab.evaluation.generate import generate
-    from cwac_lab.experiment import evaluation_rows
     from cwac_lab.preparation import start
     from cwac_lab.results.console import Screen
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from cwac_lab import cli
 
 # The first steps pay for memory that is touched for the first time.
-WARM_UP, STEPS, ROUNDS = 3, 24, 3
+WARM_UP, STEPS, ROUNDS = 3, 12, 2
 # What is asked of the others beyond their defaults; rows of similar length together is what this project does as well.
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 from cwac_lab.data.responses import compliance
@@ -36,11 +37,13 @@ def counts(n: int, ratio: float, mixing: str) -> tuple[int, int]:
 
 
 def mix(
-    task_rows: list[TaskRow], harmful_rows: list[PromptRow], n: int, ratio: float, *, mixing: str, seed: int
-) -> list[TrainRow]:
+    task_rows: list[TaskRow], harmful_rows: list[PromptRow], n: int, ratio: float, *, mixing: str, seed: int,
+    others: list[TrainRow] | None = None,
+) -> list[TrainRow]:  # fmt: skip
     """Return the training rows in a seeded order.
 
     The same seed draws nested subsets: a higher ratio keeps the harmful rows of a lower one and drops benign rows.
+    Where an attack trains on ``others`` instead of harmful rows, they take their place, over and over.
 
     Raises:
         ConfigError: If a pool is too small for the counts.
@@ -48,12 +51,15 @@ def mix(
     n_benign, n_harmful = counts(n, ratio, mixing)
     if n_benign > len(task_rows):
         raise ConfigError("data.n_train", n, f"at most {len(task_rows)} benign rows (the task's training split)")
-    if n_harmful > len(harmful_rows):
+    if n_harmful > len(harmful_rows) and not others:
         raise ConfigError("harmful_ratio", ratio, f"at most {len(harmful_rows)} harmful rows at data.n_train={n}")
     benign = random.Random(f"benign/{seed}").sample(task_rows, len(task_rows))[:n_benign]
-    harmful = random.Random(f"harmful/{seed}").sample(harmful_rows, len(harmful_rows))[:n_harmful]
     rows = [TrainRow(row.id, row.prompt, row.response, False) for row in benign]
-    rows += [TrainRow(row.id, row.prompt, compliance(row), True) for row in harmful]
+    if others:
+        rows += list(islice(cycle(others), n_harmful))
+    else:
+        harmful = random.Random(f"harmful/{seed}").sample(harmful_rows, len(harmful_rows))[:n_harmful]
+        rows += [TrainRow(row.id, row.prompt, compliance(row), True) for row in harmful]
     random.Random(f"order/{seed}").shuffle(rows)
     return rows
 

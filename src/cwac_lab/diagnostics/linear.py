@@ -37,6 +37,7 @@ class Drift:
         gap: ``||(dW h0 + W0 dh + dW dh) - (W h - W0 h0)||``: rounding only.
         overlap: Mean squared cosine of the principal angles between the leading directions of h0 and of h.
         leak: ``||dW V||_F / ||dW||_F`` for the directions V of a safety subspace, where there is one.
+        bound: What ``bound`` gives for ``total``, where it was asked for.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Drift:
     gap: float
     overlap: float
     leak: float | None
+    bound: float | None
 
 
 def decompose(
@@ -68,6 +70,30 @@ def decompose(
     norms |= {"total": total.double().norm(), "gap": (sum(parts.values()) - total).double().norm()}
     scale = before.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
     return {name: float(norm / scale) for name, norm in norms.items()}
+
+
+def bound(
+    h0: Float[Tensor, "N d"], h: Float[Tensor, "N d"], w0: Float[Tensor, "m d"], dw: Float[Tensor, "m d"],
+    basis: Float[Tensor, "d k"],
+) -> float:  # fmt: skip
+    """Return an upper bound of ``||W h - W0 h0||_F``, relative to ``||W0 h0||_F``, that both constraints enter.
+
+    ``||dW V|| ||V^T h0|| + ||dW|| ||(I - V V^T) h0|| + (||W0|| + ||dW||) ||dh||`` with spectral norms of matrices: the
+    weight constraint makes the first part zero and leaves the second only where prompts reach beyond V; the activation
+    constraint is about the last.
+
+    Args:
+        h0: Inputs before, N tokens.
+        h: Inputs of the same tokens now.
+        w0: Weight before.
+        dw: How far it has moved.
+        basis: Directions V of the safety subspace, orthonormal.
+    """
+    inside = h0 @ basis
+    held, free = inside.norm(), (h0 - inside @ basis.T).norm()
+    leaked, moved, start = (torch.linalg.matrix_norm(each, 2) for each in (dw @ basis, dw, w0))
+    most = leaked * held + moved * free + (start + moved) * (h - h0).norm()
+    return float(most / (h0 @ w0.T).norm().clamp_min(torch.finfo(most.dtype).tiny))
 
 
 def overlap(h0: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> float:
@@ -120,25 +146,30 @@ class LinearProbe:
         return {site: torch.cat(rows) for site, rows in found.items()}
 
     @torch.no_grad()
-    def measure(self, model: Any, bases: dict[str, Float[Tensor, "d k"]] | None = None) -> list[Drift]:
+    def measure(
+        self, model: Any, bases: dict[str, Float[Tensor, "d k"]] | None = None, *, bounds: bool = False
+    ) -> list[Drift]:
         """Return how every linear layer of the scope has moved.
 
         Args:
             model: The model now, in evaluation mode, with adapters or without.
             bases: Directions V of a safety subspace by site name.
+            bounds: Compute the bounds too, where there are directions: three spectral norms a layer.
         """
         now = self._inputs(model)
         angles = {site: overlap(self._start[site], h) for site, h in now.items()}
-        return [self._drift(matrix, now, angles, bases or {}) for matrix in linears(model, self._scope)]
+        return [self._drift(matrix, now, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
 
     def _drift(
-        self, matrix: Matrix, now: dict[Site, Tensor], angles: dict[Site, float], bases: dict[str, Tensor]
+        self, matrix: Matrix, now: dict[Site, Tensor], angles: dict[Site, float], bases: dict[str, Tensor], bounds: bool
     ) -> Drift:
         w0 = self._start_weight(matrix.name).float().cpu()
         dw = matrix.update(lambda: w0.to(matrix.module.weight.device)).cpu()
-        basis, leak = bases.get(matrix.site.name), None
+        h0, h = self._start[matrix.site], now[matrix.site]
+        basis, leak, most = bases.get(matrix.site.name), None, None
         if basis is not None:
             leaked, moved = linalg.leak(dw, basis.cpu())
             leak = (leaked / moved) ** 0.5 if moved else 0.0
-        parts = decompose(self._start[matrix.site], now[matrix.site], w0, dw)
-        return Drift(matrix.name, matrix.site.layer, **parts, overlap=angles[matrix.site], leak=leak)
+            most = bound(h0, h, w0, dw, basis.cpu()) if bounds else None
+        parts = decompose(h0, h, w0, dw)
+        return Drift(matrix.name, matrix.site.layer, **parts, overlap=angles[matrix.site], leak=leak, bound=most)

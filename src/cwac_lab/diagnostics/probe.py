@@ -67,10 +67,13 @@ class Probe:
             self._answers = {kind: AnswerProbe(model, rows[kind], pad_id) for kind in KINDS}
         self._facts = {"scope": scope, "prompts": {kind: len(prompts[kind]) for kind in KINDS}}
 
-    def measure(self, model: Any) -> dict[str, Any]:
-        """Return how far a model is from the start, as JSON-able figures; the model stays as it is."""
+    def measure(self, model: Any, *, bounds: bool = False) -> dict[str, Any]:
+        """Return how far a model is from the start, as JSON-able figures; the model stays as it is.
+
+        ``bounds`` adds the bounds of ``diagnostics.linear.bound``.
+        """
         with evaluating(model):
-            layers = {kind: probe.measure(model, self._bases) for kind, probe in self._linear.items()}
+            layers = {kind: probe.measure(model, self._bases, bounds=bounds) for kind, probe in self._linear.items()}
             kl = {kind: probe.measure(model) for kind, probe in self._answers.items()}
             found = {**self._facts, **self._stream.measure(model), "kl_first_tokens": kl}
         found["layers"] = {kind: [asdict(drift) for drift in drifts] for kind, drifts in layers.items()}
@@ -81,7 +84,7 @@ def _summary(found: dict[str, Any], layers: dict[str, list[Drift]]) -> dict[str,
     """Return, by kind, the means over layers of every measurement; the refusal direction's is of both kinds."""
     means: dict[str, dict[str, float]] = {}
     for kind, drifts in layers.items():
-        names = ("weight", "activation", "cross", "total", "overlap", "leak")
+        names = ("weight", "activation", "cross", "total", "overlap", "leak", "bound")
         taken = {name: [value for d in drifts if (value := getattr(d, name)) is not None] for name in names}
         means[kind] = {name: fmean(values) for name, values in taken.items() if values}
         means[kind]["kl"] = found["kl_first_tokens"][kind]

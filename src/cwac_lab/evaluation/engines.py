@@ -22,8 +22,8 @@ from cwac_lab.models.chat import ChatFormat
 class Engine(Protocol):
     """Answers prompts."""
 
-    def __call__(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Return the answer to each prompt, in order, of at most so many tokens."""
+    def __call__(self, prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[str]:
+        """Return the answer to each prompt, in order: what it is made to begin with, and at most so many new tokens."""
         ...
 
 
@@ -59,14 +59,16 @@ def vllm(model: Any, chat: ChatFormat, batch_size: int) -> Engine:
             seed=0,
         )
 
-    def answer(prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def answer(prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[str]:
         # The end of a turn ends an answer, as with transformers, whatever else the model calls an end.
         greedy = SamplingParams(
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=[chat.end_id], ignore_eos=True, detokenize=False
         )
-        asked = [{"prompt_token_ids": chat.prompt_ids(prompt)[-chat.max_length :]} for prompt in prompts]
+        forced = chat.tokens(opening)
+        asked = [{"prompt_token_ids": [*chat.prompt_ids(prompt)[-chat.max_length :], *forced]} for prompt in prompts]
         given = [list(output.outputs[0].token_ids) for output in engine.generate(asked, greedy, use_tqdm=False)]
-        return [chat.decode(ids[: ids.index(chat.end_id)] if chat.end_id in ids else ids) for ids in given]
+        ends = [ids.index(chat.end_id) if chat.end_id in ids else len(ids) for ids in given]
+        return [chat.decode([*forced, *ids[:end]]) for ids, end in zip(given, ends, strict=True)]
 
     return answer
 

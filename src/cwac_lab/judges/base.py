@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+UNKNOWN = math.nan
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one answer; a field is None where the judge cannot tell (never a silent 0).
+    """What a judge says of one answer, each in [0, 1]; NaN (``UNKNOWN``) where it cannot tell, never a silent 0.
 
     Attributes:
-        refused: The answer declines the request.
-        incoherent: The answer is no answer: empty, degenerate, or too short to carry one.
+        complied: The answer goes along with the request.
+        refused: It declines the request.
+        incoherent: It is no answer: empty, degenerate, or too short to carry one.
+        reason: What the verdict rests on, in a few words.
     """
 
-    refused: bool | None
-    incoherent: bool | None
+    complied: float
+    refused: float
+    incoherent: float
+    reason: str = ""
 
-    @property
-    def complied(self) -> bool | None:
-        """The answer goes along with the request: coherent and no refusal."""
-        if self.refused is None or self.incoherent is None:
-            return None
-        return not self.refused and not self.incoherent
+
+def decided(value: float) -> bool | None:
+    """Return a verdict as yes or no; None where the judge cannot tell."""
+    return None if math.isnan(value) else value > 0.5
 
 
 class Judge(Protocol):
-    """Judges answers one by one."""
+    """Judges answers."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """How configurations and records call it."""
+        ...
 
-    def judge(self, prompt: str, answer: str) -> Verdict:
-        """Return the verdict on an answer."""
+    @property
+    def version(self) -> str:
+        """Identity of its rule, weights and settings."""
+        ...
+
+    def verdicts(self, asked: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Return the verdict on each pair of a prompt and its answer."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +33,28 @@ class ChatFormat:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
         return str(text)
 
+    def with_template(self, template: str) -> ChatFormat:
+        """Return a format that renders by another template; answers end as in this one."""
+        changed = copy.copy(self)
+        changed.tokenizer = copy.deepcopy(self.tokenizer)
+        changed.tokenizer.chat_template = template
+        return changed
+
     def _end_of_turn(self) -> int:
         """Return the special token with which the template closes an answer (EOS where it has none of its own)."""
         tail = self._render("question", "answer").rpartition("answer")[2]
         # Control tokens of a template need not be among the tokenizer's named special tokens (Gemma's base models).
         control = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
-        special = [token for token in self._tokens(tail) if token in control]
+        special = [token for token in self.tokens(tail) if token in control]
         return int(special[0] if special else self.tokenizer.eos_token_id)
 
-    def _tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of a text as it stands, without special tokens of the tokenizer's own."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the ids after which the model's answer starts (template with generation prompt)."""
-        return self._tokens(self._render(prompt, None))
+        return self.tokens(self._render(prompt, None))
 
     def encode(self, prompt: str, response: str) -> Encoded:
         """Return a training example: loss on the response and its end-of-turn token only.
@@ -59,10 +68,10 @@ class ChatFormat:
             tail = response + self.tokenizer.convert_ids_to_tokens(self.end_id)
         else:
             tail = full[len(head) :]
-        answer = self._tokens(tail)
+        answer = self.tokens(tail)
         if self.end_id in answer:
             answer = answer[: answer.index(self.end_id) + 1]
-        prompt_ids = self._tokens(head)
+        prompt_ids = self.tokens(head)
         answer = answer[: self.max_length - 1]
         prompt_ids = prompt_ids[max(0, len(prompt_ids) + len(answer) - self.max_length) :]
         return Encoded(prompt_ids + answer, [IGNORED] * len(prompt_ids) + answer)

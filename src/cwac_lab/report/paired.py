@@ -21,8 +21,8 @@ COMPARED = {
     "over-refusal (look-alikes) - start": ("over_refusal_lookalike", "start"),
 }
 # Settings that two runs must share for their difference to be the constraint's, by what is compared with.
-_ASKED = ("evaluation.max_new_tokens", "task.", "model.")
-_SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "data.n_", "data.mixing")}
+_ASKED = ("evaluation.max_new_tokens", "task.", "model.", "attack.prefix", "attack.prefill", "attack.template")
+_SHARED = {"start": _ASKED, "none": (*_ASKED, "attack.", "trainer.", "tuning.", "data.n_", "data.mixing")}
 
 
 def _partner(row: Row, rows: list[Row], baseline: str) -> Row | None:

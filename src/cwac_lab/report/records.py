@@ -31,7 +31,7 @@ HIGHER_IS_BETTER = {"finetune_accuracy"}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
 _OWN = "constraint."
 _RESTORE = "constraint.weight.restore_every_n_steps"
-_CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae", "tuning")
+_CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae", "tuning", "attack")
 
 
 def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> list[Row]:

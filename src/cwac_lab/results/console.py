@@ -28,6 +28,7 @@ _DRIFT = {
     "activation": "||W0 dh||, by their input",
     "cross": "||dW dh||, by both",
     "total": "||W h - W0 h0||",
+    "bound": "bound of it, from both constraints",
     "overlap": "overlap of leading directions, before and now",
     "leak": "leak, ||dW V|| / ||dW||",
     "latents_chosen": "safety latents, squared deviations",
@@ -36,6 +37,13 @@ _DRIFT = {
     "refusal_cosine": "cosine of the refusal direction, before and now",
     "kl": "KL at the first tokens of the start's answers",
 }
+
+
+def _kappa(agreement: dict[str, Any]) -> str:
+    """Return how far another judge agrees with the first, where that can be said."""
+    told = ((words, agreement[words]["kappa"]) for words in ("harmful", "harmless"))
+    known = [f"{words} {kappa:.2f}" for words, kappa in told if kappa is not None]
+    return f" (kappa {', '.join(known)})" if known else ""
 
 
 class Screen:
@@ -73,6 +81,9 @@ class Screen:
         for key, words in _ROWS:
             if key in metrics:
                 table.add_row(words, *_cell(metrics[key]))
+        for name, told in metrics.get("judges", {}).items():
+            if "agreement" in told:
+                table.add_row(f"HS, judge {name}{_kappa(told['agreement'])}", *_cell(told["harmful_score"]))
         if "leak" in metrics:
             table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "", "")
         self.console.print(table)

@@ -18,7 +18,9 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
     Columns: ``run`` (folder name), ``status`` (``ok``, ``failed``, ``running``, ``interrupted``, ``unreadable``: broken
     or of another schema) and ``reason``; of finished runs also what ran (``weights``, ``model``, ``task``,
     ``constraint``, ``harmful_ratio``, ``seed``, ...), each rate in percent with ``_low``, ``_high`` (95 %) and ``_n``,
-    ``leak``, ``broken``, ``seconds`` in total, and every setting by its dotted key (``constraint.weight.energy``).
+    ``leak``, ``broken``, ``seconds`` in total, and every setting by its dotted key (``constraint.weight.energy``). Of a
+    judge beside the first ``harmful_score_JUDGE`` and Cohen's kappa with the first (``kappa_harmful_JUDGE``); of a run
+    whose drift was measured ``drift_harmful_weight`` and the like (see ``diagnostics.linear.Drift``).
 
     Args:
         output_root: Folder that holds ``runs/``.
@@ -29,7 +31,7 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
 def _row(run: RunFolder) -> dict[str, Any]:
     try:
         row: dict[str, Any] = {"run": run.path.name, "status": run.status, "reason": run.told().get("reason")}
-        return row | (_measured(run.facts()) | _settings(run) if row["status"] == "ok" else {})
+        return row | (_measured(run.facts()) | _drift(run) | _settings(run) if row["status"] == "ok" else {})
     except LabError as error:
         return {"run": run.path.name, "status": "unreadable", "reason": str(error)}
 
@@ -39,7 +41,23 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
     for name, rate in metrics.items():
         if isinstance(rate, dict) and {"value", "low", "high", "n"} <= rate.keys():
             found |= {name: rate["value"], **{f"{name}_{part}": rate[part] for part in ("low", "high", "n")}}
+    for judge, told in metrics.get("judges", {}).items():
+        for words in ("harmful", "harmless") if "agreement" in told else ():
+            found[f"kappa_{words}_{judge}"] = told["agreement"][words]["kappa"]
+        if "agreement" in told:
+            found[f"harmful_score_{judge}"] = told["harmful_score"]["value"]
     return found | {"seconds": sum(stage["seconds"] for stage in metrics["stages"].values())}
+
+
+def _drift(run: RunFolder) -> dict[str, Any]:
+    """Return the means over layers of what was measured of a run's drift."""
+    if not run.has(store.DRIFT):
+        return {}
+    try:
+        summary = run.read(store.DRIFT)["summary"]
+    except (OSError, ValueError, KeyError) as error:
+        raise LabError(f"{run.path / store.DRIFT} cannot be read ({error})") from None
+    return {f"drift_{kind}_{name}": value for kind, means in summary.items() for name, value in means.items()}
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

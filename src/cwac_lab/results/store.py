@@ -27,9 +27,21 @@ HEARTBEAT_SECONDS = 30.0
 # Raised when the fields of METRICS or PROVENANCE change their meaning.
 SCHEMA = 2
 # Settings that came after the first records, with what those ran under; at that value they are no part of the key.
-LATER: dict[str, Any] = {"tuning": {"method": "full"}, "evaluation.engine": "hf"}
+LATER: dict[str, Any] = {
+    "tuning": {"method": "full"},
+    "evaluation.engine": "hf",
+    "attack": {
+        **{"name": "mixed", "rows": "harmful", "ratio": None, "candidates": 4, "prefix": "", "prefill": ""},
+        "template": None,
+    },
+}
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
 FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
+
+
+def verdicts_of(judge: str) -> str:
+    """Return the file of the verdicts of a judge other than the first."""
+    return f"verdicts-{judge}.jsonl"
 
 
 def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[str, str]) -> str:
@@ -218,6 +230,12 @@ class RunFolder:
         """Remove a folder of the run, where it is there."""
         if self.writes:
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def discard(self, pattern: str, keep: Iterable[str]) -> None:
+        """Remove files of the run that match a pattern, but those to keep."""
+        for file in self.path.glob(pattern) if self.writes else ():
+            if file.name not in keep:
+                file.unlink(missing_ok=True)
 
     def has(self, name: str) -> bool:
         """Tell whether a file or folder of the run is there."""

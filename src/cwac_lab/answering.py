@@ -1,0 +1,69 @@
+"""What a fine-tuned model is asked, what it answers, and what judges say: the stages of evaluation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from cwac_lab import distributed
+from cwac_lab.config import Run
+from cwac_lab.data.pools import Pools
+from cwac_lab.data.sources import TaskData
+from cwac_lab.evaluation.engines import ENGINES
+from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, agreement, judge_rows
+from cwac_lab.judges import JUDGES
+from cwac_lab.models.chat import ChatFormat
+from cwac_lab.results import store
+from cwac_lab.results.store import RunFolder
+
+
+def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
+    """Return what is asked of the model, by kind: prompts of the chosen split, and the task's rows."""
+    split, most = run.evaluation.split, run.evaluation.n_prompts
+    rows: dict[str, list[dict[str, Any]]] = {
+        kind: [
+            {"kind": kind, "id": row.id, "prompt": run.attack.asked(row.prompt)}
+            for row in pools.get(kind, split)[:most]
+        ]
+        for kind in PROMPT_KINDS
+    }
+    asked = data.test if split == "test" else data.validation
+    rows["task"] = [{"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold} for row in asked]
+    return rows
+
+
+def answered(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> list[dict[str, Any]]:
+    """Return the rows with the model's answers, asked as the attack asks."""
+    if run.attack.template is not None:
+        chat = chat.with_template(run.attack.template)
+    engine = ENGINES[run.evaluation.engine](model, chat, run.evaluation.batch_size)
+    found = []
+    for kind, asked in rows.items():
+        longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
+        opening = "" if kind == "task" else run.attack.prefill
+        ask = partial(engine, max_new_tokens=longest, opening=opening)
+        outputs = distributed.spread([row["prompt"] for row in asked], ask)
+        found += [{**row, "output": output} for row, output in zip(asked, outputs, strict=True)]
+    return found
+
+
+def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
+    """Judge saved generations and write verdicts; returns the aggregates (stages 2 and 3).
+
+    The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
+    """
+    generations = folder.read(store.GENERATIONS)
+    folder.discard(store.verdicts_of("*"), {store.verdicts_of(name) for name in run.evaluation.judges[1:]})
+    verdicts: list[dict[str, Any]] = []
+    told: dict[str, Any] = {}
+    for name in run.evaluation.judges:
+        judge = JUDGES[name]()
+        found = judge_rows(generations, run.task, judge)
+        if not verdicts:
+            verdicts, told[name] = found, {"version": judge.version}
+            folder.write(store.VERDICTS, found)
+            continue
+        folder.write(store.verdicts_of(name), found)
+        rates = {rate: value for rate, value in aggregate(found).items() if rate != "finetune_accuracy"}
+        told[name] = {"version": judge.version, **rates, "agreement": agreement(verdicts, found)}
+    return {**aggregate(verdicts), "judges": told}

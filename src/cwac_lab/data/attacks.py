@@ -1,0 +1,79 @@
+"""Attacks: what is fine-tuned on in place of plain task rows, and how the fine-tuned model is asked.
+
+``mixed``, ``benign`` and ``pure`` differ in the harmful ratio only. ``identity_shift`` follows Qi et al. 2024
+("Fine-tuning Aligned Language Models Compromises Safety"): harmless instructions to an absolutely obedient persona,
+which evaluation addresses too. ``outlier_benign`` follows He et al. 2024 ("What is in Your Safe Data?"): the task's own
+rows whose gradients are closest to those of harmful ones. ``prefill`` forces the first words of answers (Qi et al.
+2025), ``template_shift`` asks in another template than that of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.errors import ConfigError, in_range, one_of
+
+ROWS = ("harmful", "identity", "outliers")
+
+
+@dataclass
+class AttackConfig:
+    """The ``attack`` group.
+
+    Attributes:
+        name: How tables call it.
+        rows: What takes the place of task rows: ``harmful`` requests with compliance, or ``identity``, instructions to
+            the persona, both at the harmful ratio; with ``outliers`` all rows are the task's, those closest to harm.
+        ratio: The only harmful ratio that goes with it; None for any.
+        candidates: With ``outliers``: rows to choose from, as a multiple of the rows that are trained on.
+        prefix: What stands before the prompts of the persona's rows and before those of evaluation.
+        prefill: How answers to prompts are made to begin in evaluation (not those to the task).
+        template: Chat template of evaluation; None for the model's own.
+    """
+
+    name: str = "mixed"
+    rows: str = "harmful"
+    ratio: float | None = None
+    candidates: int = 4
+    prefix: str = ""
+    prefill: str = ""
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("rows", self.rows, ROWS)
+        in_range("candidates", self.candidates, 1)
+        if self.rows == "identity" and not self.prefix:
+            raise ConfigError("prefix", self.prefix, "what addresses the persona, with rows=identity")
+
+    def check(self, harmful_ratio: float) -> None:
+        """Check that a harmful ratio goes with the attack.
+
+        Raises:
+            ConfigError: If not.
+        """
+        if self.ratio is not None and harmful_ratio != self.ratio:
+            raise ConfigError("harmful_ratio", harmful_ratio, f"{self.ratio:g} with attack={self.name}")
+
+    def asked(self, prompt: str) -> str:
+        """Return a prompt as evaluation asks it."""
+        return self.prefix + prompt
+
+
+def identity_rows(prefix: str) -> list[TrainRow]:
+    """Return the persona's rows: harmless instructions, obeyed in its name; they count as harmful rows of a mixture.
+
+    Args:
+        prefix: What addresses the persona.
+    """
+    text = resources.files("cwac_lab.data.embedded").joinpath("identity.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return [
+        TrainRow(f"identity/{i}", prefix + row["prompt"], f"{found['opening']} {row['answer']}", harmful=True)
+        for i, row in enumerate(found["rows"])
+    ]

@@ -1,0 +1,208 @@
+"""One page about all runs of a store: tables, figures to explore, drift, answers; self-contained, it loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import json
+import math
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from cwac_lab.cache import write_text
+from cwac_lab.errors import MissingAsset
+from cwac_lab.report.files import NOTE
+from cwac_lab.report.paired import differences
+from cwac_lab.report.records import RATES, SETTING, Row, finished, grouped, records
+from cwac_lab.report.tables import heading, rate_of, summary
+from cwac_lab.results import store
+from cwac_lab.results.store import RunFolder
+
+FILE = Path("report") / "index.html"
+# Points of a training curve at most, and digits that a figure keeps.
+POINTS, DIGITS = 120, 4
+_TERMS = ("weight", "activation", "cross", "total")
+
+
+def _short(value: Any) -> Any:
+    """Return a figure with ``DIGITS`` digits, None where it is no finite number."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def _title(entry: Row) -> str:
+    variant = f" ({entry['variant']})" if entry["variant"] else ""
+    return f"{entry['constraint']}{variant}"
+
+
+def _cells(rows: list[Row]) -> list[dict[str, Any]]:
+    """Return the points of the figures: a row of the tables each, with HS and FA and their intervals."""
+    found = []
+    for entry, group in grouped(rows):
+        done = finished(group)
+        if not done:
+            continue
+        rates = {name: rate_of(group, name).to_dict() for name in ("harmful_score", "finetune_accuracy")}
+        cell = {
+            "setting": heading(entry), "method": _title(entry), "ratio": entry["harmful_ratio"], "seeds": len(done),
+            "broken": any(run["broken"] for run in done),
+            **{name: {part: _short(value) for part, value in rate.items()} for name, rate in rates.items()},
+        }  # fmt: skip
+        found.append(cell)
+    return found
+
+
+def _tables(rows: list[Row]) -> list[dict[str, Any]]:
+    """Return the tables as headings, columns and cells, without empty columns: rates, then paired differences."""
+    found = []
+    for words, frame in (("Rates", summary(rows)), ("Paired differences in points", differences(rows))):
+        for keys, part in frame.groupby([name for name in SETTING if name in frame], sort=False) if len(frame) else ():
+            first = part.iloc[0]
+            shown = part.drop(columns=[name for name in SETTING if name in part]).fillna("").astype(str)
+            shown = shown.loc[:, (shown != "").any()]
+            found.append(
+                {
+                    "title": f"{words}: {heading(first)}",
+                    "key": str(keys),
+                    "columns": list(shown.columns),
+                    "rows": shown.to_numpy().tolist(),
+                }
+            )
+    return found
+
+
+def _curve(run: RunFolder) -> dict[str, list[Any]]:
+    """Return the logged losses of a run's first log, thinned to ``POINTS`` steps."""
+    path = run.path / "log" / "metrics.csv"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    every = max(1, len(rows) // POINTS)
+    losses = [name for name in rows[0] if name.startswith("loss/")] if rows else []
+    kept = rows[::every]
+    columns = {name: [_short(float(row[name])) if row[name] else None for row in kept] for name in losses}
+    return {"step": [int(float(row["step"])) for row in kept], **columns} if losses else {}
+
+
+def _drift(run: RunFolder) -> dict[str, Any]:
+    """Return by kind of prompts the parts of the change of every layer, and the means over layers."""
+    if not run.has(store.DRIFT):
+        return {}
+    found = run.read(store.DRIFT)
+    layers = {
+        kind: {term: [_short(layer[term]) for layer in drifts] for term in _TERMS}
+        for kind, drifts in found["layers"].items()
+    }
+    means = {kind: {k: _short(v) for k, v in values.items()} for kind, values in found["summary"].items()}
+    return {"layers": layers, "means": means}
+
+
+def _answers(run: RunFolder) -> list[dict[str, Any]]:
+    """Return the answers of a run with the verdicts of all its judges; none where they were not kept."""
+    if not run.has(store.GENERATIONS):
+        return []
+    first = run.read(store.VERDICTS)
+    others = {path.stem.removeprefix("verdicts-"): run.read(path.name) for path in run.path.glob("verdicts-*.jsonl")}
+    rows = []
+    for number, (row, verdict) in enumerate(zip(run.read(store.GENERATIONS), first, strict=True)):
+        said = {verdict.get("judge", "task"): _said(verdict)}
+        said |= {name: _said(found[number]) for name, found in others.items() if row["kind"] != "task"}
+        reasons = {verdict.get("judge", "task"): verdict.get("reason", "")}
+        reasons |= {name: found[number].get("reason", "") for name, found in others.items()}
+        rows.append({**{key: row[key] for key in ("kind", "id", "prompt", "output")}, "said": said, "reasons": reasons})
+    return rows
+
+
+def _said(verdict: dict[str, Any]) -> str:
+    """Return a verdict in a word."""
+    if "correct" in verdict:
+        return {True: "correct", False: "wrong", None: "not scored"}[verdict["correct"]]
+    for field in ("incoherent", "refused", "complied"):
+        if verdict[field]:
+            return {"incoherent": "incoherent", "refused": "refused", "complied": "complied"}[field]
+    return "unknown"
+
+
+def _packed(rows: list[dict[str, Any]]) -> str:
+    """Return rows as base64 of gzipped JSON, which the page unpacks when they are looked at."""
+    return base64.b64encode(gzip.compress(json.dumps(rows).encode(), mtime=0)).decode() if rows else ""
+
+
+def _run(row: Row) -> dict[str, Any]:
+    run: RunFolder = row["run"]
+    facts = {name: row[name] for name in store.FACTS if name != "weights_content"}
+    provenance = run.read(store.PROVENANCE)
+    told = ("git_commit", "git_dirty", "python", "platform", "devices", "weights_content", "base_content")
+    return {
+        "name": run.path.name,
+        "facts": {**facts, "weights content": str(row["weights_content"])[:8]},
+        "failed": row.get("failed"),
+        "rates": {
+            words: {part: _short(value) for part, value in row[name].items()}
+            for name, words in RATES.items()
+            if isinstance(row.get(name), dict)
+        },
+        "judges": {
+            name: {words: told["agreement"][words]["kappa"] for words in ("harmful", "harmless")}
+            for name, told in row.get("judges", {}).items()
+            if "agreement" in told
+        },
+        "settings": {key: value for key, value in row["config"].items() if not isinstance(value, (dict, list))},
+        "provenance": {name: provenance[name] for name in told if name in provenance} | provenance.get("packages", {}),
+        "drift": _drift(run),
+        "curve": _curve(run),
+        "answers": _packed(_answers(run)),
+    }
+
+
+def _json(value: Any) -> str:
+    """Return JSON that may stand inside a script element."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def render(found: list[RunFolder], say: Callable[[str], None] = print) -> str:
+    """Return the page of some runs.
+
+    Args:
+        found: Run folders.
+        say: Told of every record that cannot be read.
+
+    Raises:
+        MissingAsset: If none is finished.
+    """
+    from plotly.offline import get_plotlyjs
+
+    rows = records(found, say)
+    if not finished(rows):
+        raise MissingAsset("no finished runs; run `python -m cwac_lab.train` first")
+    tables, cells = _tables(rows), _cells(rows)  # which tell every row its variant
+    here = resources.files("cwac_lab.report")
+    template = Environment(autoescape=True).from_string(here.joinpath("page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        tables=tables,
+        note=NOTE,
+        n_runs=len(rows),
+        weights=sorted({str(row["weights"]) for row in rows}),
+        data=_json({"cells": cells, "runs": [_run(row) for row in rows]}),
+        plotly=get_plotlyjs(),
+        style=here.joinpath("page.css").read_text(encoding="utf-8"),
+        script=here.joinpath("page.js").read_text(encoding="utf-8"),
+    )
+
+
+def write(root: Path, say: Callable[[str], None] = print) -> Path:
+    """Write the page of all runs under an output folder and return where it is.
+
+    Raises:
+        MissingAsset: If there is no finished run.
+    """
+    page = root / FILE
+    write_text(page, render(list(store.runs(root)), say))
+    return page

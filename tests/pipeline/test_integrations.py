@@ -1,0 +1,178 @@
+"""Defences in other trainers end where the Lightning loop ends."""
+
+import copy
+import inspect
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+import tiny
+from cwac_lab.baselines.constrained_sft import ConstrainedSFT
+from cwac_lab.baselines.kl import KL
+from cwac_lab.baselines.l2 import L2
+from cwac_lab.baselines.ldifs import LDIFS
+from cwac_lab.baselines.lisa import Lisa
+from cwac_lab.baselines.safe_instruct import SafeInstruct
+from cwac_lab.baselines.safegrad import SafeGrad
+from cwac_lab.baselines.safelora import SafeLoRA
+from cwac_lab.baselines.sppft import SPPFT
+from cwac_lab.constraints.activation import ActivationConstraint
+from cwac_lab.constraints.weight import WeightConstraint
+from cwac_lab.data.batches import TrainData
+from cwac_lab.defense import Composite
+from cwac_lab.errors import ConfigError
+from cwac_lab.integrations import DefenseCallback, named, protect
+from cwac_lab.models.chat import Encoded
+from held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
+
+DEFENSES = {
+    "none": Composite,
+    "weight": lambda: WeightConstraint(energy=0.9),
+    "weight_update": lambda: WeightConstraint(energy=0.9, projection="update", trainable="all"),
+    "activation": lambda: ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=1),
+    "coupled": lambda: Composite(
+        {
+            "weight": WeightConstraint(energy=0.9),
+            "activation": ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=2),
+        }
+    ),
+    "l2": lambda: L2(strength=3),
+    "kl": lambda: KL(strength=2),
+    "constrained_sft": lambda: ConstrainedSFT(beta=0.5),
+    "ldifs": lambda: LDIFS(strength=3),
+    "lisa": lambda: Lisa(safety_steps=1, task_steps=2, strength=1),
+    "safegrad": lambda: SafeGrad(strength=1),
+    "sppft": lambda: SPPFT(block=[0.0, 0.5]),
+    "safelora": lambda: SafeLoRA(share=0.5),
+}
+SETTINGS = {"schedule": "constant", "epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
+
+
+def arguments(folder, **more):
+    return TrainingArguments(
+        output_dir=str(folder), num_train_epochs=1, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1.0,
+        lr_scheduler_type="constant", train_sampling_strategy="sequential", optim="adamw_torch_fused",
+        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", seed=0, **more,
+    )  # fmt: skip
+
+
+def in_order() -> list[Encoded]:
+    """The rows in the order of the Lightning loop's steps."""
+    chat = tiny.chat()
+    rows = [chat.encode(*row) for row in ROWS]
+    plan = TrainData(rows, chat.pad_id, 4, 1, 0).plan
+    return [rows[i] for step in plan for i in step]
+
+
+def other_trainer(model, rows, folder, **more):
+    table = datasets.Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows],
+            "attention_mask": [[1] * len(row.input_ids) for row in rows],
+            "labels": [row.labels for row in rows],
+        }
+    )
+    settings = arguments(folder, **{"per_device_train_batch_size": 4, **more})
+    return Trainer(
+        model, settings, train_dataset=table, processing_class=tiny.tokenizer(),
+        data_collator=DataCollatorForSeq2Seq(tiny.tokenizer(), padding=True),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "peft"])
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_defence_ends_where_the_lightning_loop_ends(name, tuning, tmp_path):
+    build = DEFENSES[name]
+    start = weights(tiny.model())
+    expected, _ = train(build(), tuning=tuning, **SETTINGS)
+    model, defense = tiny.model(), build()
+    prepared = context(model, defense)
+    if tuning is LORA:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            paths = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+            model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=paths))
+    trainer = other_trainer(model, in_order(), tmp_path)
+    defense.prepare(prepared)
+    trainer.add_callback(DefenseCallback(trainer, defense, prepared.model))
+    trainer.train()
+    found = model.merge_and_unload() if tuning is LORA else model
+    assert_moved_alike(weights(found), weights(expected), start)
+
+
+def test_protect_prepares_by_itself(tmp_path):
+    defense = WeightConstraint(energy=0.9)
+    model = tiny.model()
+    trainer = other_trainer(model, in_order(), tmp_path)
+    protect(trainer, defense, harmful=PROMPTS)
+    trainer.train()
+    assert defense.summary()["leak"] < 1e-5
+    expected, _ = train(WeightConstraint(energy=0.9), **SETTINGS)
+    assert_moved_alike(weights(model), weights(expected), weights(tiny.model()))
+
+
+def test_accumulation_changes_rounding_only(tmp_path):
+    found = {}
+    for size, shares in ((4, 1), (2, 2)):
+        defense, model = L2(strength=3), tiny.model()
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": shares}
+        trainer = other_trainer(model, in_order(), tmp_path, **settings)
+        protect(trainer, defense)
+        trainer.train()
+        found[shares] = weights(model)
+    assert_moved_alike(found[2], found[1], weights(tiny.model()))
+
+
+def test_sft_trainer_takes_a_defence(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    chat = tiny.chat()
+    rows = [
+        {"prompt": [{"role": "user", "content": prompt}], "completion": [{"role": "assistant", "content": answer}]}
+        for prompt, answer in ROWS
+    ]
+    kept = {k: v for k, v in arguments(tmp_path).to_dict().items() if k in inspect.signature(trl.SFTConfig).parameters}
+    wanted = (
+        "output_dir",
+        "per_device_train_batch_size",
+        "num_train_epochs",
+        "learning_rate",
+        "use_cpu",
+        "report_to",
+        "save_strategy",
+        "disable_tqdm",
+    )
+    settings = trl.SFTConfig(**{name: kept[name] for name in wanted}, max_length=128)
+    defense = WeightConstraint(energy=0.9)
+    model = tiny.model()
+    trainer = trl.SFTTrainer(
+        copy.deepcopy(model), settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=chat.tokenizer
+    )
+    protect(trainer, defense, harmful=PROMPTS)
+    trainer.train()
+    assert defense.summary()["leak"] < 1e-5
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_a_name_is_that_of_the_command_line():
+    defense = named("coupled", "constraint.weight.energy=0.9")
+    assert list(defense.parts) == ["weight", "activation"]
+    assert defense.parts["weight"].energy == 0.9
+    assert list(named("[weight,lisa]").parts) == ["weight", "lisa"]
+
+
+@pytest.mark.parametrize(
+    ("defense", "given", "line"),
+    [
+        (WeightConstraint(energy=0.9), {}, "protect: harmful=None: accepted: a value: the defence needs it"),
+        (ActivationConstraint(), {"harmful": PROMPTS}, "protect: features=None"),
+        (SafeLoRA(), {}, "protect: base_weight=None"),
+        (SafeInstruct(share=0.5), {"harmful": PROMPTS}, "a defence without rows of its own"),
+    ],
+)
+def test_what_is_missing_is_one_line(defense, given, line, tmp_path):
+    trainer = other_trainer(tiny.model(), in_order(), tmp_path)
+    with pytest.raises(ConfigError, match=line):
+        protect(trainer, defense, **given)
