@@ -6,8 +6,9 @@
     protect(trainer, named("weight"), harmful=PROMPTS)
     trainer.train()
 
-The hooks are those of ``cwac_lab.defense``, called where Lightning calls them, so that the same batches end in the same
-weights (``tests/pipeline/test_integrations.py``). One process; a stopped run starts anew.
+The hooks are those of ``cwac_lab.defense``, called where the Lightning loop calls them, so that the same batches end in
+the same weights (``tests/pipeline/test_integrations.py``). With PEFT, ``protect`` returns the callback whose ``merged()``
+gives the model to keep. One process; a stopped run starts anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defense import Composite, Context, Defense
 from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.models.adapters import has_adapters
 from cwac_lab.models.answers import Batch
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.sae import latents
@@ -100,8 +102,15 @@ class DefenseCallback(TrainerCallback):
         self._defense.after_optimizer_step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Let the defence change the trained model."""
-        self._defense.after_training(self._model)
+        """Let the defence change the trained model; one with adapters when they are merged."""
+        if not has_adapters(self._model):
+            self._defense.after_training(self._model)
+
+    def merged(self) -> Any:
+        """Return the plain model of a trained PEFT one: adapters merged, then changed by the defence."""
+        model = self._trainer.model.merge_and_unload()
+        self._defense.after_training(model)
+        return model
 
 
 def _batch(inputs: dict[str, Any]) -> Batch:

@@ -43,7 +43,7 @@ DEFENSES = {
     "kl": lambda: KL(strength=2),
     "constrained_sft": lambda: ConstrainedSFT(beta=0.5),
     "ldifs": lambda: LDIFS(strength=3),
-    "lisa": lambda: Lisa(safety_steps=1, task_steps=2, strength=1),
+    "lisa": lambda: Lisa(safety_steps=1, user_steps=2, strength=1),
     "safegrad": lambda: SafeGrad(strength=1),
     "sppft": lambda: SPPFT(block=[0.0, 0.5]),
     "safelora": lambda: SafeLoRA(share=0.5),
@@ -97,9 +97,10 @@ def test_a_defence_ends_where_the_lightning_loop_ends(name, tuning, tmp_path):
             model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=paths))
     trainer = other_trainer(model, in_order(), tmp_path)
     defense.prepare(prepared)
-    trainer.add_callback(DefenseCallback(trainer, defense, prepared.model))
+    callback = DefenseCallback(trainer, defense, prepared.model)
+    trainer.add_callback(callback)
     trainer.train()
-    found = model.merge_and_unload() if tuning is LORA else model
+    found = callback.merged() if tuning is LORA else model
     assert_moved_alike(weights(found), weights(expected), start)
 
 

@@ -69,9 +69,8 @@ def test_the_personas_rows_take_the_place_of_harmful_ones():
     rows = mix(task, harmful, 50, 0.4, mixing="replace", seed=0, others=identity_rows("AOA, "))
     assert sum(row.harmful for row in rows) == 20
     assert not any(row.id.startswith("h") for row in rows)
-    plain = mix(
-        task, [*harmful, *[PromptRow(f"m{i}", f"more {i}") for i in range(20)]], 50, 0.4, mixing="replace", seed=0
-    )
+    harmful += [PromptRow(f"m{i}", f"more {i}") for i in range(20)]
+    plain = mix(task, harmful, 50, 0.4, mixing="replace", seed=0)
     assert {r.id for r in rows if not r.harmful} == {r.id for r in plain if not r.harmful}
 
 
@@ -120,12 +119,8 @@ def test_another_template_asks_otherwise_and_ends_alike():
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path):
-    shrunk = [
-        *tiny.small_run(tiny_folder, tmp_path),
-        "constraint=none",
-        *(["data.n_train=8"] if name == "pure" else []),
-    ]
-    tiny.launch(train.main, [*shrunk, f"attack={name}"])
+    fewer = ["data.n_train=8"] if name == "pure" else []
+    tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none", f"attack={name}", *fewer])
     (folder,) = (tmp_path / "runs").iterdir()
     ids = read_json(folder / "manifest.json")["mixture"]["ids"]
     asked = [row for row in read_jsonl(folder / "generations.jsonl") if row["kind"] == "harmful"]
