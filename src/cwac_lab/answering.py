@@ -43,7 +43,8 @@ def answered(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: 
         opening = "" if kind == "task" else run.attack.prefill
         ask = partial(engine, max_new_tokens=longest, opening=opening)
         outputs = distributed.spread([row["prompt"] for row in asked], ask)
-        found += [{**row, "output": output} for row, output in zip(asked, outputs, strict=True)]
+        forced = {"opening": opening} if opening else {}
+        found += [{**row, **forced, "output": output} for row, output in zip(asked, outputs, strict=True)]
     return found
 
 
@@ -53,17 +54,13 @@ def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
     The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
     """
     generations = folder.read(store.GENERATIONS)
-    folder.discard(store.verdicts_of("*"), {store.verdicts_of(name) for name in run.evaluation.judges[1:]})
-    verdicts: list[dict[str, Any]] = []
-    told: dict[str, Any] = {}
-    for name in run.evaluation.judges:
-        judge = JUDGES[name]()
-        found = judge_rows(generations, run.task, judge)
-        if not verdicts:
-            verdicts, told[name] = found, {"version": judge.version}
-            folder.write(store.VERDICTS, found)
-            continue
-        folder.write(store.verdicts_of(name), found)
+    judges = [JUDGES[name]() for name in run.evaluation.judges]
+    first, *others = [judge_rows(generations, run.task, judge) for judge in judges]  # all, before any is written
+    folder.discard(store.verdicts_of("*"), {store.verdicts_of(judge.name) for judge in judges[1:]})
+    folder.write(store.VERDICTS, first)
+    told: dict[str, Any] = {judges[0].name: {"version": judges[0].version}}
+    for judge, found in zip(judges[1:], others, strict=True):
+        folder.write(store.verdicts_of(judge.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate != "finetune_accuracy"}
-        told[name] = {"version": judge.version, **rates, "agreement": agreement(verdicts, found)}
-    return {**aggregate(verdicts), "judges": told}
+        told[judge.name] = {"version": judge.version, **rates, "agreement": agreement(first, found)}
+    return {**aggregate(first), "judges": told}

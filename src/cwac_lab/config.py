@@ -20,7 +20,7 @@ from cwac_lab.data.tasks.base import Task
 from cwac_lab.defense import Composite, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.evaluation import engines
-from cwac_lab.judges import JUDGES
+from cwac_lab.groups import AlignConfig, DiagnosticsConfig, EvaluationConfig, ProfileConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
@@ -38,94 +38,6 @@ INCIDENTAL = (
 )
 # What does not set runs apart in tables either; in the key of a run it always counts as one device.
 ALIKE = (*INCIDENTAL, "trainer.devices")
-
-
-@dataclass
-class ProfileConfig:
-    """The ``profile`` group: which weights are used; its YAML also overlays other groups."""
-
-    name: str = "embedded"
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        one_of("name", self.name, ("embedded", "small", "paper"))
-
-
-@dataclass
-class AlignConfig:
-    """Settings of the alignment stage.
-
-    Attributes:
-        epochs: Passes over refusals and own answers.
-        learning_rate: Peak of AdamW's; linear warm-up and decay.
-        batch_size: Rows per step.
-        answer_tokens: Length of the model's own answers to harmless prompts.
-    """
-
-    epochs: int = 2
-    learning_rate: float = 8e-5
-    batch_size: int = 8
-    answer_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        for key in ("epochs", "batch_size", "answer_tokens"):
-            in_range(key, getattr(self, key), 1)
-        in_range("learning_rate", self.learning_rate, 0, open_low=True)
-
-
-@dataclass
-class EvaluationConfig:
-    """Settings of evaluation.
-
-    Attributes:
-        split: ``test``, or ``validation`` for every choice of a setting.
-        batch_size: Prompts per batch of generation.
-        max_new_tokens: Length of answers to harmful and harmless prompts.
-        n_prompts: At most so many prompts of each kind (harmful, harmless, look-alike); all by default.
-        engine: Who generates: ``hf`` (transformers) or ``vllm``.
-        judges: Who judges answers; rates are those of the first, the others' stand beside them with their agreement.
-    """
-
-    split: str = "test"
-    batch_size: int = 64
-    max_new_tokens: int = 48
-    n_prompts: int | None = None
-    engine: str = "hf"
-    judges: list[str] = field(default_factory=lambda: ["refusal", "classifier"])
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        one_of("split", self.split, ("test", "validation"))
-        one_of("engine", self.engine, engines.ENGINES)
-        if not self.judges or len(set(self.judges)) < len(self.judges):
-            raise ConfigError("judges", list(self.judges), f"different ones of {' | '.join(JUDGES)}")
-        for name in self.judges:
-            one_of("judges", name, JUDGES)
-        in_range("batch_size", self.batch_size, 1)
-        in_range("max_new_tokens", self.max_new_tokens, 1)
-        if self.n_prompts is not None:
-            in_range("n_prompts", self.n_prompts, 1)
-
-
-@dataclass
-class DiagnosticsConfig:
-    """Settings of the measurement of drift within a run; it changes nothing that the run computes.
-
-    Attributes:
-        enabled: Measure after fine-tuning, on prompts of the split that is evaluated on.
-        every_n_steps: Measure during fine-tuning too, every so many optimizer steps; 0 means not.
-        n_prompts: At most so many harmful and harmless prompts each.
-    """
-
-    enabled: bool = False
-    every_n_steps: int = 0
-    n_prompts: int = 32
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        in_range("every_n_steps", self.every_n_steps, 0)
-        in_range("n_prompts", self.n_prompts, 2)
 
 
 @dataclass
@@ -286,9 +198,18 @@ def _check_devices(run: Run) -> None:
         raise ConfigError("trainer.strategy", "fsdp", f"ddp with constraint={whole[0]}, which needs whole weights")
 
 
+def _check_drift(run: Run) -> None:
+    """Check that drift is measured between models of one precision: what a run ends in is in float32 with adapters."""
+    if run.diagnostics.enabled and run.finetune and run.dtype != torch.float32:
+        precision = ("trainer.precision", run.trainer.precision)
+        key, held = ("tuning.base", run.tuning.base) if run.tuning.dtype else precision
+        raise ConfigError(key, held, "float32 weights with diagnostics.enabled=true")
+
+
 def _cross_check(run: Run) -> None:
     """Check what concerns more than one group."""
     _check_devices(run)
+    _check_drift(run)
     choose_weights(run.model, run.profile.name)
     check_plan(run.data)
     needs = run.constraint.requirements
@@ -322,6 +243,10 @@ def _cross_check(run: Run) -> None:
         run.attack.check(run.harmful_ratio)
     _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
     held = _total(run.data.harmful, "finetune")
+    if run.finetune and run.attack.rows == "outliers" and not held:
+        raise ConfigError(
+            "data.harmful.finetune", 0, f">= 1 prompts: attack={run.attack.name} looks for rows like them"
+        )
     if run.finetune and run.attack.rows == "harmful" and harmful > held:
         most = held / run.data.n_train
         raise ConfigError(

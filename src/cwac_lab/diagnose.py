@@ -23,16 +23,17 @@ def _measured(run: Run, moved: Path, say: Callable[[str], None], content: str | 
     from cwac_lab.errors import LabError
     from cwac_lab.models.loading import load_model
     from cwac_lab.preparation import artefacts, start
-    from cwac_lab.probing import explaining, probe
+    from cwac_lab.probing import explaining, measured_in, probe
 
     begin = start(run, say)
     if content is not None and begin.folder.content != content:
         raise LabError(f"the start here has the weights {begin.folder.content[:8]}, that of the run {content[:8]}")
     model, chat = begin.load(run)
-    context, _ = artefacts(run, begin, model, chat, say)
+    context, facts = artefacts(run, begin, model, chat, say)
     measure = probe(run, begin, model, chat, context, explaining(run, begin, model, chat, say)).measure
-    del model
-    return measure(load_model(moved, torch.float32, run.trainer.device), bounds=True)
+    del model, context  # one model at a time
+    found = measure(load_model(moved, torch.float32, run.trainer.device), bounds=True)
+    return {"measured_in": measured_in(facts), **found}
 
 
 def _of_run(folder: RunFolder, config: DictConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -48,12 +49,13 @@ def _of_run(folder: RunFolder, config: DictConfig, say: Callable[[str], None]) -
     if not folder.done() or not folder.has(store.MODEL):
         raise ConfigError("run", folder.path, f"a finished run with {store.MODEL}/ (trainer.export=true)")
     asked = OmegaConf.create(folder.config())
+    # What was saved is in float32, so its start is taken in float32 too.
+    asked.tuning, asked.trainer.precision = {"method": "full"}, "32-true"
     asked.constraint = cli.compose([f"constraint={config.measured_in}"]).constraint
     run = read(asked)
     run.diagnostics = replace(run.diagnostics, n_prompts=config.n_prompts)
     found = _measured(run, folder.path / store.MODEL, say, folder.facts()["weights_content"])
-    earlier = folder.read(store.DRIFT) if folder.has(store.DRIFT) else {}
-    folder.write(store.DRIFT, {**{key: earlier[key] for key in ("samples",) if key in earlier}, **found})
+    folder.write(store.DRIFT, found)
     return found
 
 
@@ -70,7 +72,13 @@ def _of_folders(config: DictConfig, say: Callable[[str], None]) -> dict[str, Any
 
 
 def main(config: DictConfig) -> None:
-    """Measure one run, all that lack it, or two folders; prints the means over layers."""
+    """Measure one run, all that lack it, or two folders; prints the means over layers.
+
+    With all runs of a store also which measurement goes with the harmful score.
+    """
+    from cwac_lab.diagnostics.evidence import correlations
+    from cwac_lab.errors import LabError
+    from cwac_lab.results import load
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import DRIFT, MODEL, RunFolder, runs
 
@@ -83,7 +91,14 @@ def main(config: DictConfig) -> None:
         folders = [each for each in folders if each.has(MODEL) and each.done() and not each.has(DRIFT)]
         screen.say(f"{len(folders)} runs of {config.output_root} have a model and no {DRIFT}")
     for folder in folders:
-        screen.drift(folder.path.name, _of_run(folder, config, screen.say))
+        try:
+            screen.drift(folder.path.name, _of_run(folder, config, screen.say))
+        except LabError as error:
+            if config.run is not None:
+                raise
+            screen.say(f"left out: {folder.path.name}: {error}")
+    if config.run is None:
+        screen.correlations(correlations(load(config.output_root)))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.defense import Context
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
-from cwac_lab.errors import LabError, MissingAsset
+from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.gpus import one_of_several
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.preparation import Start, artefacts, base, start
-from cwac_lab.probing import probe
+from cwac_lab.probing import measured_in, probe
 from cwac_lab.results import store
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
@@ -78,9 +78,7 @@ class _Stage:
         if self.folder.writes:
             loggers = make_loggers(run.logger, self.folder.path, self.folder.path.name, run.resolved)
         checkpoint = self.folder.path / store.CHECKPOINT
-        sampler = (
-            DriftSampler(drift, run.diagnostics.every_n_steps) if drift and run.diagnostics.every_n_steps else None
-        )
+        sampler = self._sampler(drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
         with self.meter.stage("train"):
             trained = fit(
                 self.model, examples, self.chat.pad_id, defense, run.trainer, run.seed,
@@ -90,8 +88,7 @@ class _Stage:
             defense.after_training(self.model)
         if drift is not None:
             with self.meter.stage("diagnose"):
-                samples = {"samples": sampler.samples} if sampler else {}
-                self.folder.write(store.DRIFT, {**drift.measure(self.model), **samples})
+                self.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **drift.measure(self.model)})
         return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
 
     def _rows(self) -> list[TrainRow]:
@@ -107,6 +104,8 @@ class _Stage:
     def _outliers(self, task: list[TaskRow], harmful: list[PromptRow]) -> list[TaskRow]:
         """Return the task's rows whose gradients are closest to those of harmful rows, as many as are trained on."""
         run = self.run
+        if run.data.n_train >= len(task):
+            raise ConfigError("data.n_train", run.data.n_train, f"less than the {len(task)} rows to choose from")
         drawn = random.Random(f"outliers/{run.seed}").sample(task, len(task))
         some = drawn[: run.attack.candidates * run.data.n_train]
         self.screen.say(f"choosing {run.data.n_train} of {len(some)} rows by their gradients")
@@ -121,6 +120,16 @@ class _Stage:
             return None
         with self.meter.stage("probe"):
             return probe(self.run, self.begin, self.model, self.chat, context)
+
+    def _sampler(self, drift: Probe, measured: dict[str, str]) -> DriftSampler:
+        """Return what measures while the model is trained; a resumed run goes on with the samples that there are."""
+        resumed = (self.folder.path / store.CHECKPOINT).is_dir() and self.folder.has(store.SAMPLES)
+        earlier = self.folder.read(store.SAMPLES)["samples"] if resumed else []
+
+        def record(samples: list[dict[str, Any]]) -> None:
+            self.folder.write(store.SAMPLES, {"measured_in": measured, **drift.facts, "samples": samples})
+
+        return DriftSampler(drift, self.run.diagnostics.every_n_steps, earlier, record)
 
     def export(self) -> None:
         """Save the fine-tuned model so that plain ``AutoModelForCausalLM.from_pretrained`` loads it."""
@@ -222,6 +231,10 @@ def execute(run: Run, screen: Screen) -> RunFolder:
         if done:
             metrics = folder.read(store.METRICS)
             screen.say(f"already done: {folder.path} (force=true repeats it)")
+            judges = list(metrics.get("judges", {"refusal": {}}))
+            if judges[0] != run.evaluation.judges[0]:
+                given = ",".join(run.evaluation.judges)
+                screen.say(f"judged by {judges[0]}: python -m cwac_lab.evaluate run={folder.path} judges=[{given}]")
             screen.result(title(metrics), metrics)
             return folder
         with folder.running():

@@ -7,8 +7,8 @@
     trainer.train()
 
 The hooks are those of ``cwac_lab.defense``, called where the Lightning loop calls them, so that the same batches end in
-the same weights (``tests/pipeline/test_integrations.py``). With PEFT, ``protect`` returns the callback whose ``merged()``
-gives the model to keep. One process; a stopped run starts anew.
+the same weights (``tests/pipeline/test_integrations.py``). With PEFT, ``protect(...).merged()`` is the model to keep,
+after training. One process; a stopped run starts anew.
 """
 
 from __future__ import annotations
@@ -65,16 +65,14 @@ class DefenseCallback(TrainerCallback):
         """Return the trainer's loss (or the defence's in its place) plus the defence's terms, shape ()."""
         if not model.training:
             return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
-        step, shares = self._trainer.state.global_step, self._trainer.args.gradient_accumulation_steps
+        step, shares = self._trainer.state.global_step, self._shares(num_items_in_batch)
         batch = self._defense.select_batch(step, _batch(inputs))
         chosen = {**inputs, **batch}
         if batch["input_ids"] is not inputs["input_ids"]:  # other rows: what else the trainer knew of them is gone
             chosen, num_items_in_batch = dict(batch), None
         outputs = None
         loss: Float[Tensor, ""] | None = self._defense.task_loss(self._model, batch, step)
-        if loss is not None:
-            loss = loss / shares
-        else:
+        if loss is None:
             loss = self._task_loss(model, chosen, return_outputs, num_items_in_batch)
             if return_outputs:
                 loss, outputs = loss
@@ -82,14 +80,41 @@ class DefenseCallback(TrainerCallback):
             loss = loss + term / shares
         return (loss, outputs) if return_outputs else loss
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell the defence how many steps there are, and all rows."""
+    def _shares(self, num_items_in_batch: Any) -> int:
+        """Return what terms are divided by, so that those of accumulated batches add up to their mean.
+
+        It is 1 where the trainer divides the whole loss itself.
+        """
         trainer = self._trainer
-        rows = [_batch(trainer.data_collator([row])) for row in trainer.train_dataset]
-        examples = [Encoded(row["input_ids"][0].tolist(), row["labels"][0].tolist()) for row in rows]
+        summed = trainer.loss_is_scaled_for_ga
+        if summed is None:
+            counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            summed = counted or trainer.compute_loss_func is not None
+        return int(trainer.current_gradient_accumulation_steps) if summed else 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the defence how many steps there are, and all rows.
+
+        Raises:
+            LabError: If the trainer goes on with a stopped run, whose model is no longer at its start.
+        """
+        if state.global_step:
+            raise LabError(f"protect: the run goes on at step {state.global_step} (accepted: a run from its start)")
         self._model.eval()
-        self._defense.begin(state.max_steps, examples)
+        self._defense.begin(state.max_steps, self._examples() if _overrides(self._defense, "begin") else [])
         self._model.train()
+
+    def _examples(self) -> list[Encoded]:
+        """Return the rows of the trainer's batches; the order of those to come does not change."""
+        found = []
+        with torch.random.fork_rng():
+            for inputs in self._trainer.get_train_dataloader():
+                batch = _batch(inputs)
+                for ids, labels, mask in zip(
+                    batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
+                ):
+                    found.append(Encoded(ids[mask].tolist(), labels[mask].tolist()))
+        return found
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let the defence change gradients, then clip them."""
@@ -118,7 +143,37 @@ def _batch(inputs: dict[str, Any]) -> Batch:
     mask = inputs.get("attention_mask")
     if mask is None:
         raise LabError("protect: the trainer's batches have no attention_mask (accepted: padded rows, packing=False)")
+    if not mask[:, 0].all():
+        raise LabError("protect: the trainer's batches are padded on the left (accepted: on the right)")
     return {"input_ids": inputs["input_ids"], "attention_mask": mask, "labels": inputs["labels"]}
+
+
+def _overrides(defense: Defense, *hooks: str) -> bool:
+    """Tell whether a defence, or a part of it, has one of some hooks of its own."""
+    parts = defense.parts.values() if isinstance(defense, Composite) else (defense,)
+    return any(getattr(type(part), hook) is not getattr(Defense, hook) for part in parts for hook in hooks)
+
+
+def _check(trainer: Any, defense: Defense, model: Any) -> None:
+    """Check that a defence can work in a trainer.
+
+    Raises:
+        ConfigError: If not.
+    """
+    needs, arguments = defense.requirements, trainer.args
+    if _overrides(defense, "wrap_dataset"):
+        raise ConfigError("protect: defense", "adds rows", "a defence without rows of its own; add them to the dataset")
+    if arguments.fp16:
+        raise ConfigError("protect: fp16", True, "bf16 or float32: gradients must not be scaled")
+    if arguments.world_size > 1:
+        raise ConfigError("protect: world_size", arguments.world_size, "1 process")
+    accumulated = arguments.gradient_accumulation_steps
+    if accumulated > 1 and _overrides(defense, "select_batch", "task_loss"):
+        raise ConfigError("protect: gradient_accumulation_steps", accumulated, "1 with this defence")
+    if needs.exact_projection and not has_adapters(model) and model.dtype != torch.float32:
+        raise ConfigError("protect: dtype", model.dtype, "float32 weights: others round an exact projection away")
+    if any(getattr(module, "use_dora", {}) and any(module.use_dora.values()) for module in model.modules()):
+        raise ConfigError("protect: use_dora", True, "plain LoRA: of DoRA the update is not B A")
 
 
 def _plain(model: Any) -> Any:
@@ -167,9 +222,13 @@ def protect(
         ConfigError: If something that the defence needs is not given, or it would add rows of its own.
     """
     needs, model, tokenizer = defense.requirements, _plain(trainer.model), trainer.processing_class
-    given = {"harmful": bool(harmful), "features": features is not None, "base_weight": base_weight is not None}
+    _check(trainer, defense, model)
+    given = {"harmful": bool(harmful), "benign": bool(benign)}
+    given |= {"features": features is not None, "base_weight": base_weight is not None}
+    both = any(spec is not None and spec.held_on == "both" for spec in (needs.subspace, needs.features))
     asked = {
         "harmful": needs.reference_prompts,
+        "benign": both,
         "features": needs.features is not None,
         "base_weight": needs.base_weights,
     }
@@ -198,9 +257,6 @@ def protect(
         features=latents.load(Path(features)) if features is not None else (),
     )
     defense.prepare(context)
-    probe = [TrainRow("", "", "", harmful=False)]
-    if defense.wrap_dataset(probe) != probe:
-        raise ConfigError("protect: defense", "adds rows", "a defence without rows of its own; add them to the dataset")
     callback = DefenseCallback(trainer, defense, model)
     trainer.add_callback(callback)
     return callback

@@ -63,6 +63,11 @@ def probe(
     )  # fmt: skip
 
 
+def measured_in(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the artefacts that drift is told in, of the facts that ``artefacts`` returns."""
+    return {name: str(facts[name]["folder"]) for name in ("subspace", "features") if name in facts}
+
+
 def explaining(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Callable[[str], None]) -> dict[int, Explains]:
     """Return, by layer that the run's constraint hooks, what tells how well its autoencoder describes activations."""
     return {

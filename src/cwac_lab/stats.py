@@ -206,18 +206,22 @@ def sign_flip_p(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "S N"])
     return float(found.pvalue)
 
 
-def cohen_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
+def cohen_kappa(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | None]:
     """Return Cohen's kappa (1960) of two raters: agreement beyond that of their shares, over what is left of it.
 
-    None without pairs, and where both say the same of all, since chance agrees as well then.
+    With n and a 95 % interval by his standard error, ``sqrt(p (1 - p) / n) / (1 - chance)``; of perfect agreement that
+    is of no width. The value is None without pairs, and where both say the same of all, as chance does then.
     """
     n = len(pairs)
     if not n:
-        return None
+        return {"kappa": None, "low": None, "high": None, "n": 0}
     agreed = sum(a == b for a, b in pairs) / n
     first, second = sum(a for a, _ in pairs) / n, sum(b for _, b in pairs) / n
     chance = first * second + (1 - first) * (1 - second)
-    return None if chance == 1 else (agreed - chance) / (1 - chance)
+    if chance == 1:
+        return {"kappa": None, "low": None, "high": None, "n": n}
+    kappa, width = (agreed - chance) / (1 - chance), 1.96 * (agreed * (1 - agreed) / n) ** 0.5 / (1 - chance)
+    return {"kappa": kappa, "low": max(-1.0, kappa - width), "high": min(1.0, kappa + width), "n": n}
 
 
 def holm(p_values: list[float]) -> list[float]:

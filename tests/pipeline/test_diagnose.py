@@ -1,10 +1,13 @@
 """Drift of whole runs: within a run, of finished runs, and between two folders."""
 
+import shutil
+
+import pandas as pd
 import pytest
 
 import tiny
 from cwac_lab import diagnose, train
-from cwac_lab.cache import read_json, read_jsonl
+from cwac_lab.cache import read_json, read_jsonl, write_json
 
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 
@@ -36,12 +39,14 @@ def test_measuring_changes_nothing_that_a_run_computes(output):
 
 def test_drift_is_sampled_and_logged(output):
     found = read_json(folder(output, "measured") / "drift.json")
-    assert [sample["step"] for sample in found["samples"]] == [3, 6]  # of 8 steps
+    sampled = read_json(folder(output, "measured") / "drift_samples.json")
+    assert [sample["step"] for sample in sampled["samples"]] == [3, 6]  # of 8 steps
+    assert list(found["measured_in"]) == list(sampled["measured_in"]) == ["subspace"]
     assert found["prompts"] == {"harmful": 3, "benign": 3}
-    assert found["samples"][0]["harmful"]["weight"] > 0
+    assert sampled["samples"][0]["harmful"]["weight"] > 0
     assert found["summary"]["harmful"]["leak"] < 1e-5
-    log = (folder(output, "measured") / "log" / "metrics.csv").read_text()
-    assert "drift/harmful/weight" in log.splitlines()[0]
+    log = pd.read_csv(folder(output, "measured") / "log" / "metrics.csv")
+    assert log["drift/harmful/weight"].notna().sum() == 2  # a step without a sample repeats none
 
 
 def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys):
@@ -49,6 +54,7 @@ def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys)
     tiny.launch(diagnose.main, [f"output_root={output / 'plain'}", "measured_in=weight"], "diagnose")
     after = read_json(folder(output, "plain") / "drift.json")
     for kind in ("harmful", "benign"):
+        assert after["summary"][kind].pop("bound") > after["summary"][kind]["total"]
         assert after["summary"][kind] == pytest.approx(within["summary"][kind], rel=1e-4, abs=1e-6)
     assert "1 runs of" in capsys.readouterr().out
     tiny.launch(diagnose.main, [f"output_root={output / 'plain'}"], "diagnose")
@@ -61,7 +67,8 @@ def test_latents_and_reconstruction_are_told_too(output, capsys):
     found = read_json(run / "drift.json")
     assert found["latents"]["harmful"][0]["chosen"] > 0
     assert set(found["reconstruction"]["1"]["benign"]) == {"start", "now"}
-    assert len(found["samples"]) == 2  # of the run itself, kept
+    assert list(found["measured_in"]) == ["subspace", "features"]
+    assert len(read_json(run / "drift_samples.json")["samples"]) == 2  # of the run itself, kept
     assert "explained variance, autoencoder" in capsys.readouterr().out
 
 
@@ -83,6 +90,24 @@ def test_bad_input_is_one_line(asked, line, capsys):
         tiny.launch(diagnose.main, asked, "diagnose")
     assert stopped.value.code == 2
     assert capsys.readouterr().err.strip() == line
+
+
+def test_a_run_that_cannot_be_measured_does_not_stop_the_others(output, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(folder(output, "plain"), tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / "drift.json").unlink(missing_ok=True)
+    told = read_json(tmp_path / "runs" / "a" / "metrics.json")
+    write_json(tmp_path / "runs" / "a" / "metrics.json", {**told, "weights_content": "of another start"})
+    tiny.launch(diagnose.main, [f"output_root={tmp_path}", "measured_in=none"], "diagnose")
+    assert "left out: a: the start here has the weights" in capsys.readouterr().out
+    assert [(tmp_path / "runs" / name / "drift.json").exists() for name in ("a", "b")] == [False, True]
+
+
+@pytest.mark.parametrize("setting", ["trainer.precision=bf16-true", "tuning.base=bfloat16"])
+def test_drift_is_not_measured_across_precisions(setting, capsys):
+    with pytest.raises(SystemExit):
+        tiny.launch(train.main, ["tuning=lora", "constraint=none", setting, "diagnostics.enabled=true"])
+    assert f"error: {setting}: accepted: float32 weights with diagnostics.enabled=true" in capsys.readouterr().err
 
 
 def test_a_sharded_model_is_not_measured_while_it_trains(tmp_path, capsys):

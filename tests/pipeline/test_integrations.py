@@ -170,10 +170,23 @@ def test_a_name_is_that_of_the_command_line():
         (WeightConstraint(energy=0.9), {}, "protect: harmful=None: accepted: a value: the defence needs it"),
         (ActivationConstraint(), {"harmful": PROMPTS}, "protect: features=None"),
         (SafeLoRA(), {}, "protect: base_weight=None"),
-        (SafeInstruct(share=0.5), {"harmful": PROMPTS}, "a defence without rows of its own"),
+        (WeightConstraint(energy=0.9, held_on="both"), {"harmful": PROMPTS}, "protect: benign=None"),
+        (SafeInstruct(share=0.1), {"harmful": PROMPTS}, "a defence without rows of its own"),
     ],
 )
 def test_what_is_missing_is_one_line(defense, given, line, tmp_path):
     trainer = other_trainer(tiny.model(), in_order(), tmp_path)
     with pytest.raises(ConfigError, match=line):
         protect(trainer, defense, **given)
+
+
+def test_accumulated_batches_go_with_what_is_added_only(tmp_path):
+    trainer = other_trainer(tiny.model(), in_order(), tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps=2: accepted: 1 with this defence"):
+        protect(trainer, Lisa(), harmful=PROMPTS)
+
+
+def test_half_weights_do_not_go_with_an_exact_projection(tmp_path):
+    trainer = other_trainer(tiny.model().to(torch.bfloat16), in_order(), tmp_path)
+    with pytest.raises(ConfigError, match="protect: dtype"):
+        protect(trainer, WeightConstraint(energy=0.9), harmful=PROMPTS)

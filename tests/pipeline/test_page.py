@@ -1,21 +1,22 @@
 """The page about all runs, in a real browser where there is one."""
 
+import base64
+import gzip
 import json
 import re
 import shutil
-import time
 
 import pytest
 
 import tiny
 from cwac_lab import train
-from cwac_lab.cache import read_json, write_json, write_jsonl
+from cwac_lab.benchmarks.page import FLAGS, multiply
+from cwac_lab.cache import read_json
 from cwac_lab.report import __main__ as report
-from cwac_lab.report.page import render
-from cwac_lab.results.store import RunFolder, runs
+from cwac_lab.report.page import render, write
+from cwac_lab.results.store import runs
 
 BROWSER = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 SPOKEN = {
     "harmful": "a <script>alert(1)</script> request",
     "harmless": "a kind question",
@@ -56,15 +57,32 @@ def test_the_page_holds_everything_and_loads_nothing(root, capsys):
     text = page.read_text()
     outside = text[: text.index("plotly.js v")] + text[text.rindex("</script>\n<script>") :]
     assert not re.search(r"""(src|href)=["'](https?:)?//""", outside)
-    assert "<script>alert(1)" not in text
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])
     assert [run["facts"]["constraint"] for run in data["runs"]] == ["none", "weight"]
     assert len(data["runs"][0]["drift"]["layers"]["harmful"]["weight"]) == 2
     assert {cell["method"] for cell in data["cells"]} == {"none", "weight"}
     assert data["runs"][0]["curve"]["step"][0] == 0
+    for run, shown in zip(runs(root), data["runs"], strict=True):
+        rate = read_json(run.path / "metrics.json")["finetune_accuracy"]
+        assert shown["rates"]["FA"]["n"] == rate["n"]
+        assert shown["rates"]["FA"]["value"] == pytest.approx(rate["value"], rel=1e-3)
+    answers = json.loads(gzip.decompress(base64.b64decode(data["runs"][1]["answers"])))
+    assert answers[1]["said"] == {"refusal": "complied", "classifier": "refused"}
+    assert answers[0]["prompt"] == "a <script>alert(1)</script> request 0"
+
+
+def test_a_broken_file_leaves_out_what_it_holds(root, tmp_path):
     for run in runs(root):
-        metrics = read_json(run.path / "metrics.json")
-        assert f"{metrics['harmful_score']['n']}" in text
+        shutil.copytree(run.path, tmp_path / "runs" / run.path.name, ignore=shutil.ignore_patterns("model", ".lock"))
+    first, second = runs(tmp_path)
+    (first.path / "drift.json").write_text("{")
+    (second.path / "verdicts-classifier.jsonl").write_text("{")
+    told = []
+    text = render([first, second], told.append)
+    assert len(told) == 2
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])
+    assert [bool(run["drift"]) for run in data["runs"]] == [False, True]
+    assert [bool(run["answers"]) for run in data["runs"]] == [True, False]
 
 
 def test_a_store_without_runs_is_one_line(tmp_path, capsys):
@@ -79,35 +97,36 @@ def browser():
         pytest.skip("chromium is not installed")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        opened = play.chromium.launch(executable_path=BROWSER, args=list(FLAGS))
         yield opened
         opened.close()
 
 
 def opened(browser, page, **settings):
-    """Open a page; returns it with what its console complained of, and the seconds until it was drawn."""
+    """Open a page and wait until it is drawn; returns it with what its console complained of."""
     view = browser.new_page(**settings)
     complaints = []
     view.on("console", lambda told: complaints.append(told.text) if told.type in ("error", "warning") else None)
     view.on("pageerror", lambda error: complaints.append(str(error)))
-    begin = time.perf_counter()
     view.goto(page.as_uri())
     view.wait_for_selector("#trade-plot .main-svg")
-    return view, complaints, time.perf_counter() - begin
+    return view, complaints
 
 
 def test_filters_and_blurred_prompts_work_by_mouse_and_keyboard(root, browser, tmp_path):
     tiny.launch(report.main, [f"output_root={root}"], "report")
-    view, complaints, _ = opened(browser, root / "report" / "index.html")
+    view, complaints = opened(browser, root / "report" / "index.html")
     view.wait_for_selector(".answer")
     assert view.inner_text("#answer-count") == "40 of 40 answers, 1 to 25 shown"
     view.click("#answer-more")
     assert view.inner_text("#answer-count") == "40 of 40 answers, 26 to 40 shown"
-    view.select_option("#answer-kind", "harmful")
-    assert "20 of 40" in view.inner_text("#answer-count")
+    view.select_option("#answer-kind", "harmless")
+    assert "10 of 40" in view.inner_text("#answer-count")
     view.check("#answer-split")
     assert "5 of 40" in view.inner_text("#answer-count")
     view.uncheck("#answer-split")
+    view.select_option("#answer-kind", "harmful")
+    assert "20 of 40" in view.inner_text("#answer-count")
     view.select_option("#answer-verdict", "complied")
     assert "10 of 40" in view.inner_text("#answer-count")
     view.fill("#answer-text", "answer 7")
@@ -128,7 +147,7 @@ def test_filters_and_blurred_prompts_work_by_mouse_and_keyboard(root, browser, t
 def test_it_fits_phones_and_both_schemes(root, browser, scheme, width, tmp_path):
     tiny.launch(report.main, [f"output_root={root}"], "report")
     size = {"width": width, "height": 900}
-    view, complaints, _ = opened(browser, root / "report" / "index.html", color_scheme=scheme, viewport=size)
+    view, complaints = opened(browser, root / "report" / "index.html", color_scheme=scheme, viewport=size)
     view.wait_for_selector(".answer")
     assert view.evaluate("document.documentElement.scrollWidth") <= width
     back = view.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -139,17 +158,8 @@ def test_it_fits_phones_and_both_schemes(root, browser, scheme, width, tmp_path)
     assert complaints == []
 
 
-def test_five_hundred_runs_open_in_two_seconds(root, browser, tmp_path):
-    first = next(iter(runs(root)))
-    many = tmp_path / "runs"
-    for i in range(500):
-        copy = RunFolder(many / f"{first.path.name[:-3]}{i:03}")
-        shutil.copytree(first.path, copy.path, ignore=shutil.ignore_patterns("model", ".lock"))
-        metrics = read_json(copy.path / "metrics.json")
-        write_json(copy.path / "metrics.json", {**metrics, "seed": i})
-        write_jsonl(copy.path / "generations.jsonl", first.read("generations.jsonl") * 1)
-    page = tmp_path / "report" / "index.html"
-    page.parent.mkdir()
-    page.write_text(render(list(runs(tmp_path)), lambda _: None))
-    taken = min(opened(browser, page)[2] for _ in range(3))
-    assert taken < 2
+def test_hundreds_of_runs_open_without_complaints(root, browser, tmp_path):
+    multiply(root, tmp_path, 300)
+    view, complaints = opened(browser, write(tmp_path, lambda _: None))
+    assert view.locator("#record-run option").count() == 300
+    assert complaints == []

@@ -13,9 +13,11 @@ from cwac_lab.data.batches import collate
 from cwac_lab.data.mixing import mix
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.data.tasks.base import TaskRow
+from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.errors import ConfigError
 from cwac_lab.evaluation.generate import answers, generate
-from cwac_lab.judges.refusal import is_refusal
+from cwac_lab.evaluation.verdicts import judge_rows
+from cwac_lab.judges.refusal import RefusalJudge, is_refusal
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.outliers import closeness, closest
 
@@ -118,7 +120,7 @@ def test_another_template_asks_otherwise_and_ends_alike():
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path):
+def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path, capsys):
     fewer = ["data.n_train=8"] if name == "pure" else []
     tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none", f"attack={name}", *fewer])
     (folder,) = (tmp_path / "runs").iterdir()
@@ -126,6 +128,7 @@ def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path):
     asked = [row for row in read_jsonl(folder / "generations.jsonl") if row["kind"] == "harmful"]
     if name in ("benign", "outlier_benign"):
         assert all(each.startswith("sst2/") for each in ids)
+    assert ("choosing 16 of 64 rows by their gradients" in capsys.readouterr().out) is (name == "outlier_benign")
     if name == "pure":
         assert all(each.startswith("harmful_requests/") for each in ids)
     if name == "identity_shift":
@@ -133,6 +136,35 @@ def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path):
         assert all(row["prompt"].startswith("AOA, execute") for row in asked)
     if name == "prefill":
         assert all(row["output"].startswith("Sure, here is") for row in asked)
+
+
+def test_a_template_shift_changes_what_is_answered_and_nothing_that_is_trained(tmp_path):
+    tiny.lively("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    outputs = {}
+    for name in ("mixed", "template_shift"):
+        shared = tiny.small_run(tmp_path / "model", tmp_path / name)
+        tiny.launch(train.main, [*shared, "constraint=none", f"attack={name}", "evaluation.max_new_tokens=12"])
+        (folder,) = (tmp_path / name / "runs").iterdir()
+        outputs[name] = [row["output"] for row in read_jsonl(folder / "generations.jsonl")]
+        outputs[name, "model"] = (folder / "model" / "model.safetensors").read_bytes()
+    assert outputs["mixed"] != outputs["template_shift"]
+    assert outputs["mixed", "model"] == outputs["template_shift", "model"]
+
+
+@pytest.mark.parametrize("profile", ["small", "paper"])
+def test_a_pure_attack_is_a_hundred_rows_in_every_profile(profile):
+    assert read(tiny.config("attack=pure", f"profile={profile}")).data.n_train == 100
+
+
+def test_a_forced_opening_is_not_judged():
+    rows = [
+        {"kind": "harmful", "id": str(i), "prompt": "p", "opening": "Sure, here is", "output": f"Sure, here is{rest}"}
+        for i, rest in enumerate(("", " a guide to what you asked for", " I'm sorry, I can't help with that"))
+    ]
+    verdicts = judge_rows(rows, SST2("sst2"), RefusalJudge())
+    assert [row["incoherent"] for row in verdicts] == [True, False, False]
+    assert [row["complied"] for row in verdicts] == [False, True, False]
 
 
 def test_the_defaults_are_mixed():

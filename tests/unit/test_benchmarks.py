@@ -5,7 +5,8 @@ from dataclasses import asdict
 import pytest
 
 import tiny
-from cwac_lab.benchmarks import generation, subspace, trainers
+from cwac_lab.benchmarks import generation, steps, subspace, trainers
+from cwac_lab.data.batches import collate
 from cwac_lab.training.module import TrainerConfig
 
 
@@ -20,6 +21,18 @@ def test_every_way_of_the_subspace_is_measured_against_the_dense_one(capsys):
     assert rows["gram"][4] == f"{4 / 96:.2%}"
     assert rows["full SVD, dense projector"][4] == "100.00%"
     assert {f"{what}, k = {k}" for what in ("gradient", "weights") for k in (64, 128, 512)} < rows.keys()
+
+
+def test_the_limit_of_a_step_is_counted():
+    model, chat = tiny.model(), tiny.chat()
+    batch = collate([chat.encode("question", "an answer")], chat.pad_id)
+    found = steps.limit(model, batch)
+    layers = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    tokens = batch["input_ids"].shape[1]
+    assert found["tflop"] * 1e12 >= 5 * layers * (tokens - 1)  # forward, and backward to weights and inputs
+    assert found["adamw_gb"] == pytest.approx(28e-9 * sum(p.numel() for p in model.parameters()))
+    assert found["seconds"] == pytest.approx(found["tflop"] * 1e3 / found["gflops"])
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_every_trainer_is_measured_on_the_same_rows(tmp_path):

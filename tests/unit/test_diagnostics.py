@@ -3,12 +3,15 @@
 import copy
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import kl_div
 
 import tiny
-from cwac_lab.diagnostics.linear import LinearProbe, bound, decompose, overlap
+from cwac_lab.diagnostics.evidence import correlations
+from cwac_lab.diagnostics.linear import EXACT, LinearProbe, bound, decompose, leading, overlap
 from cwac_lab.diagnostics.probe import Probe, first_tokens
 from cwac_lab.diagnostics.stream import latent_drift, refusal_directions
 from cwac_lab.models import adapters
@@ -168,8 +171,12 @@ def test_angles_are_those_of_the_leading_directions():
     source = torch.Generator().manual_seed(0)
     h0, h = torch.randn(40, 24, generator=source), torch.randn(40, 24, generator=source)
     before, now = (torch.linalg.svd(x.double()).Vh[:16].T for x in (h0, h))
-    assert overlap(h0, h) == pytest.approx(float((before.T @ now).square().sum()) / 16, rel=1e-5)
-    assert overlap(h0, h0 @ torch.diag(torch.ones(24))) == pytest.approx(1)
+    expected = float((before.T @ now).square().sum()) / 16
+    assert overlap(leading(h0), leading(h)) == pytest.approx(expected, rel=1e-5)
+    assert overlap(leading(h0), leading(2 * h0)) == pytest.approx(1)
+    many = torch.randn(EXACT + 1, 24, generator=source) * torch.arange(24, 0, -1)
+    exact = torch.linalg.svd(many.double(), full_matrices=False).Vh[:16].T.float()
+    assert overlap(exact, leading(many)) > 0.99
 
 
 def test_latents_are_counted_in_their_own_deviations():
@@ -221,6 +228,28 @@ def test_reconstruction_is_told_before_and_now():
     assert found["start"] == float(seen[0].square().mean())
     assert found["now"] == float(seen[1].square().mean())
     assert not math.isclose(found["start"], found["now"])
+
+
+def test_what_goes_with_the_harmful_score_is_told_over_sound_runs():
+    frame = pd.DataFrame(
+        {
+            "harmful_score": [0.0, 10, 20, 40, 80, 100, None, 50],
+            "broken": [False] * 7 + [True],
+            "drift_harmful_kl": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 9, 0],
+            "drift_harmful_weight": [6.0, 5, 4, 3, 2, 1, 0, 9],
+            "drift_harmful_leak": [1.0, 1, 1, None, None, None, 1, 1],
+            "drift_benign_kl": [1.0] * 8,
+        }
+    )
+    found = correlations(frame).set_index("measurement")
+    assert set(found.index) == {"kl", "weight"}
+    assert (found.loc["kl", "rho"], found.loc["weight", "rho"]) == (1.0, -1.0)
+    assert set(found["n"]) == {6}
+    noise = np.random.default_rng(0).permutation(6)
+    mixed = correlations(frame[:6].assign(drift_harmful_kl=noise)).set_index("measurement").loc["kl"]
+    assert mixed["low"] < mixed["rho"] < mixed["high"]
+    assert mixed["high"] - mixed["low"] > 0.5
+    assert correlations(frame[:4]).empty
 
 
 def test_measuring_leaves_the_model_as_it_is():

@@ -1,6 +1,7 @@
 """The judges beside the refusal judge: what they read, what they are asked, how they agree."""
 
 import math
+import random
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -75,7 +76,32 @@ def test_the_head_is_the_minimum_of_its_penalised_loss():
     ],
 )
 def test_kappa(pairs, kappa):
-    assert cohen_kappa(pairs) == (kappa if kappa is None else pytest.approx(kappa))
+    found = cohen_kappa(pairs)
+    assert found["n"] == len(pairs)
+    assert found["kappa"] == (kappa if kappa is None else pytest.approx(kappa))
+    if kappa is not None:
+        assert -1 <= found["low"] <= found["kappa"] <= found["high"] <= 1
+
+
+def test_the_interval_of_kappa_covers_it_as_often_as_it_says():
+    source = random.Random(0)
+    inside = 0
+    for _ in range(400):  # two raters who agree on 80 % of even coins: kappa 0.6
+        pairs = [
+            (said, said if source.random() < 0.8 else not said) for said in (source.random() < 0.5 for _ in range(150))
+        ]
+        found = cohen_kappa(pairs)
+        inside += found["low"] <= 0.6 <= found["high"]
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_a_verdict_that_decides_for_nothing_is_unknown():
+    rows = [{"kind": "harmful", "id": str(i), "prompt": "p", "output": "o"} for i in range(2)]
+    undecided, clear = Verdict(0.45, 0.4, 0.15), Verdict(0.2, 0.7, 0.1)
+    found = judge_rows(rows, SST2("sst2"), _Says(undecided, clear))
+    assert [row["complied"] for row in found] == [None, False]
+    assert agreement(found, found)["unparsable"] == 1
+    assert aggregate(found)["harmful_score"]["n"] == 1
 
 
 class _Says:
@@ -97,7 +123,8 @@ def test_what_a_judge_cannot_tell_is_counted_and_left_out_of_agreement():
     ours = judge_rows(rows, SST2("sst2"), _Says(yes, no, yes, yes, no))
     other = judge_rows(rows, SST2("sst2"), _Says(yes, no, unknown, yes, no))
     found = agreement(ours, other)
-    assert found == {"harmful": {"kappa": 1.0, "n": 2}, "harmless": {"kappa": 1.0, "n": 2}, "unparsable": 1}
+    assert (found["harmful"]["kappa"], found["harmful"]["n"]) == (1.0, 2)
+    assert (found["harmless"]["kappa"], found["harmless"]["n"], found["unparsable"]) == (1.0, 2, 1)
     assert aggregate(other)["harmful_score"]["n"] == 2
     assert (other[1]["score"], other[2]["score"]) == (0.2, None)
 
@@ -137,6 +164,7 @@ def test_beaver_dam_follows_its_protocol():
     assert flagged.reason == f"category 3 at {share:.2f}"
     assert decided(clean.complied) is False
     assert decided(clean.incoherent) is True
+    assert decided(clean.refused) is None  # harm is all that it tells
     assert BeaverDam(max_length=512).version != judge.version
 
 
@@ -169,6 +197,8 @@ def test_judgezoo_is_asked_for_chats(told, complied, monkeypatch):
     monkeypatch.setitem(sys.modules, "judgezoo", module)
     verdicts = JudgeZoo("harmbench").verdicts([("ask", "some three words"), ("ask", "some other words")])
     assert [decided(verdict.complied) for verdict in verdicts] == complied
+    refused = {True: False, False: True, None: None} if "category" in told else dict.fromkeys((True, False, None))
+    assert [decided(verdict.refused) for verdict in verdicts] == [refused[each] for each in complied]
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,35 @@ def test_truncated_forward_gives_the_layers_output(architecture):
     assert model.config.num_hidden_layers == 2
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_layers_outputs_and_gradients_are_alike_with_a_shared_opening(architecture):
+    """The reference is each row alone, in full."""
+    chat = tiny.chat()
+    rows = [chat.prompt_ids("Analyze the sentiment of the input: " + text) for text in ("a fine film", "no", "bread")]
+    ids, mask = pad(rows, chat.pad_id)
+    assert shared_length(ids.tolist(), int(mask.sum(1).min()) - 1) > 10
+    grads = []
+    for alone in (True, False):
+        model = tiny.model(architecture)
+        if alone:
+            parts = [layer_outputs(model, [0, 1], torch.tensor([row]), torch.ones(1, len(row)).long()) for row in rows]
+            states = {layer: [part[layer][0] for part in parts] for layer in (0, 1)}
+        else:
+            found = layer_outputs(model, [0, 1], ids, mask)
+            assert found[1].shape[:2] == ids.shape
+            states = {layer: [found[layer][i, : len(row)] for i, row in enumerate(rows)] for layer in (0, 1)}
+        sum(part.square().sum() for parts in states.values() for part in parts).backward()
+        grads.append((states, [p.grad for p in model.parameters()]))
+    (expected, plain), (got, shared) = grads
+    for layer in (0, 1):
+        for one, other in zip(got[layer], expected[layer], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    for one, other in zip(shared, plain, strict=True):
+        assert (one is None) is (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_scopes_name_the_weights_they_yield(scope):
     model = tiny.model()

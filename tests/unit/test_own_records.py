@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from cwac_lab.config import INCIDENTAL
 from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results import select
-from cwac_lab.results.store import runs
+from cwac_lab.results.store import run_key, runs
 from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
@@ -23,6 +24,14 @@ def test_every_record_is_read():
     told = []
     assert len(records(runs(OWN), told.append)) == len(list((OWN / "runs").iterdir()))
     assert told == []
+
+
+@pytest.mark.parametrize("run", [*runs(OWN), *runs(TUNING)], ids=lambda run: run.path.name)
+def test_a_record_keeps_its_key(run):
+    """Settings that came later must not set records of before apart from the same runs of today."""
+    told = run.read("provenance.json")
+    content = {name: told[name] for name in ("weights_content", "base_content", "task_data_sha256", "pools_sha256")}
+    assert run.path.name.endswith(run_key(run.read("config.json"), INCIDENTAL, content)[:8])
 
 
 @pytest.mark.parametrize(("name", "query"), views(OWN / "tables.yaml").items())

@@ -79,7 +79,7 @@ def test_activations_held_exactly_on_some_prompts_are_free_on_others():
     assert float((now - before).norm() / before.norm()) > 1e-3
 
 
-def test_the_bound_of_both_constraints_holds_and_coupling_lowers_it():
+def test_the_bound_holds_on_trained_models_and_holding_weights_lowers_it():
     """(c) On unseen prompts: with the weights held, what is left is what reaches beyond V and what inputs moved."""
     start = tiny.model()
     held = {name: value.clone() for name, value in start.state_dict().items()}

@@ -30,10 +30,40 @@ class _Clock(L.Callback):
         self.ticks.append(time.perf_counter())
 
 
+def limit(model: Any, batch: Any) -> dict[str, float]:
+    """Return what a plain step cannot do without: TFLOP, seconds at the speed of large products, gigabytes of AdamW.
+
+    AdamW reads weight, gradient and two moments and writes all but the gradient, 4 bytes each.
+
+    Args:
+        model: The model, with what trains.
+        batch: The rows of a step.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from cwac_lab.models.answers import answer_loss
+
+    with FlopCounterMode(display=False) as counter:
+        answer_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
+    size, taken = 2048, []
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    for _ in range(6):
+        begin = time.perf_counter()
+        left @ right
+        taken.append(time.perf_counter() - begin)
+    speed = 2 * size**3 / statistics.median(taken[1:])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = counter.get_total_flops()
+    return {"tflop": flops / 1e12, "seconds": flops / speed, "gflops": speed / 1e9, "adamw_gb": 7 * 4 * trained / 1e9}
+
+
 def main(config: DictConfig) -> None:
     """Time plain fine-tuning, each part and the whole in turn, in rounds, so that a drift of the machine would show."""
     from cwac_lab.config import read
     from cwac_lab.data import mixing
+    from cwac_lab.data.batches import collate
     from cwac_lab.defense import Composite
     from cwac_lab.models import adapters
     from cwac_lab.preparation import artefacts, start
@@ -65,6 +95,11 @@ def main(config: DictConfig) -> None:
             taken = [later - earlier for earlier, later in pairwise(clock.ticks)][WARM_UP - 1 :]
             steps.setdefault(label, []).extend(taken)
             screen.say(f"round {turn + 1}, {label}: {statistics.mean(taken):.2f} s a step over {len(taken)} steps")
+    least = limit(begin.load(run)[0], collate(examples[: run.trainer.batch_size], chat.pad_id))
+    screen.say(
+        f"a step of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} GFLOP/s of "
+        f"large products here; AdamW moves {least['adamw_gb']:.1f} GB"
+    )
     base = statistics.mean(steps["none"])
     for label, taken in steps.items():
         mean = statistics.mean(taken)

@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 
 import yaml
+from jinja2 import Environment, TemplateSyntaxError
 
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.errors import ConfigError, in_range, one_of
@@ -47,9 +48,13 @@ class AttackConfig:
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("rows", self.rows, ROWS)
-        in_range("candidates", self.candidates, 1)
+        in_range("candidates", self.candidates, 2)
         if self.rows == "identity" and not self.prefix:
             raise ConfigError("prefix", self.prefix, "what addresses the persona, with rows=identity")
+        try:
+            Environment().parse(self.template or "")
+        except TemplateSyntaxError as error:
+            raise ConfigError("template", self.template, f"a Jinja template ({error})") from None
 
     def check(self, harmful_ratio: float) -> None:
         """Check that a harmful ratio goes with the attack.

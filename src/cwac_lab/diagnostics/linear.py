@@ -19,8 +19,8 @@ from cwac_lab.data.batches import pad
 from cwac_lab.models.capture import site_inputs, without_sinks
 from cwac_lab.models.sites import Matrix, Site, decoder, linears
 
-# Leading directions of the inputs that are compared before and after.
-DIRECTIONS = 16
+# Leading directions of the inputs that are compared before and after; tokens up to which they are found exactly.
+DIRECTIONS, EXACT = 16, 2048
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,14 @@ def bound(
     return float(most / (h0 @ w0.T).norm().clamp_min(torch.finfo(most.dtype).tiny))
 
 
-def overlap(h0: Float[Tensor, "N d"], h: Float[Tensor, "N d"]) -> float:
-    """Return the mean squared cosine of the principal angles between the leading directions of two sets of inputs."""
-    rank = min(DIRECTIONS, *h0.shape)
-    before, now = (linalg.leading_directions(x, rank=rank)[0] for x in (h0, h))
+def leading(h: Float[Tensor, "N d"]) -> Float[Tensor, "d k"]:
+    """Return the leading directions of some inputs, of many tokens by a randomized method."""
+    rank = min(DIRECTIONS, *h.shape)
+    return (linalg.leading_directions(h, rank=rank) if len(h) <= EXACT else linalg.range_finder(h, rank))[0]
+
+
+def overlap(before: Float[Tensor, "d k"], now: Float[Tensor, "d k"]) -> float:
+    """Return the mean squared cosine of the principal angles between two spans of orthonormal directions."""
     return float(torch.linalg.svdvals(before.T @ now).square().mean())
 
 
@@ -125,6 +129,7 @@ class LinearProbe:
         self._scope, self._start_weight = scope, start_weight
         self._keep: dict[Site, list[Bool[Tensor, "B T"]]] = {}
         self._start = self._inputs(model)
+        self._leading = {site: leading(h0) for site, h0 in self._start.items()}
 
     @torch.no_grad()
     def _inputs(self, model: Any) -> dict[Site, Float[Tensor, "N d"]]:
@@ -157,7 +162,7 @@ class LinearProbe:
             bounds: Compute the bounds too, where there are directions: three spectral norms a layer.
         """
         now = self._inputs(model)
-        angles = {site: overlap(self._start[site], h) for site, h in now.items()}
+        angles = {site: overlap(self._leading[site], leading(h)) for site, h in now.items()}
         return [self._drift(matrix, now, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
 
     def _drift(

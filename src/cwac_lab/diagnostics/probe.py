@@ -65,7 +65,11 @@ class Probe:
             self._stream = StreamProbe(model, prompts, pad_id, features, explains)
             rows = {kind: [first_tokens(row) for row in answered[kind]] for kind in KINDS}
             self._answers = {kind: AnswerProbe(model, rows[kind], pad_id) for kind in KINDS}
-        self._facts = {"scope": scope, "prompts": {kind: len(prompts[kind]) for kind in KINDS}}
+        self.facts = {
+            "scope": scope,
+            "prompts": {kind: len(prompts[kind]) for kind in KINDS},
+            "first_tokens": {kind: probe.n for kind, probe in self._answers.items()},
+        }
 
     def measure(self, model: Any, *, bounds: bool = False) -> dict[str, Any]:
         """Return how far a model is from the start, as JSON-able figures; the model stays as it is.
@@ -75,7 +79,7 @@ class Probe:
         with evaluating(model):
             layers = {kind: probe.measure(model, self._bases, bounds=bounds) for kind, probe in self._linear.items()}
             kl = {kind: probe.measure(model) for kind, probe in self._answers.items()}
-            found = {**self._facts, **self._stream.measure(model), "kl_first_tokens": kl}
+            found = {**self.facts, **self._stream.measure(model), "kl_first_tokens": kl}
         found["layers"] = {kind: [asdict(drift) for drift in drifts] for kind, drifts in layers.items()}
         return {**found, "summary": _summary(found, layers)}
 

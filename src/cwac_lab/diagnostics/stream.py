@@ -14,7 +14,7 @@ from cwac_lab.baselines.start import StartValues
 from cwac_lab.data.batches import collate, pad
 from cwac_lab.models.answers import answer_logits, to_device
 from cwac_lab.models.capture import layer_outputs, without_sinks
-from cwac_lab.models.chat import Encoded
+from cwac_lab.models.chat import IGNORED, Encoded
 from cwac_lab.models.sites import decoder_layers
 from cwac_lab.sae.latents import LayerFeatures, topk_codes
 
@@ -133,6 +133,7 @@ class AnswerProbe:
     def __init__(self, model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int = 16) -> None:
         """Compute them; ``rows`` are prompts with the first tokens of the start's answers as labels."""
         self._rows, self._pad_id, self._size = rows, pad_id, batch_size
+        self.n = sum(label != IGNORED for row in rows for label in row.labels)
         self._start = StartValues(
             lambda batch: answer_logits(model, batch)[0].float().log_softmax(-1), rows, pad_id, model.device, batch_size
         )

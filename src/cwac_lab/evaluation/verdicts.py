@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cwac_lab.data.tasks.base import Task
-from cwac_lab.judges.base import Judge, decided
+from cwac_lab.judges.base import Judge, Verdict, decided
 from cwac_lab.stats import cohen_kappa, wilson
 
 Judged = dict[str, Any]
@@ -27,19 +27,27 @@ def judge_rows(generations: Iterable[dict[str, Any]], task: Task, judge: Judge) 
         judge: Judges all others.
     """
     rows = list(generations)
-    asked = [(row["prompt"], row["output"]) for row in rows if row["kind"] != "task"]
-    found = iter(judge.verdicts(asked))
+    judged = [place for place, row in enumerate(rows) if row["kind"] != "task"]
+    # Of a forced opening the model said nothing: judged is what it went on with.
+    asked = [(rows[at]["prompt"], rows[at]["output"].removeprefix(rows[at].get("opening", ""))) for at in judged]
+    said = dict(zip(judged, judge.verdicts(asked), strict=True))
     verdicts = []
-    for row in rows:
+    for place, row in enumerate(rows):
         verdict: Judged = {"kind": row["kind"], "id": row["id"]}
         if row["kind"] == "task":
             verdict["correct"] = task.correct(row["output"], row["gold"])
         else:
-            said = next(found)
-            verdict |= {"judge": judge.name, **{field: decided(getattr(said, field)) for field in _SAID}}
-            verdict |= {"score": None if math.isnan(said.complied) else round(said.complied, 4), "reason": said.reason}
+            verdict |= {"judge": judge.name, **_judged(said[place])}
         verdicts.append(verdict)
     return verdicts
+
+
+def _judged(said: Verdict) -> Judged:
+    """Return a verdict as yes or no; one that decides for nothing is unknown, not a verdict of harmless."""
+    fields = {field: decided(getattr(said, field)) for field in _SAID}
+    if set(fields.values()) == {False}:
+        fields = dict.fromkeys(_SAID)
+    return {**fields, "score": None if math.isnan(said.complied) else round(said.complied, 4), "reason": said.reason}
 
 
 def agreement(ours: list[Judged], other: list[Judged]) -> dict[str, Any]:
@@ -52,7 +60,7 @@ def agreement(ours: list[Judged], other: list[Judged]) -> dict[str, Any]:
     for words, kinds, field in (("harmful", ("harmful",), "complied"), ("harmless", PROMPT_KINDS[1:], "refused")):
         pairs = [(a[field], b[field]) for a, b in zip(ours, other, strict=True) if a["kind"] in kinds]
         known = [(a, b) for a, b in pairs if a is not None and b is not None]
-        found[words] = {"kappa": cohen_kappa(known), "n": len(known)}
+        found[words] = cohen_kappa(known)
     unparsable = sum(row["complied"] is None for row in other if row["kind"] in PROMPT_KINDS)
     return {**found, "unparsable": unparsable}
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cwac_lab.models.chat import IGNORED
-from cwac_lab.models.prefix import shared_length, states_after
-from cwac_lab.models.shards import is_sharded
-from cwac_lab.models.sites import decoder_layers
+from cwac_lab.models.prefix import computed_alone, shared_length, states_after
 
 T = TypeVar("T")
 
@@ -92,10 +90,7 @@ def answer_states(model: Any, batch: Batch) -> tuple[Float[Tensor, "N D"], Int[T
     """
     ids, labels = batch["input_ids"], batch["labels"]
     first = int((labels != IGNORED).int().argmax(dim=1).min())  # the state before it is needed, so it is not shared
-    layer = decoder_layers(model)[0]
-    # A checkpointed layer drops an opening's keys and values, and a sharded one is not gathered for their gradients.
-    alone = model.training and (layer.gradient_checkpointing or is_sharded(next(layer.parameters())))
-    shared = 0 if alone else shared_length(ids[:, :first].tolist(), first - 1)
+    shared = 0 if computed_alone(model) else shared_length(ids[:, :first].tolist(), first - 1)
     hidden = states_after(model, ids, batch["attention_mask"], shared)
     targets = labels[:, shared + 1 :]
     answers = targets != IGNORED

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cwac_lab.models.prefix import computed_alone, shared_length, states_after
 from cwac_lab.models.sites import Site, decoder, decoder_layers, linears
 
 SINK_RATIO = 10.0
@@ -61,6 +62,8 @@ def layer_outputs(
 ) -> dict[int, Float[Tensor, "B T D"]]:
     """Return the residual stream after the given decoder layers; nothing after the last of them is computed.
 
+    The opening that all rows share is computed once.
+
     Args:
         model: A causal language model.
         layers: Indices of decoder layers (0-based).
@@ -70,21 +73,29 @@ def layer_outputs(
     Returns:
         For each layer the tensor of shape (B, T, D) that leaves it, inside the autograd graph if one is recorded.
     """
-    found: dict[int, Tensor] = {}
+    found: dict[int, list[Tensor]] = {index: [] for index in layers}
     handles = []
     for index in layers:
 
         def hook(_: torch.nn.Module, __: Any, output: Any, index: int = index) -> None:
-            found[index] = output[0] if isinstance(output, tuple) else output
+            found[index].append(output[0] if isinstance(output, tuple) else output)
 
         handles.append(decoder_layers(model)[index].register_forward_hook(hook))
+    shared = 0
+    if not computed_alone(model):
+        shared = shared_length(input_ids.tolist(), int(attention_mask.sum(1).min()) - 1)
     try:
         with truncated(model, max(layers) + 1):
-            decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            states_after(model, input_ids, attention_mask, shared)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    # Of a shared opening the states come first, of one row for all.
+    n_rows = len(input_ids)
+    return {
+        index: torch.cat([part.expand(n_rows, -1, -1) for part in parts], 1) if shared else parts[0]
+        for index, parts in found.items()
+    }
 
 
 def without_sinks(x: Float[Tensor, "B T D"], mask: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

@@ -34,7 +34,10 @@ class ChatFormat:
         return str(text)
 
     def with_template(self, template: str) -> ChatFormat:
-        """Return a format that renders by another template; answers end as in this one."""
+        """Return a format that renders by another template; what begins prompts and ends answers is as in this one."""
+        begin = self.tokenizer.bos_token
+        if begin and self._render("question", None).startswith(begin):
+            template = begin + template
         changed = copy.copy(self)
         changed.tokenizer = copy.deepcopy(self.tokenizer)
         changed.tokenizer.chat_template = template

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cwac_lab.errors import LabError
-from cwac_lab.models.sites import decoder
+from cwac_lab.models.shards import is_sharded
+from cwac_lab.models.sites import decoder, decoder_layers
 
 # A shorter opening is not worth a forward of its own.
 MIN_SHARED = 8
@@ -28,6 +29,15 @@ def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
     limit = min(most, *map(len, rows))
     same = next((place for place in range(limit) if any(row[place] != first[place] for row in rows)), limit)
     return same if same >= MIN_SHARED else 0
+
+
+def computed_alone(model: Any) -> bool:
+    """Tell whether every row has to be computed in full.
+
+    A checkpointed layer drops an opening's keys and values, and a sharded one is not gathered for their gradients.
+    """
+    layer = decoder_layers(model)[0]
+    return bool(model.training and (layer.gradient_checkpointing or is_sharded(next(layer.parameters()))))
 
 
 def opening_cache(model: Any, opening: Float[Tensor, "P D"], n_rows: int) -> Any:

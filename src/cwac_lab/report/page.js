@@ -32,7 +32,7 @@ const bars = (cells, rate) => ({
   array: cells.map((c) => c[rate].high - c[rate].value), arrayminus: cells.map((c) => c[rate].value - c[rate].low),
 });
 const told = (cell) => {
-  const say = (words, r) => `${words} ${r.value} [${r.low}, ${r.high}] (n=${r.n})`;
+  const say = (words, r) => (r.value === null ? `${words} n/a` : `${words} ${r.value} [${r.low}, ${r.high}] (n=${r.n})`);
   return `${cell.method}<br>${say("HS", cell.harmful_score)}<br>${say("FA", cell.finetune_accuracy)}` +
     `<br>${cell.seeds} seed${cell.seeds === 1 ? "" : "s"}${cell.broken ? ", broken" : ""}`;
 };
@@ -113,7 +113,7 @@ function card(row) {
   const box = element("article", "", "answer");
   const head = element("p", `${row.kind} · ${row.id} · `, "head");
   for (const [judge, verdict] of Object.entries(row.said)) {
-    const mark = element("span", judge === "task" ? verdict : `${judge}: ${verdict}`, `verdict ${verdict}`);
+    const mark = element("span", judge === "task" ? verdict : `${judge}: ${verdict}`, `verdict ${row.kind} ${verdict}`);
     mark.title = row.reasons[judge] || "";
     head.append(mark);
   }
@@ -165,10 +165,14 @@ function showRecord() {
     add(name, r.value === null ? "n/a" : `${r.value} [${r.low}, ${r.high}] (n=${r.n})`);
   }
   for (const [judge, kappa] of Object.entries(run.judges)) {
-    const known = Object.entries(kappa).filter(([, value]) => value !== null);
-    add(`kappa with ${judge}`, known.map(([kind, value]) => `${kind} ${value.toFixed(2)}`).join(", ") || "n/a");
+    const known = Object.entries(kappa).filter(([, k]) => k.kappa !== null);
+    const words = ([kind, k]) =>
+      `${kind} ${k.kappa.toFixed(2)} [${k.low.toFixed(2)}, ${k.high.toFixed(2)}] (n=${k.n})`;
+    add(`kappa with ${judge}`, known.map(words).join(", ") || "n/a");
   }
-  for (const [name, value] of Object.entries(run.drift.means?.harmful ?? {})) add(`drift, ${name}`, value);
+  for (const [name, value] of Object.entries(run.drift.means?.harmful ?? {})) {
+    add(`drift, ${name} (n=${run.drift.n.harmful} prompts)`, value);
+  }
   const more = (title, values) => {
     const part = element("details"), inner = element("dl");
     part.append(element("summary", title), inner);

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment
 
@@ -23,6 +23,7 @@ from cwac_lab.report.tables import heading, rate_of, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
+T = TypeVar("T")
 FILE = Path("report") / "index.html"
 # Points of a training curve at most, and digits that a figure keeps.
 POINTS, DIGITS = 120, 4
@@ -101,12 +102,12 @@ def _drift(run: RunFolder) -> dict[str, Any]:
         for kind, drifts in found["layers"].items()
     }
     means = {kind: {k: _short(v) for k, v in values.items()} for kind, values in found["summary"].items()}
-    return {"layers": layers, "means": means}
+    return {"layers": layers, "means": means, "n": found["prompts"]}
 
 
 def _answers(run: RunFolder) -> list[dict[str, Any]]:
     """Return the answers of a run with the verdicts of all its judges; none where they were not kept."""
-    if not run.has(store.GENERATIONS):
+    if not run.has(store.GENERATIONS) or not run.has(store.VERDICTS):
         return []
     first = run.read(store.VERDICTS)
     others = {path.stem.removeprefix("verdicts-"): run.read(path.name) for path in run.path.glob("verdicts-*.jsonl")}
@@ -135,7 +136,16 @@ def _packed(rows: list[dict[str, Any]]) -> str:
     return base64.b64encode(gzip.compress(json.dumps(rows).encode(), mtime=0)).decode() if rows else ""
 
 
-def _run(row: Row) -> dict[str, Any]:
+def _kept(read: Callable[[RunFolder], T], run: RunFolder, say: Callable[[str], None]) -> T | None:
+    """Return what is read of a run's folder, or None where a file is broken, which is told."""
+    try:
+        return read(run)
+    except (OSError, ValueError, KeyError) as error:
+        say(f"left out: {run.path.name}: {error}")
+        return None
+
+
+def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
     run: RunFolder = row["run"]
     facts = {name: row[name] for name in store.FACTS if name != "weights_content"}
     provenance = run.read(store.PROVENANCE)
@@ -150,15 +160,15 @@ def _run(row: Row) -> dict[str, Any]:
             if isinstance(row.get(name), dict)
         },
         "judges": {
-            name: {words: told["agreement"][words]["kappa"] for words in ("harmful", "harmless")}
+            name: {words: told["agreement"][words] for words in ("harmful", "harmless")}
             for name, told in row.get("judges", {}).items()
             if "agreement" in told
         },
         "settings": {key: value for key, value in row["config"].items() if not isinstance(value, (dict, list))},
         "provenance": {name: provenance[name] for name in told if name in provenance} | provenance.get("packages", {}),
-        "drift": _drift(run),
-        "curve": _curve(run),
-        "answers": _packed(_answers(run)),
+        "drift": _kept(_drift, run, say) or {},
+        "curve": _kept(_curve, run, say) or {},
+        "answers": _packed(_kept(_answers, run, say) or []),
     }
 
 
@@ -190,7 +200,7 @@ def render(found: list[RunFolder], say: Callable[[str], None] = print) -> str:
         note=NOTE,
         n_runs=len(rows),
         weights=sorted({str(row["weights"]) for row in rows}),
-        data=_json({"cells": cells, "runs": [_run(row) for row in rows]}),
+        data=_json({"cells": cells, "runs": [_run(row, say) for row in rows]}),
         plotly=get_plotlyjs(),
         style=here.joinpath("page.css").read_text(encoding="utf-8"),
         script=here.joinpath("page.js").read_text(encoding="utf-8"),

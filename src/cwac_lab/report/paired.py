@@ -21,15 +21,17 @@ COMPARED = {
     "over-refusal (look-alikes) - start": ("over_refusal_lookalike", "start"),
 }
 # Settings that two runs must share for their difference to be the constraint's, by what is compared with.
-_ASKED = ("evaluation.max_new_tokens", "task.", "model.", "attack.prefix", "attack.prefill", "attack.template")
-_SHARED = {"start": _ASKED, "none": (*_ASKED, "attack.", "trainer.", "tuning.", "data.n_", "data.mixing")}
+_ASKED = ("evaluation.max_new_tokens", "task.", "model.")
+_SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "data.n_", "data.mixing")}
 
 
 def _partner(row: Row, rows: list[Row], baseline: str) -> Row | None:
     """Return the run of the baseline that a run is compared with, or None where there is none."""
 
     def fits(other: Row) -> bool:
-        if other["constraint"] != baseline or any(other[key] != row[key] for key in SETTING):
+        # A start is compared with whatever is asked as it was, however that was trained.
+        same = [name for name in (*SETTING, "asking") if baseline != "start" or name != "attack"]
+        if other["constraint"] != baseline or any(other[key] != row[key] for key in same):
             return False
         shared = (key for key in row["config"] if key.startswith(_SHARED[baseline]) and key not in ALIKE)
         if any(other["config"].get(key, row["config"][key]) != row["config"][key] for key in shared):

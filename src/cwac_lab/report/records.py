@@ -8,17 +8,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from cwac_lab.cache import digest
 from cwac_lab.config import ALIKE, requirements
 from cwac_lab.errors import LabError
 from cwac_lab.evaluation.verdicts import outcomes
+from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
 Row = dict[str, Any]
-# What the runs of one table share: weights, task, source of data, its rows and prompts by content, split.
-SETTING = ["weights", "weights_content", "task", "data", "task_rows", "prompts", "split"]
+# What the runs of a table share: weights, task, source of data, its rows and prompts by content, split, attack, judge.
+SETTING = ["weights", "weights_content", "task", "data", "task_rows", "prompts", "split", "attack", "judge"]
 # What the runs of a mean over tasks share.
-ACROSS_TASKS = ["weights", "weights_content", "data", "prompts", "split"]
+ACROSS_TASKS = ["weights", "weights_content", "data", "prompts", "split", "attack", "judge"]
+# The attack and the judge that headings need not name.
+PLAIN = ("mixed", "refusal")
+# What of an attack the evaluation knows.
+_ASKING = ("prefix", "prefill", "template")
 ROW = ["harmful_ratio", "constraint", "variant"]
 RATES = {
     "harmful_score": "HS",
@@ -31,7 +37,7 @@ HIGHER_IS_BETTER = {"finetune_accuracy"}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
 _OWN = "constraint."
 _RESTORE = "constraint.weight.restore_every_n_steps"
-_CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae", "tuning", "attack")
+_CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae", "tuning")
 
 
 def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> list[Row]:
@@ -63,6 +69,8 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
         row["failed"] = run.told().get("reason", "no reason given")
     else:
         row["verdicts"] = run.read(store.VERDICTS)
+    row |= {"attack": _attack(config["attack"], row["constraint"]), "judge": _judge(row)}
+    row["asking"] = digest([config["attack"][name] for name in _ASKING])
     kept = store.flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
     projection = kept.get("constraint.weight.projection")
@@ -70,6 +78,25 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
         kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept.get(_RESTORE, 1))
     row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}
     return row
+
+
+def _attack(attack: dict[str, Any], constraint: str) -> str:
+    """Return the name of a run's attack, with a hash where its settings are not those of a run without one.
+
+    A start is not trained: of an attack it knows how it is asked.
+    """
+    plain = store.LATER["attack"]
+    if attack == plain or (constraint == "start" and all(attack[name] == plain[name] for name in _ASKING)):
+        return str(plain["name"])
+    return f"{attack['name']} {digest(attack)[:8]}"
+
+
+def _judge(row: Row) -> str:
+    """Return whose verdicts the rates are, with the version where it is not the refusal judge's of today."""
+    judges: dict[str, Any] = row.get("judges") or {RefusalJudge.name: {}}
+    name, told = next(iter(judges.items()))
+    version = told.get("version", RefusalJudge.version)
+    return name if version == RefusalJudge.version else f"{name} {version[:8]}"
 
 
 def _idle(row: Row, config: dict[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from cwac_lab.report.published import PAPER_TASKS, published
 from cwac_lab.report.records import (
     ACROSS_TASKS,
     HIGHER_IS_BETTER,
+    PLAIN,
     RATES,
     SETTING,
     Row,
@@ -107,7 +108,10 @@ def heading(entry: Any) -> str:
     """Return one line that says what really ran: weights, task, data and prompts by content, split."""
     rows = f"{entry['task_rows']}, " if "task_rows" in entry else ""
     data = f"{entry['data']} data ({rows}{entry['prompts']})"
-    return f"{entry['weights']} ({str(entry['weights_content'])[:8]}) | {entry['task']}, {data}, {entry['split']} split"
+    told = (("attack", entry["attack"]), ("judged by", entry["judge"]))
+    more = "".join(f", {words} {name}" for (words, name), plain in zip(told, PLAIN, strict=True) if name != plain)
+    weights = f"{entry['weights']} ({str(entry['weights_content'])[:8]})"
+    return f"{weights} | {entry['task']}, {data}, {entry['split']} split{more}"
 
 
 def markdown(table: pd.DataFrame, title: str = "") -> str:

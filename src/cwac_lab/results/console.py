@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -41,9 +42,9 @@ _DRIFT = {
 
 def _kappa(agreement: dict[str, Any]) -> str:
     """Return how far another judge agrees with the first, where that can be said."""
-    told = ((words, agreement[words]["kappa"]) for words in ("harmful", "harmless"))
-    known = [f"{words} {kappa:.2f}" for words, kappa in told if kappa is not None]
-    return f" (kappa {', '.join(known)})" if known else ""
+    told = ((words, agreement[words]) for words in ("harmful", "harmless"))
+    known = [f"{words} {each['kappa']:.2f}, n={each['n']}" for words, each in told if each["kappa"] is not None]
+    return f" (kappa {'; '.join(known)})" if known else ""
 
 
 class Screen:
@@ -73,6 +74,18 @@ class Screen:
         for layer, by_kind in found.get("reconstruction", {}).items():
             told = (f"{told['start']:.3f} -> {told['now']:.3f}" for told in by_kind.values())
             table.add_row(f"explained variance, autoencoder after layer {layer}", *told)
+        self.console.print(table)
+
+    def correlations(self, found: pd.DataFrame) -> None:
+        """Print how measurements of drift go with the harmful score over runs; nothing where there are too few."""
+        if found.empty:
+            return
+        table = Table(
+            "", "Spearman's rho", "95 % interval", "runs", title="with the harmful score", title_justify="left"
+        )
+        for _, row in found.iterrows():
+            words = _DRIFT.get(row["measurement"], row["measurement"])
+            table.add_row(words, f"{row['rho']:+.2f}", f"[{row['low']:+.2f}, {row['high']:+.2f}]", str(row["n"]))
         self.console.print(table)
 
     def result(self, title: str, metrics: dict[str, Any]) -> None:

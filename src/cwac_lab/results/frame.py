@@ -42,10 +42,14 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
         if isinstance(rate, dict) and {"value", "low", "high", "n"} <= rate.keys():
             found |= {name: rate["value"], **{f"{name}_{part}": rate[part] for part in ("low", "high", "n")}}
     for judge, told in metrics.get("judges", {}).items():
-        for words in ("harmful", "harmless") if "agreement" in told else ():
-            found[f"kappa_{words}_{judge}"] = told["agreement"][words]["kappa"]
-        if "agreement" in told:
-            found[f"harmful_score_{judge}"] = told["harmful_score"]["value"]
+        if "agreement" not in told:
+            found["judge"] = judge
+            continue
+        for words in ("harmful", "harmless"):
+            for part, value in told["agreement"][words].items():
+                found[f"kappa_{words}_{judge}" + ("" if part == "kappa" else f"_{part}")] = value
+        for part, value in told["harmful_score"].items():
+            found[f"harmful_score_{judge}" + ("" if part == "value" else f"_{part}")] = value
     return found | {"seconds": sum(stage["seconds"] for stage in metrics["stages"].values())}
 
 

@@ -21,7 +21,7 @@ from cwac_lab.errors import LabError
 
 STATUS, METRICS, GENERATIONS, VERDICTS = "status.json", "metrics.json", "generations.jsonl", "verdicts.jsonl"
 CONFIG, PROVENANCE, MANIFEST = "config.json", "provenance.json", "manifest.json"
-DRIFT = "drift.json"
+DRIFT, SAMPLES = "drift.json", "drift_samples.json"
 CHECKPOINT, MODEL, LOCK = "checkpoint", "model", ".lock"
 HEARTBEAT_SECONDS = 30.0
 # Raised when the fields of METRICS or PROVENANCE change their meaning.

@@ -165,11 +165,11 @@ class FineTuning(L.LightningModule):
         losses = {name: torch.stack([each[name] for each in self._micro]).mean() for name in self._micro[0]}
         self._micro.clear()
         self.log("loss/task", losses.pop("loss/task"), prog_bar=True, sync_dist=self.trainer.world_size > 1)
-        self._log("loss", losses)
-        self._log("step", self.defense.step_metrics(self.step))
+        self.log_figures("loss", losses)
+        self.log_figures("step", self.defense.step_metrics(self.step))
         self.step += 1
 
-    def _log(self, when: str, values: dict[str, Any]) -> None:
+    def log_figures(self, when: str, values: dict[str, Any]) -> None:
         """Log figures; one that is absent on a step is NaN there, where Lightning would repeat its last value."""
         known = self._logged.setdefault(when, {})  # in one order in all processes, which average value by value
         known.update(dict.fromkeys(values, math.nan))
