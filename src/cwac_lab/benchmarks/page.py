@@ -1,4 +1,4 @@
-"""How long the page about all runs takes to open in Chromium: ``python -m cwac_lab.benchmarks.page output_root=outputs``.
+"""How long the page about all runs takes to open: ``python -m cwac_lab.benchmarks.page output_root=outputs``.
 
 The runs of a store are taken over and over, up to ``RUNS``. It needs playwright and /usr/bin/chromium.
 """
@@ -65,9 +65,8 @@ def main(config: DictConfig) -> None:
         page = write(Path(folder), lambda _: None)
         size = page.stat().st_size / 1e6
         taken = opening(page, ROUNDS, executable)
-    print(
-        f"{RUNS} runs, {size:.1f} MB: opens in {statistics.median(taken):.2f} s (slowest {max(taken):.2f}, n={ROUNDS})"
-    )
+    median, slowest = statistics.median(taken), max(taken)
+    print(f"{RUNS} runs, {size:.1f} MB: opens in {median:.2f} s (slowest {slowest:.2f}, n={ROUNDS})")
 
 
 if __name__ == "__main__":

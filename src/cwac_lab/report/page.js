@@ -22,11 +22,22 @@ function layout(more) {
   const { xaxis = {}, yaxis = {}, ...rest } = more;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--text"), size: 13 },
-    margin: { l: 50, r: 15, t: 30, b: 45 }, legend: { orientation: "h", y: -0.25 },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
   };
 }
-const draw = (id, traces, more) => Plotly.react(id, traces, layout(more), { responsive: true, displaylogo: false });
+const titled = (axis = {}) => (axis.title ? { ...axis, title: { text: axis.title } } : axis);
+// The legend lies below the axes, a line a trace, and takes nothing of their height.
+function draw(id, traces, more) {
+  const axes = Object.fromEntries(Object.entries(more).filter(([name]) => /^[xy]axis/.test(name))
+    .map(([name, axis]) => [name, titled(axis)]));
+  const named = traces.filter((trace) => trace.name).length;
+  const below = named ? 60 + 21 * named : 50;
+  const height = more.height ?? 340 + below;
+  const margin = { l: 55, r: 15, t: 20, b: below, ...more.margin };
+  const legend = { orientation: "v", x: 0, xanchor: "left", y: -55 / (height - 20 - below), yanchor: "top" };
+  by(id).style.height = `${height}px`;
+  Plotly.react(id, traces, layout({ ...more, ...axes, height, margin, legend }), { responsive: true, displaylogo: false });
+}
 const bars = (cells, rate) => ({
   type: "data", symmetric: false, thickness: 1,
   array: cells.map((c) => c[rate].high - c[rate].value), arrayminus: cells.map((c) => c[rate].value - c[rate].low),
@@ -68,7 +79,7 @@ function drawRatio() {
       hovertemplate: "%{text}<extra></extra>", line: { color: COLORS[i % COLORS.length] },
       marker: { symbol: mine.map((c) => SYMBOLS[i % SYMBOLS.length] + (c.broken ? "-open" : "")), size: 9 } };
   });
-  draw("ratio-plot", lines, { xaxis: { title: "harmful ratio" }, yaxis: { title: "harmful score, %" } });
+  draw("ratio-plot", lines, { xaxis: { title: "harmful ratio" }, yaxis: { title: "harmful score, %", range: [-3, 103] } });
 }
 
 const measured = data.runs.filter((run) => run.drift.layers);
@@ -197,7 +208,8 @@ function whereAny(list, section, none, ids, action) {
 }
 
 function main() {
-  const settings = unique(data.cells.map((c) => c.setting));
+  const size = (setting) => data.cells.filter((c) => c.setting === setting).length;
+  const settings = unique(data.cells.map((c) => c.setting)).sort((a, b) => size(b) - size(a));
   fill(by("trade-setting"), settings);
   fill(by("ratio-setting"), settings);
   const ratios = () => {
