@@ -116,6 +116,7 @@ def opened(browser, page, **settings):
 def test_filters_and_blurred_prompts_work_by_mouse_and_keyboard(root, browser, tmp_path):
     tiny.launch(report.main, [f"output_root={root}"], "report")
     view, complaints = opened(browser, root / "report" / "index.html")
+    view.locator("#answers").scroll_into_view_if_needed()
     view.wait_for_selector(".answer")
     assert view.inner_text("#answer-count") == "40 of 40 answers, 1 to 25 shown"
     view.click("#answer-more")
@@ -137,6 +138,8 @@ def test_filters_and_blurred_prompts_work_by_mouse_and_keyboard(root, browser, t
     view.keyboard.press("Enter")
     assert hidden.locator("span").evaluate("node => getComputedStyle(node).filter") == "none"
     assert "<script>alert(1)</script> request 7" in hidden.inner_text()
+    view.locator("#drift").scroll_into_view_if_needed()
+    view.wait_for_selector("#drift-plot .hm")
     assert view.locator("#drift-plot .hm").count() == 2
     assert view.locator("#tables table").count() >= 1
     assert complaints == []
@@ -148,6 +151,8 @@ def test_it_fits_phones_and_both_schemes(root, browser, scheme, width, tmp_path)
     tiny.launch(report.main, [f"output_root={root}"], "report")
     size = {"width": width, "height": 900}
     view, complaints = opened(browser, root / "report" / "index.html", color_scheme=scheme, viewport=size)
+    for section in ("ratio", "drift", "training", "answers", "runs", "tables"):
+        view.locator(f"#{section}").scroll_into_view_if_needed()
     view.wait_for_selector(".answer")
     assert view.evaluate("document.documentElement.scrollWidth") <= width
     back = view.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -161,5 +166,7 @@ def test_it_fits_phones_and_both_schemes(root, browser, scheme, width, tmp_path)
 def test_hundreds_of_runs_open_without_complaints(root, browser, tmp_path):
     multiply(root, tmp_path, 300)
     view, complaints = opened(browser, write(tmp_path, lambda _: None))
+    view.locator("#runs").scroll_into_view_if_needed()
     assert view.locator("#record-run option").count() == 300
+    view.wait_for_selector("#record dt")
     assert complaints == []

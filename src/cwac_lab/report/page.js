@@ -193,9 +193,19 @@ function showRecord() {
   by("record").replaceChildren(list, more("Settings", run.settings), more("Provenance", run.provenance));
 }
 
-function on(ids, action) {
+// What is below the first screen is drawn when it comes into view.
+function whenSeen(section, action) {
+  const watch = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting)) return;
+    watch.disconnect();
+    action();
+  }, { rootMargin: "400px" });
+  watch.observe(by(section));
+}
+function on(ids, action, section = null) {
   for (const id of ids) by(id).addEventListener("input", action);
-  action();
+  if (section) whenSeen(section, action);
+  else action();
 }
 function whereAny(list, section, none, ids, action) {
   if (!list.length) {
@@ -204,7 +214,7 @@ function whereAny(list, section, none, ids, action) {
     for (const id of ids) by(id).disabled = true;
     return;
   }
-  on(ids, action);
+  on(ids, action, section);
 }
 
 function main() {
@@ -222,7 +232,7 @@ function main() {
   };
   on(["trade-setting"], ratios);
   by("trade-ratio").addEventListener("input", drawTrade);
-  on(["ratio-setting"], drawRatio);
+  on(["ratio-setting"], drawRatio, "ratio");
 
   const names = (runs) => runs.map((run) => run.name);
   const places = (runs) => runs.map((_, i) => i);
@@ -233,13 +243,13 @@ function main() {
   whereAny(logged, "curve-plot", "curve-none", ["curve-run"], drawCurve);
 
   fill(by("record-run"), places(data.runs), names(data.runs));
-  on(["record-run"], showRecord);
+  on(["record-run"], showRecord, "runs");
 
   fill(by("answer-run"), places(answered), names(answered));
   fill(by("answer-kind"), ["all", "harmful", "harmless", "lookalike", "task"]);
   fill(by("answer-verdict"), ["all", "complied", "refused", "incoherent", "unknown", "correct", "wrong", "not scored"]);
   if (answered.length) {
-    on(["answer-run", "answer-kind", "answer-verdict", "answer-text", "answer-split"], () => { first = 0; showAnswers(); });
+    on(["answer-run", "answer-kind", "answer-verdict", "answer-text", "answer-split"], () => { first = 0; showAnswers(); }, "answers");
     by("answer-back").addEventListener("click", () => { first -= PAGE; showAnswers(); });
     by("answer-more").addEventListener("click", () => { first += PAGE; showAnswers(); });
   } else {
