@@ -35,6 +35,15 @@ def test_the_limit_of_a_step_is_counted():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_busiest_operators_of_a_step_are_named():
+    model, chat = tiny.model(), tiny.chat()
+    shares = steps.busiest(model, collate([chat.encode("question", "an answer")], chat.pad_id), 50)
+    assert "aten::mm" in shares
+    assert any("adamw" in name.lower() for name in shares)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert sum(shares.values()) <= 1 + 1e-9
+
+
 def test_every_trainer_is_measured_on_the_same_rows(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
     chat = tiny.chat()

@@ -59,6 +59,31 @@ def limit(model: Any, batch: Any) -> dict[str, float]:
     return {"tflop": flops / 1e12, "seconds": flops / speed, "gflops": speed / 1e9, "adamw_gb": 7 * 4 * trained / 1e9}
 
 
+def busiest(model: Any, batch: Any, most: int = 6) -> dict[str, float]:
+    """Return the operators that a plain step spends most time in, each with its share of forward, backward and AdamW.
+
+    Args:
+        model: The model, with what trains; its weights move by one step.
+        batch: The rows of a step.
+        most: How many operators.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from cwac_lab.models.answers import answer_loss
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for turn in range(2):  # the first touches memory for the first time
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            answer_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        if turn:
+            spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    total = sum(spent.values())
+    return {name: spent[name] / total for name in sorted(spent, key=lambda name: -spent[name])[:most]}
+
+
 def main(config: DictConfig) -> None:
     """Time plain fine-tuning, each part and the whole in turn, in rounds, so that a drift of the machine would show."""
     from cwac_lab.config import read
@@ -95,11 +120,14 @@ def main(config: DictConfig) -> None:
             taken = [later - earlier for earlier, later in pairwise(clock.ticks)][WARM_UP - 1 :]
             steps.setdefault(label, []).extend(taken)
             screen.say(f"round {turn + 1}, {label}: {statistics.mean(taken):.2f} s a step over {len(taken)} steps")
-    least = limit(begin.load(run)[0], collate(examples[: run.trainer.batch_size], chat.pad_id))
+    batch = collate(examples[: run.trainer.batch_size], chat.pad_id)
+    least = limit(begin.load(run)[0], batch)
     screen.say(
         f"a step of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} GFLOP/s of "
         f"large products here; AdamW moves {least['adamw_gb']:.1f} GB"
     )
+    shares = busiest(begin.load(run)[0], batch)
+    screen.say("its time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     base = statistics.mean(steps["none"])
     for label, taken in steps.items():
         mean = statistics.mean(taken)
