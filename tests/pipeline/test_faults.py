@@ -75,7 +75,7 @@ def test_a_sweep_that_is_killed_thirty_times_ends_with_the_same_table(lively_fol
     for _ in range(30):
         child = FORK.Process(target=sweep, args=(broken,))
         child.start()
-        child.join(lead * source.uniform(0.5, 1.5))
+        child.join(lead * source.uniform(0.4, 1.3))
         unfinished += child.is_alive()
         child.kill()
         child.join()
