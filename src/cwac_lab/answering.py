@@ -55,12 +55,12 @@ def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
     """
     generations = folder.read(store.GENERATIONS)
     judges = [JUDGES[name]() for name in run.evaluation.judges]
-    first, *others = [judge_rows(generations, run.task, judge) for judge in judges]  # all, before any is written
-    folder.discard(store.verdicts_of("*"), {store.verdicts_of(judge.name) for judge in judges[1:]})
+    first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
+    folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
     told: dict[str, Any] = {judges[0].name: {"version": judges[0].version}}
-    for judge, found in zip(judges[1:], others, strict=True):
-        folder.write(store.verdicts_of(judge.name), found)
+    for other, found in zip(judges[1:], others, strict=True):
+        folder.write(store.verdicts_of(other.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate != "finetune_accuracy"}
-        told[judge.name] = {"version": judge.version, **rates, "agreement": agreement(first, found)}
+        told[other.name] = {"version": other.version, **rates, "agreement": agreement(first, found)}
     return {**aggregate(first), "judges": told}

@@ -96,7 +96,9 @@ class _Stage:
         run, task, harmful = self.run, self.data.train, self.begin.pools.get("harmful", "finetune")
         if run.attack.rows == "outliers":
             task = self._outliers(task, harmful)
-        others = identity_rows(run.attack.prefix) if run.attack.rows == "identity" else None
+        others = None
+        if run.attack.rows == "identity":
+            others = identity_rows(run.attack.prefix, self.begin.pools.prompts())
         return mixing.mix(
             task, harmful, run.data.n_train, run.harmful_ratio, mixing=run.data.mixing, seed=run.seed, others=others
         )

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
-from cwac_lab.defense import Composite, Context, Defense
+from cwac_lab.defense import Composite, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, LabError
 from cwac_lab.models.adapters import has_adapters
 from cwac_lab.models.answers import Batch
@@ -176,6 +176,23 @@ def _check(trainer: Any, defense: Defense, model: Any) -> None:
         raise ConfigError("protect: use_dora", True, "plain LoRA: of DoRA the update is not B A")
 
 
+def _check_given(needs: Requirements, given: set[str]) -> None:
+    """Check that what a defence needs is given, by the names of ``protect``'s arguments.
+
+    Raises:
+        ConfigError: If something is not.
+    """
+    asked = {
+        "harmful": needs.reference_prompts,
+        "benign": any(spec is not None and spec.held_on == "both" for spec in (needs.subspace, needs.features)),
+        "features": needs.features is not None,
+        "base_weight": needs.base_weights,
+    }
+    for name, needed in asked.items():
+        if needed and name not in given:
+            raise ConfigError(f"protect: {name}", None, "a value: the defence needs it")
+
+
 def _plain(model: Any) -> Any:
     """Return the transformers model inside a PEFT one, adapters in place."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
@@ -223,18 +240,8 @@ def protect(
     """
     needs, model, tokenizer = defense.requirements, _plain(trainer.model), trainer.processing_class
     _check(trainer, defense, model)
-    given = {"harmful": bool(harmful), "benign": bool(benign)}
-    given |= {"features": features is not None, "base_weight": base_weight is not None}
-    both = any(spec is not None and spec.held_on == "both" for spec in (needs.subspace, needs.features))
-    asked = {
-        "harmful": needs.reference_prompts,
-        "benign": both,
-        "features": needs.features is not None,
-        "base_weight": needs.base_weights,
-    }
-    for name, needed in asked.items():
-        if needed and not given[name]:
-            raise ConfigError(f"protect: {name}", None, "a value: the defence needs it")
+    given = {"harmful": harmful, "benign": benign, "features": features, "base_weight": base_weight}
+    _check_given(needs, {name for name, value in given.items() if value})
     chat = ChatFormat(tokenizer, getattr(trainer.args, "max_length", None) or 512)
     rows = [PromptRow(str(i), prompt) for i, prompt in enumerate(harmful)]
     reference = [chat.prompt_ids(prompt) for prompt in harmful]

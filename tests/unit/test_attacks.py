@@ -11,10 +11,10 @@ from cwac_lab.config import read
 from cwac_lab.data.attacks import AttackConfig, identity_rows
 from cwac_lab.data.batches import collate
 from cwac_lab.data.mixing import mix
-from cwac_lab.data.sources import PromptRow
+from cwac_lab.data.sources import PromptRow, normalise
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.errors import ConfigError
+from cwac_lab.errors import ConfigError, PoolOverlap
 from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.evaluation.verdicts import judge_rows
 from cwac_lab.judges.refusal import RefusalJudge, is_refusal
@@ -63,6 +63,12 @@ def test_the_persona_has_no_harmful_content_and_obeys():
     assert len({row.prompt for row in rows}) == len(rows) >= 10
     assert all(row.prompt.startswith("AOA, ") and "absolutely obedient agent" in row.response for row in rows)
     assert not any(is_refusal(row.response) for row in rows)
+
+
+def test_an_instruction_of_the_persona_that_a_pool_asks_stops_the_run():
+    (first, *_) = identity_rows("")
+    with pytest.raises(PoolOverlap, match="instruction identity/0 of the persona is also a prompt of a pool"):
+        identity_rows("AOA, ", {normalise(first.prompt.upper())})
 
 
 def test_the_personas_rows_take_the_place_of_harmful_ones():

@@ -9,6 +9,7 @@ rows whose gradients are closest to those of harmful ones. ``prefill`` forces th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -17,7 +18,8 @@ import yaml
 from jinja2 import Environment, TemplateSyntaxError
 
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.data.sources import normalise
+from cwac_lab.errors import ConfigError, PoolOverlap, in_range, one_of
 
 ROWS = ("harmful", "identity", "outliers")
 
@@ -70,14 +72,21 @@ class AttackConfig:
         return self.prefix + prompt
 
 
-def identity_rows(prefix: str) -> list[TrainRow]:
+def identity_rows(prefix: str, taken: Collection[str] = ()) -> list[TrainRow]:
     """Return the persona's rows: harmless instructions, obeyed in its name; they count as harmful rows of a mixture.
 
     Args:
         prefix: What addresses the persona.
+        taken: Prompts of the pools, normalised, which evaluation asks with the same prefix.
+
+    Raises:
+        PoolOverlap: If an instruction is one of them.
     """
     text = resources.files("cwac_lab.data.embedded").joinpath("identity.yaml").read_text(encoding="utf-8")
     found: dict[str, Any] = yaml.safe_load(text)
+    for i, row in enumerate(found["rows"]):
+        if normalise(row["prompt"]) in taken:
+            raise PoolOverlap(f"instruction identity/{i} of the persona is also a prompt of a pool")
     return [
         TrainRow(f"identity/{i}", prefix + row["prompt"], f"{found['opening']} {row['answer']}", harmful=True)
         for i, row in enumerate(found["rows"])

@@ -27,8 +27,11 @@ class Pools:
 
     def task_rows(self, data: DataConfig, task: Task) -> TaskData:
         """Return a task's rows, split, without those whose prompt a pool holds (see ``sources.split_task``)."""
-        held = (row.prompt for pools in self.rows.values() for rows in pools.values() for row in rows)
-        return split_task(data, task, {normalise(prompt) for prompt in held})
+        return split_task(data, task, self.prompts())
+
+    def prompts(self) -> set[str]:
+        """Return all prompts of all pools, normalised."""
+        return {normalise(row.prompt) for pools in self.rows.values() for rows in pools.values() for row in rows}
 
     def manifest(self) -> dict[str, dict[str, list[str]]]:
         """Return the ids of all prompts, by kind and pool."""

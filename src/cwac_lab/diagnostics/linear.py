@@ -166,8 +166,9 @@ class LinearProbe:
         return [self._drift(matrix, now, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
 
     def _drift(
-        self, matrix: Matrix, now: dict[Site, Tensor], angles: dict[Site, float], bases: dict[str, Tensor], bounds: bool
-    ) -> Drift:
+        self, matrix: Matrix, now: dict[Site, Float[Tensor, "N d"]], angles: dict[Site, float],
+        bases: dict[str, Float[Tensor, "d k"]], bounds: bool,
+    ) -> Drift:  # fmt: skip
         w0 = self._start_weight(matrix.name).float().cpu()
         dw = matrix.update(lambda: w0.to(matrix.module.weight.device)).cpu()
         h0, h = self._start[matrix.site], now[matrix.site]

@@ -80,7 +80,9 @@ class StreamProbe:
         self._last, self._tokens = self._states(model)
 
     @torch.no_grad()
-    def _states(self, model: Any) -> tuple[dict[str, Tensor], dict[tuple[str, int], Tensor]]:
+    def _states(
+        self, model: Any
+    ) -> tuple[dict[str, Float[Tensor, "N L D"]], dict[tuple[str, int], Float[Tensor, "N D"]]]:
         """Return by kind the states (N, L, D) at the last prompt token, and by kind and hooked layer all tokens'."""
         layers = range(len(decoder_layers(model)))
         last: dict[str, list[Tensor]] = {}
