@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,30 +13,55 @@ from cwac_lab import cli
 
 if TYPE_CHECKING:
     from cwac_lab.config import Run
+    from cwac_lab.diagnostics.probe import Probe
     from cwac_lab.results.store import RunFolder
 
 
-def _measured(run: Run, moved: Path, say: Callable[[str], None], content: str | None = None) -> dict[str, Any]:
-    """Return the drift from a run's start to a model folder, in the subspace and latents of the run's constraint."""
-    import torch
+@dataclass
+class _Measurer:
+    """Measures models against their start; what the last start gave is kept for the next run that starts alike."""
 
-    from cwac_lab.errors import LabError
-    from cwac_lab.models.loading import load_model
-    from cwac_lab.preparation import artefacts, start
-    from cwac_lab.probing import explaining, measured_in, probe
+    say: Callable[[str], None]
+    key: str = ""
+    content: str = ""
+    measured_in: dict[str, str] = field(default_factory=dict)
+    probe: Probe | None = None
 
-    begin = start(run, say)
-    if content is not None and begin.folder.content != content:
-        raise LabError(f"the start here has the weights {begin.folder.content[:8]}, that of the run {content[:8]}")
-    model, chat = begin.load(run)
-    context, facts = artefacts(run, begin, model, chat, say)
-    measure = probe(run, begin, model, chat, context, explaining(run, begin, model, chat, say)).measure
-    del model, context  # one model at a time
-    found = measure(load_model(moved, torch.float32, run.trainer.device), bounds=True)
-    return {"measured_in": measured_in(facts), **found}
+    def __call__(self, run: Run, moved: Path, content: str | None = None) -> dict[str, Any]:
+        """Return the drift from a run's start to a model folder, in the subspace and latents of the run's constraint.
+
+        Raises:
+            LabError: If the start here is not of the weights ``content``.
+        """
+        import torch
+
+        from cwac_lab.cache import digest
+        from cwac_lab.errors import LabError
+        from cwac_lab.experiment import start_key
+        from cwac_lab.models.loading import load_model
+
+        told_in = {group: run.resolved[group] for group in ("constraint", "sae")}
+        key = digest([start_key(run), run.evaluation.split, run.diagnostics.n_prompts, told_in])
+        if key != self.key or self.probe is None:
+            self.probe = None  # the last one's inputs are not held while others are taken
+            self.probe, self.key = self._of_start(run), key
+        if content is not None and self.content != content:
+            raise LabError(f"the start here has the weights {self.content[:8]}, that of the run {content[:8]}")
+        found = self.probe.measure(load_model(moved, torch.float32, run.trainer.device), bounds=True)
+        return {"measured_in": self.measured_in, **found}
+
+    def _of_start(self, run: Run) -> Probe:
+        from cwac_lab.preparation import artefacts, start
+        from cwac_lab.probing import explaining, measured_in, probe
+
+        begin = start(run, self.say)
+        model, chat = begin.load(run)
+        context, facts = artefacts(run, begin, model, chat, self.say)
+        self.content, self.measured_in = begin.folder.content, measured_in(facts)
+        return probe(run, begin, model, chat, context, explaining(run, begin, model, chat, self.say))
 
 
-def _of_run(folder: RunFolder, config: DictConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def _of_run(folder: RunFolder, config: DictConfig, measure: _Measurer) -> dict[str, Any]:
     """Measure a finished run and write its ``drift.json``.
 
     Raises:
@@ -54,12 +79,12 @@ def _of_run(folder: RunFolder, config: DictConfig, say: Callable[[str], None]) -
     asked.constraint = cli.compose([f"constraint={config.measured_in}"]).constraint
     run = read(asked)
     run.diagnostics = replace(run.diagnostics, n_prompts=config.n_prompts)
-    found = _measured(run, folder.path / store.MODEL, say, folder.facts()["weights_content"])
+    found = measure(run, folder.path / store.MODEL, folder.facts()["weights_content"])
     folder.write(store.DRIFT, found)
     return found
 
 
-def _of_folders(config: DictConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def _of_folders(config: DictConfig, measure: _Measurer) -> dict[str, Any]:
     from cwac_lab.config import read
     from cwac_lab.errors import ConfigError
 
@@ -68,7 +93,7 @@ def _of_folders(config: DictConfig, say: Callable[[str], None]) -> dict[str, Any
             raise ConfigError(key, config[key], "a folder that transformers loads a model from")
     given = [f"model.path={config.before}", "model.align=none", f"constraint={config.measured_in}"]
     run = read(cli.compose([*given, f"diagnostics.n_prompts={config.n_prompts}", *config.overrides]))
-    return _measured(run, Path(config.after), say)
+    return measure(run, Path(config.after))
 
 
 def main(config: DictConfig) -> None:
@@ -83,8 +108,9 @@ def main(config: DictConfig) -> None:
     from cwac_lab.results.store import DRIFT, MODEL, RunFolder, runs
 
     screen = Screen()
+    measure = _Measurer(screen.say)
     if config.before is not None or config.after is not None:
-        screen.drift(f"{config.before} -> {config.after}", _of_folders(config, screen.say))
+        screen.drift(f"{config.before} -> {config.after}", _of_folders(config, measure))
         return
     folders = [RunFolder(Path(config.run))] if config.run is not None else list(runs(Path(config.output_root)))
     if config.run is None:
@@ -92,7 +118,7 @@ def main(config: DictConfig) -> None:
         screen.say(f"{len(folders)} runs of {config.output_root} have a model and no {DRIFT}")
     for folder in folders:
         try:
-            screen.drift(folder.path.name, _of_run(folder, config, screen.say))
+            screen.drift(folder.path.name, _of_run(folder, config, measure))
         except LabError as error:
             if config.run is not None:
                 raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.preparation import Start, artefacts, base, start
 from cwac_lab.probing import measured_in, probe
+from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
-from cwac_lab.training.loop import fit, make_loggers
+from cwac_lab.training.loop import fit, loggers
 from cwac_lab.training.outliers import closest
 
 
@@ -57,6 +58,7 @@ class _Stage:
     data: TaskData
     model: Any
     chat: ChatFormat
+    loggers: list[Any]
 
     def fine_tune(self) -> dict[str, Any]:
         """Prepare the constraint, mix the rows, train; returns facts for the record."""
@@ -74,15 +76,12 @@ class _Stage:
         bad = sum(row.harmful for row in rows)
         self.screen.say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")
         examples = [self.chat.encode(row.prompt, row.response) for row in rows]
-        loggers = []
-        if self.folder.writes:
-            loggers = make_loggers(run.logger, self.folder.path, self.folder.path.name, run.resolved)
         checkpoint = self.folder.path / store.CHECKPOINT
         sampler = self._sampler(drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
         with self.meter.stage("train"):
             trained = fit(
                 self.model, examples, self.chat.pad_id, defense, run.trainer, run.seed,
-                loggers=loggers, checkpoint=checkpoint, callbacks=[sampler] if sampler else [],
+                loggers=self.loggers, checkpoint=checkpoint, callbacks=[sampler] if sampler else [],
             )  # fmt: skip
             merge()
             defense.after_training(self.model)
@@ -300,22 +299,27 @@ def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, facts: d
     with meter.stage("load"):
         model, chat = begin.load(run)
     screen.banner(begin.folder.description, _banner(run, folder))
-    stage = _Stage(run, folder, screen, meter, begin, data, model, chat)
-    extra = stage.fine_tune() if run.finetune else {}
-    if run.finetune and run.trainer.export and folder.writes:
-        stage.export()
-    metrics = stage.evaluate()
-    if not folder.writes:
-        return
-    leak = extra.get("constraint_summary", {}).get("leak")
-    record = {
-        **facts,
-        **metrics,
-        **({"leak": leak} if leak is not None else {}),
-        "stages": meter.stages,
-        **extra,
-    }
-    folder.write(store.METRICS, record)
+    logged: AbstractContextManager[list[Any]] = nullcontext([])
+    if folder.writes:
+        logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)
+    with logged as made:
+        stage = _Stage(run, folder, screen, meter, begin, data, model, chat, made)
+        extra = stage.fine_tune() if run.finetune else {}
+        if run.finetune and run.trainer.export and folder.writes:
+            stage.export()
+        metrics = stage.evaluate()
+        if not folder.writes:
+            return
+        leak = extra.get("constraint_summary", {}).get("leak")
+        record = {
+            **facts,
+            **metrics,
+            **({"leak": leak} if leak is not None else {}),
+            "stages": meter.stages,
+            **extra,
+        }
+        folder.write(store.METRICS, record)
+        log_run(made, folder)
     screen.result(title(record), record)
 
 

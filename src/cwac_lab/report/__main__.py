@@ -10,16 +10,22 @@ from cwac_lab import cli
 
 
 def main(config: DictConfig) -> None:
-    """Write ``output_root/report/index.html`` and say where it is."""
-    from cwac_lab.errors import MissingAsset
+    """Write ``output_root/report/index.html`` and say where it is; with ``wandb`` tables and figures go there too."""
+    from cwac_lab.errors import MissingAsset, one_of
     from cwac_lab.report.page import write
     from cwac_lab.results.console import Screen
 
+    one_of("wandb", config.wandb, ("offline", "online", "off"))
     root = Path(config.output_root)
     if not (root / "runs").is_dir():
         raise MissingAsset(f"output_root={root}: no runs there; run `python -m cwac_lab.train` first")
     screen = Screen()
     screen.say(f"written: {write(root, screen.say)}")
+    if config.wandb != "off":
+        from cwac_lab.report.tracking import log_store
+
+        log_store(root, config.project, offline=config.wandb == "offline", say=screen.say)
+        screen.say(f"tables and figures: wandb, {config.wandb}, project {config.project}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ _PANELS = {"harmful_score": "harmful score (%), lower is better", "finetune_accu
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00")
 _MARKERS = "osD^vP*X"
+# The parts of a layer's change (``diagnostics.linear.Drift``).
+PARTS = {"weight": "dW h0", "activation": "W0 dh", "cross": "dW dh", "total": "in all"}
 _STYLE: Any = {"svg.hashsalt": "cwac-lab", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
           "axes.spines.right": False}  # fmt: skip
 
@@ -105,6 +107,25 @@ def _lines(cells: Cells) -> Iterator[tuple[str, Lines]]:
         long = {name: points for name, points in lines.items() if len(points) > 1}
         if long:
             yield label, long
+
+
+def drift_map(found: dict[str, Any]) -> Figure:
+    """Draw the parts of the change of every layer, a row a part, for both kinds of prompts; of a run's drift record."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    parts = {kind: [[layer[part] for layer in layers] for part in PARTS] for kind, layers in found["layers"].items()}
+    most = max(max(map(max, rows)) for rows in parts.values())
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        panels = figure.subplots(len(parts), 1, sharex=True)
+        for axes, (kind, rows) in zip(panels, parts.items(), strict=True):
+            image = axes.imshow(rows, aspect="auto", vmin=0.0, vmax=most, cmap="viridis")
+            axes.set_yticks(range(len(PARTS)), list(PARTS.values()))
+            axes.set_title(f"{kind} prompts (n={found['prompts'][kind]})", fontsize=9)
+        panels[-1].set_xlabel("layer")
+        figure.colorbar(image, ax=list(panels), label="relative to ||W0 h0||")
+    return figure
 
 
 def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:

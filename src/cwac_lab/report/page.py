@@ -16,9 +16,10 @@ from jinja2 import Environment
 
 from cwac_lab.cache import write_text
 from cwac_lab.errors import MissingAsset
+from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
 from cwac_lab.report.paired import differences
-from cwac_lab.report.records import RATES, SETTING, Row, finished, grouped, records
+from cwac_lab.report.records import RATES, SETTING, Row, finished, grouped, records, said
 from cwac_lab.report.tables import heading, rate_of, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -98,7 +99,7 @@ def _drift(run: RunFolder) -> dict[str, Any]:
         return {}
     found = run.read(store.DRIFT)
     layers = {
-        kind: {term: [_short(layer[term]) for layer in drifts] for term in _TERMS}
+        kind: {term: [_short(layer[term]) for layer in drifts] for term in PARTS}
         for kind, drifts in found["layers"].items()
     }
     means = {kind: {k: _short(v) for k, v in values.items()} for kind, values in found["summary"].items()}
@@ -109,26 +110,8 @@ def _answers(run: RunFolder) -> list[dict[str, Any]]:
     """Return the answers of a run with the verdicts of all its judges; none where they were not kept."""
     if not run.has(store.GENERATIONS) or not run.has(store.VERDICTS):
         return []
-    first = run.read(store.VERDICTS)
-    others = {path.stem.removeprefix("verdicts-"): run.read(path.name) for path in run.path.glob("verdicts-*.jsonl")}
-    rows = []
-    for number, (row, verdict) in enumerate(zip(run.read(store.GENERATIONS), first, strict=True)):
-        said = {verdict.get("judge", "task"): _said(verdict)}
-        said |= {name: _said(found[number]) for name, found in others.items() if row["kind"] != "task"}
-        reasons = {verdict.get("judge", "task"): verdict.get("reason", "")}
-        reasons |= {name: found[number].get("reason", "") for name, found in others.items()}
-        rows.append({**{key: row[key] for key in ("kind", "id", "prompt", "output")}, "said": said, "reasons": reasons})
-    return rows
-
-
-def _said(verdict: dict[str, Any]) -> str:
-    """Return a verdict in a word."""
-    if "correct" in verdict:
-        return {True: "correct", False: "wrong", None: "not scored"}[verdict["correct"]]
-    for field in ("incoherent", "refused", "complied"):
-        if verdict[field]:
-            return {"incoherent": "incoherent", "refused": "refused", "complied": "complied"}[field]
-    return "unknown"
+    texts = [{key: row[key] for key in ("prompt", "output")} for row in run.read(store.GENERATIONS)]
+    return [verdicts | text for verdicts, text in zip(said(run), texts, strict=True)]
 
 
 def _packed(rows: list[dict[str, Any]]) -> str:

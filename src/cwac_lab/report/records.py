@@ -191,3 +191,23 @@ def outcome_matrix(rows: list[Row], rate: str) -> Float[np.ndarray, "S N"]:
     return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
         len(rows), len(items)
     )
+
+
+def said(run: RunFolder) -> list[dict[str, Any]]:
+    """Return what all judges of a run say of every answer, and their reasons, by name; ``task`` is the answer key."""
+    others = {path.stem.removeprefix("verdicts-"): run.read(path.name) for path in run.path.glob("verdicts-*.jsonl")}
+    rows = []
+    for number, first in enumerate(run.read(store.VERDICTS)):
+        verdicts = {first.get("judge", "task"): first}
+        verdicts |= {name: found[number] for name, found in others.items() if first["kind"] != "task"}
+        words = {name: _word(verdict) for name, verdict in verdicts.items()}
+        reasons = {name: verdict.get("reason", "") for name, verdict in verdicts.items()}
+        rows.append({"kind": first["kind"], "id": first["id"], "said": words, "reasons": reasons})
+    return rows
+
+
+def _word(verdict: dict[str, Any]) -> str:
+    """Return a verdict in a word."""
+    if "correct" in verdict:
+        return {True: "correct", False: "wrong", None: "not scored"}[verdict["correct"]]
+    return next((field for field in ("incoherent", "refused", "complied") if verdict[field]), "unknown")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,22 +44,39 @@ class LoggerConfig:
         one_of("wandb", self.wandb, ("offline", "online", "off"))
 
 
-def make_loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, Any]) -> list[Any]:
-    """Return the loggers of a run; ``settings`` become the run's config in Weights & Biases."""
+@contextmanager
+def loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, Any]) -> Iterator[list[Any]]:
+    """Make the loggers of a run; its run in Weights & Biases ends with it, so that the next one gets its own.
+
+    Args:
+        config: Settings.
+        folder: Folder of the run.
+        name: Name of the run.
+        settings: Become the run's config in Weights & Biases.
+    """
     # A resumed run writes a further log; Lightning would empty the one that is there.
     earlier = len(list(folder.glob("log*"))) if (folder / "checkpoint").is_dir() else 0
     version = f"log{earlier}" if earlier else "log"
-    loggers: list[Any] = [CSVLogger(folder, name="", version=version, flush_logs_every_n_steps=10)]
-    if config.wandb != "off":
-        os.environ.setdefault("WANDB_SILENT", "true")
-        from lightning.pytorch.loggers import WandbLogger
+    made: list[Any] = [CSVLogger(folder, name="", version=version, flush_logs_every_n_steps=10)]
+    if config.wandb == "off":
+        yield made
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
 
-        loggers.append(
-            WandbLogger(
-                name=name, project=config.project, save_dir=folder, offline=config.wandb == "offline", config=settings
-            )
+    made.append(
+        WandbLogger(
+            name=name, project=config.project, save_dir=folder, offline=config.wandb == "offline", config=settings
         )
-    return loggers
+    )
+    outer, failed = wandb.run, 1  # a run that the caller has begun is the caller's to end
+    try:
+        yield made
+        failed = 0
+    finally:
+        if outer is None and wandb.run is not None:
+            wandb.finish(exit_code=failed)
 
 
 class _ProgressBar(RichProgressBar):

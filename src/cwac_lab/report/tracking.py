@@ -1,0 +1,85 @@
+"""Weights & Biases: the rates, verdicts and drift of a run; the tables and figures of a store.
+
+What is sent names prompts by id: the texts of prompts and answers stay in the run's folder and in the local page.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+
+from cwac_lab.report.records import RATES, said
+from cwac_lab.results import store
+from cwac_lab.results.store import RunFolder
+
+
+def log_run(loggers: Sequence[Any], folder: RunFolder) -> None:
+    """Give a finished run's rates, verdicts and, where it was measured, drift to its loggers in Weights & Biases.
+
+    Args:
+        loggers: Lightning loggers; others than ``WandbLogger`` are passed over.
+        folder: The run.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(_summary(folder.read(store.METRICS)))
+            logger.experiment.log(_media(folder))
+
+
+def _summary(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the rates with intervals and n, and the facts that the banner tells."""
+    told = {name: record.get(name) for name in (*store.FACTS, "broken", "leak")}
+    rates = {name: record[name] for name in RATES if isinstance(record.get(name), dict)}
+    return {**told, **{f"{name}.{part}": value for name, rate in rates.items() for part, value in rate.items()}}
+
+
+def _media(folder: RunFolder) -> dict[str, Any]:
+    import wandb
+
+    rows = [{"kind": row["kind"], "id": row["id"], **row["said"]} for row in said(folder)]
+    media = {"verdicts": wandb.Table(dataframe=pd.DataFrame(rows).fillna(""))}
+    if folder.has(store.DRIFT):
+        from cwac_lab.report.figures import drift_map
+
+        media["drift"] = wandb.Image(drift_map(folder.read(store.DRIFT)))
+    return media
+
+
+def log_store(root: Path, project: str, *, offline: bool, say: Callable[[str], None] = print) -> None:
+    """Give the tables and figures of all runs under an output folder to Weights & Biases, as a run named ``report``.
+
+    Args:
+        root: Output folder.
+        project: Project there.
+        offline: Write files under ``root/report`` for ``wandb sync`` and connect to nothing.
+        say: Told of every record that cannot be read.
+
+    Raises:
+        MissingAsset: If there is no finished run.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    from cwac_lab.report.figures import draw
+    from cwac_lab.report.paired import differences
+    from cwac_lab.report.records import records
+    from cwac_lab.report.tables import summary
+
+    rows = records(list(store.runs(root)), say)
+    tables = {"rates": summary(rows), "differences": differences(rows)}
+    where = root / "report"
+    where.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory() as drawn,
+        wandb.init(project=project, name="report", dir=str(where), mode="offline" if offline else "online") as tracker,
+    ):
+        media = {name: wandb.Table(dataframe=table.astype(str)) for name, table in tables.items() if len(table)}
+        files = [file for file in draw(rows, Path(drawn), "all") if file.suffix == ".png"]
+        tracker.log({**media, **{file.stem: wandb.Image(str(file)) for file in files}})

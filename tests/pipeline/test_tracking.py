@@ -1,0 +1,115 @@
+"""What Weights & Biases is told, offline: of runs in one process, and of a store."""
+
+import json
+import struct
+
+import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+import tiny
+from cwac_lab import train
+from cwac_lab.cache import read_jsonl
+from cwac_lab.report import __main__ as report
+from cwac_lab.training import loop
+
+BLOCK, FULL, LAST = 32768, 1, 4
+
+
+def pieces(data):
+    """Yield the messages of a ``.wandb`` file: LevelDB's log format after seven bytes of its own."""
+    at, message = 7, b""
+    while at < len(data):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (FULL, LAST):
+            yield message
+            message = b""
+
+
+def told(folder):
+    """Return the folder of the one run that was tracked under a folder, its summary, and the exit codes it was told."""
+    (tracked,) = (folder / "wandb").glob("offline-run-*")
+    (file,) = tracked.glob("*.wandb")
+    summary, exits = {}, []
+    for message in pieces(file.read_bytes()):
+        record = Record()
+        record.ParseFromString(message)
+        kind = record.WhichOneof("record_type")
+        if kind == "summary":
+            for item in record.summary.update:
+                summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+        if kind == "exit":
+            exits.append(record.exit.exit_code)
+    return tracked, summary, exits
+
+
+@pytest.fixture(scope="module")
+def root(tiny_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("tracked")
+    shared = [*tiny.small_run(tiny_folder, root), "logger.wandb=offline", "constraint=none"]
+    tiny.launch(train.main, [*shared, "diagnostics.enabled=true"])
+    tiny.launch(train.main, [*shared, "constraint=l2"])
+    tiny.launch(train.main, [*shared, "finetune=false"])
+    return root
+
+
+def test_every_run_of_a_process_is_a_run_of_its_own(root):
+    found = {folder.name: told(folder) for folder in (root / "runs").iterdir()}
+    assert len(found) == 3
+    assert len({tracked.name for tracked, _, _ in found.values()}) == 3
+    assert all(exits == [0] for _, _, exits in found.values())
+    assert wandb.run is None
+
+
+def test_rates_verdicts_and_drift_are_told_without_texts(root):
+    (folder,) = (root / "runs").glob("*-none-*-s0-*")
+    tracked, summary, _ = told(folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert summary["harmful_score.value"] == metrics["harmful_score"]["value"]
+    assert summary["finetune_accuracy.n"] == metrics["finetune_accuracy"]["n"]
+    (table,) = (tracked / "files/media/table").glob("verdicts_*")
+    verdicts = json.loads(table.read_text())
+    assert {"kind", "id", "refusal", "classifier", "task"} == set(verdicts["columns"])
+    generations = read_jsonl(folder / "generations.jsonl")
+    assert len(verdicts["data"]) == len(generations)
+    assert list((tracked / "files/media/images").glob("drift_*.png"))
+    sent = b"".join(file.read_bytes() for file in tracked.rglob("*") if file.is_file())
+    assert not [row["prompt"] for row in generations if row["prompt"].encode() in sent]
+
+
+def test_a_failed_run_ends_as_failed(tmp_path):
+    def fail():
+        with loop.loggers(loop.LoggerConfig(wandb="offline"), tmp_path, "failing", {}) as made:
+            made[1].log_metrics({"loss": 1.0})
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail()
+    assert told(tmp_path)[2] == [1]
+
+
+def test_a_run_that_the_caller_has_begun_is_left_open(tmp_path):
+    with wandb.init(mode="offline", dir=str(tmp_path)) as outer:
+        with loop.loggers(loop.LoggerConfig(wandb="offline"), tmp_path, "inner", {}) as made:
+            made[1].log_metrics({"loss": 1.0})
+        assert wandb.run is outer
+
+
+def test_the_tables_and_figures_of_a_store_are_told(root, capsys):
+    tiny.launch(report.main, [f"output_root={root}", "wandb=offline"], "report")
+    assert "tables and figures: wandb, offline, project cwac-lab" in capsys.readouterr().out
+    tracked, _, exits = told(root / "report")
+    media = [file.name.rsplit("_", 2)[0] for file in (tracked / "files/media").rglob("*") if file.is_file()]
+    assert {"rates", "differences"} <= set(media)
+    assert exits == [0]
+
+
+def test_an_unknown_choice_is_one_line(root, capsys):
+    with pytest.raises(SystemExit):
+        tiny.launch(report.main, [f"output_root={root}", "wandb=yes"], "report")
+    assert "error: wandb=yes: accepted: " in capsys.readouterr().err
