@@ -7,9 +7,10 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import tiny
+from cwac_lab import linalg
 from cwac_lab.baselines.constrained_sft import ConstrainedSFT
 from cwac_lab.baselines.kl import KL
 from cwac_lab.baselines.l2 import L2
@@ -19,13 +20,17 @@ from cwac_lab.baselines.safe_instruct import SafeInstruct
 from cwac_lab.baselines.safegrad import SafeGrad
 from cwac_lab.baselines.safelora import SafeLoRA
 from cwac_lab.baselines.sppft import SPPFT
+from cwac_lab.cache import write_jsonl
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.data.batches import TrainData
 from cwac_lab.defense import Composite
 from cwac_lab.errors import ConfigError
+from cwac_lab.examples import trainer as example
 from cwac_lab.integrations import DefenseCallback, named, protect
 from cwac_lab.models.chat import Encoded
+from cwac_lab.models.sites import linears
+from cwac_lab.subspace.basis import leading
 from held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
 
 DEFENSES = {
@@ -190,3 +195,22 @@ def test_half_weights_do_not_go_with_an_exact_projection(tmp_path):
     trainer = other_trainer(tiny.model().to(torch.bfloat16), in_order(), tmp_path)
     with pytest.raises(ConfigError, match="protect: dtype"):
         protect(trainer, WeightConstraint(energy=0.9), harmful=PROMPTS)
+
+
+def test_the_example_script_holds_the_constraint(tiny_folder, tmp_path):
+    rows = [{"prompt": prompt, "response": response} for prompt, response in ROWS]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    given = ["--model", str(tiny_folder), "--rows", str(tmp_path / "rows.jsonl"), "--learning-rate", "1e-2"]
+    given += ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")]
+    example.main([*given, "--set", "constraint.weight.energy=0.9"])
+    start, moved = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_folder, tmp_path / "out"))
+    chat = tiny.chat()
+    prompts = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    spec = named("weight", "constraint.weight.energy=0.9").requirements.subspace
+    held = dict(leading(start, prompts, spec, chat.pad_id))
+    before, after = weights(start), weights(moved)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for matrix in linears(start, "all_linear"):
+        leaked, norm = linalg.leak(after[matrix.name] - before[matrix.name], held[matrix.site.name].basis)
+        assert leaked <= 1e-8 * norm
