@@ -3,7 +3,7 @@
     python -m cwac_lab.examples.trainer --model FOLDER --rows ROWS --prompts PROMPTS --defense weight --out tuned
 
 ``ROWS`` is a JSON Lines file with a ``prompt`` and a ``response`` a line, ``PROMPTS`` one with a ``prompt`` that the
-model refuses. What matters is the line of ``main`` with ``named`` and ``protect``; with TRL's ``SFTTrainer`` it is the same.
+model refuses. What matters is the line of ``main`` with ``named`` and ``protect``, the same with TRL's ``SFTTrainer``.
 """
 
 from __future__ import annotations
