@@ -12,7 +12,7 @@ import tiny
 from cwac_lab import judges
 from cwac_lab.config import check_machine, read
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.errors import ConfigError
+from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges import JUDGES, classifier
 from cwac_lab.judges.base import UNKNOWN, Verdict, decided
@@ -218,4 +218,14 @@ def test_a_judge_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(judges, "find_spec", lambda name: None if name == "judgezoo" else name)
     run = read(tiny.config("evaluation.judges=[refusal,judgezoo_xstest]"))
     with pytest.raises(ConfigError, match="judgezoo_xstest: accepted: other judges, or pip install judgezoo"):
+        check_machine(run)
+
+
+def test_a_judge_whose_weights_cannot_be_had_is_one_line_before_anything_is_loaded(monkeypatch):
+    def away(path):
+        raise OSError(f"no connection to {path}")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", away)
+    run = read(tiny.config("evaluation.judges=[refusal,beaver_dam]"))
+    with pytest.raises(MissingAsset, match=r"judge beaver_dam: PKU-Alignment/beaver-dam-7b cannot be loaded"):
         check_machine(run)

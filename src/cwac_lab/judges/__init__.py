@@ -31,8 +31,12 @@ def check(names: Sequence[str]) -> None:
 
     Raises:
         ConfigError: If what one needs is not installed.
+        MissingAsset: If one's weights cannot be had.
     """
     for name in names:
         package, command = _NEEDED.get(name, ("cwac_lab", ""))
         if find_spec(package) is None:
             raise ConfigError("evaluation.judges", name, f"other judges, or {command}")
+        judge = JUDGES[name]()
+        if isinstance(judge, BeaverDam):
+            judge.reach()

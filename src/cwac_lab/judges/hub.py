@@ -51,6 +51,22 @@ class BeaverDam:
         """Identity of weights by name, and settings."""
         return digest([self.path, self.threshold, self.max_length])[:16]
 
+    def _missing(self) -> MissingAsset:
+        return MissingAsset(f"judge {self.name}: {self.path} cannot be loaded (is the hub there?)")
+
+    def reach(self) -> None:
+        """Look whether the weights can be had, by their configuration only.
+
+        Raises:
+            MissingAsset: If not.
+        """
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(self.path)
+        except OSError as error:
+            raise self._missing() from error
+
     def _load(self) -> list[Any]:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,7 +77,7 @@ class BeaverDam:
                     self.path, num_labels=14, problem_type="multi_label_classification", trust_remote_code=False
                 )
             except OSError as error:
-                raise MissingAsset(f"judge {self.name}: {self.path} cannot be loaded (is the hub there?)") from error
+                raise self._missing() from error
             device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
             self._loaded += [tokenizer, model.eval().to(device)]
         return self._loaded
