@@ -79,9 +79,9 @@ def lively(architecture: str, seed: int = 0, **changes: Any) -> Any:
     return built
 
 
-def save(folder: Path, architecture: str = "llama") -> Path:
+def save(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
     """Save model and tokenizer as a folder for ``model.path``."""
-    model(architecture).save_pretrained(folder)
+    model(architecture, seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

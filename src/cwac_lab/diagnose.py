@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from cwac_lab import cli
 if TYPE_CHECKING:
     from cwac_lab.config import Run
     from cwac_lab.diagnostics.probe import Probe
+    from cwac_lab.preparation import Start
     from cwac_lab.results.store import RunFolder
 
 
@@ -36,29 +38,41 @@ class _Measurer:
         import torch
 
         from cwac_lab.cache import digest
-        from cwac_lab.errors import LabError
         from cwac_lab.experiment import start_key
         from cwac_lab.models.loading import load_model
+        from cwac_lab.preparation import start
 
         told_in = {group: run.resolved[group] for group in ("constraint", "sae")}
         key = digest([start_key(run), run.evaluation.split, run.diagnostics.n_prompts, told_in])
         if key != self.key or self.probe is None:
             self.probe = None  # the last one's inputs are not held while others are taken
-            self.probe, self.key = self._of_start(run), key
-        if content is not None and self.content != content:
-            raise LabError(f"the start here has the weights {self.content[:8]}, that of the run {content[:8]}")
+            begin = start(run, self.say)
+            _same(begin.folder.content, content)
+            self.probe, self.key, self.content = self._of_start(run, begin), key, begin.folder.content
+        _same(self.content, content)
         found = self.probe.measure(load_model(moved, torch.float32, run.trainer.device), bounds=True)
         return {"measured_in": self.measured_in, **found}
 
-    def _of_start(self, run: Run) -> Probe:
-        from cwac_lab.preparation import artefacts, start
+    def _of_start(self, run: Run, begin: Start) -> Probe:
+        from cwac_lab.preparation import artefacts
         from cwac_lab.probing import explaining, measured_in, probe
 
-        begin = start(run, self.say)
         model, chat = begin.load(run)
         context, facts = artefacts(run, begin, model, chat, self.say)
-        self.content, self.measured_in = begin.folder.content, measured_in(facts)
+        self.measured_in = measured_in(facts)
         return probe(run, begin, model, chat, context, explaining(run, begin, model, chat, self.say))
+
+
+def _same(here: str, content: str | None) -> None:
+    """Check that the start here has the weights of a run's, where these are known.
+
+    Raises:
+        LabError: If not.
+    """
+    from cwac_lab.errors import LabError
+
+    if content is not None and here != content:
+        raise LabError(f"the start here has the weights {here[:8]}, that of the run {content[:8]}")
 
 
 def _of_run(folder: RunFolder, config: DictConfig, measure: _Measurer) -> dict[str, Any]:
@@ -82,6 +96,15 @@ def _of_run(folder: RunFolder, config: DictConfig, measure: _Measurer) -> dict[s
     found = measure(run, folder.path / store.MODEL, folder.facts()["weights_content"])
     folder.write(store.DRIFT, found)
     return found
+
+
+def _weights(folder: RunFolder) -> str:
+    """Return the hash of the weights that a run started from, none where its record cannot be read."""
+    from cwac_lab.errors import LabError
+
+    with suppress(LabError):
+        return str(folder.facts()["weights_content"])
+    return ""
 
 
 def _of_folders(config: DictConfig, measure: _Measurer) -> dict[str, Any]:
@@ -114,7 +137,8 @@ def main(config: DictConfig) -> None:
         return
     folders = [RunFolder(Path(config.run))] if config.run is not None else list(runs(Path(config.output_root)))
     if config.run is None:
-        folders = [each for each in folders if each.has(MODEL) and each.done() and not each.has(DRIFT)]
+        lacking = (each for each in folders if each.has(MODEL) and each.done() and not each.has(DRIFT))
+        folders = sorted(lacking, key=_weights)  # runs that start alike share what is taken from the start
         screen.say(f"{len(folders)} runs of {config.output_root} have a model and no {DRIFT}")
     for folder in folders:
         try:

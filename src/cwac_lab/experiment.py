@@ -225,6 +225,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
         if mine and run.force:
             folder.remove(store.CHECKPOINT)
             folder.remove(f"{store.CHECKPOINT}.old")
+            folder.discard("drift*.json", keep=())
         free, done = distributed.told((mine, mine and folder.done() and not run.force))
         if not free:
             screen.say(f"another process is on it: {folder.path}")
@@ -319,7 +320,7 @@ def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, facts: d
             **extra,
         }
         folder.write(store.METRICS, record)
-        log_run(made, folder)
+        log_run(made, folder, screen.say)
     screen.result(title(record), record)
 
 

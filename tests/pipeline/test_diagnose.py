@@ -1,6 +1,7 @@
 """Drift of whole runs: within a run, of finished runs, and between two folders."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -70,6 +71,25 @@ def test_latents_and_reconstruction_are_told_too(output, capsys):
     assert list(found["measured_in"]) == ["subspace", "features"]
     assert len(read_json(run / "drift_samples.json")["samples"]) == 2  # of the run itself, kept
     assert "explained variance, autoencoder" in capsys.readouterr().out
+
+
+def test_runs_that_start_alike_share_a_probe_and_others_do_not(tmp_path, monkeypatch, capsys):
+    for place, (name, seeds) in enumerate({"one": "0,1", "two": "0", "replaced": "0"}.items()):
+        shared = tiny.small_run(tiny.save(tmp_path / name, seed=place), tmp_path / "output")
+        for seed in seeds.split(","):
+            tiny.launch(train.main, [*shared, *SHARED, f"seed={seed}"])
+    tiny.save(tmp_path / "replaced", seed=9)  # no longer what its run started from
+    of_start, built = diagnose._Measurer._of_start, []
+
+    def counted(self, run, begin):
+        built.append(run.model.path)
+        return of_start(self, run, begin)
+
+    monkeypatch.setattr(diagnose._Measurer, "_of_start", counted)
+    tiny.launch(diagnose.main, [f"output_root={tmp_path / 'output'}", "measured_in=weight"], "diagnose")
+    assert sorted(Path(path).name for path in built) == ["one", "two"]
+    assert capsys.readouterr().out.count("left out: ") == 1
+    assert len(list((tmp_path / "output" / "runs").glob("*/drift.json"))) == 3
 
 
 def test_two_folders_are_compared(output, tiny_folder, capsys):

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import tiny
 from cwac_lab import linalg
@@ -201,10 +201,16 @@ def test_the_example_script_holds_the_constraint(tiny_folder, tmp_path):
     rows = [{"prompt": prompt, "response": response} for prompt, response in ROWS]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    given = ["--model", str(tiny_folder), "--rows", str(tmp_path / "rows.jsonl"), "--learning-rate", "1e-2"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, padding_side="left")
+    tiny.model().bfloat16().save_pretrained(tmp_path / "start")  # as most models are published
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "start")
+    given = ["--model", str(tmp_path / "start"), "--rows", str(tmp_path / "rows.jsonl"), "--learning-rate", "1e-2"]
     given += ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")]
     example.main([*given, "--set", "constraint.weight.energy=0.9"])
-    start, moved = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_folder, tmp_path / "out"))
+    start, moved = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("start", "out")
+    )
     chat = tiny.chat()
     prompts = [chat.prompt_ids(prompt) for prompt in PROMPTS]
     spec = named("weight", "constraint.weight.energy=0.9").requirements.subspace

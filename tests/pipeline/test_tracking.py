@@ -1,7 +1,10 @@
 """What Weights & Biases is told, offline: of runs in one process, and of a store."""
 
 import json
+import os
+import shutil
 import struct
+import time
 
 import pytest
 import wandb
@@ -10,7 +13,11 @@ from wandb.proto.wandb_internal_pb2 import Record
 import tiny
 from cwac_lab import train
 from cwac_lab.cache import read_jsonl
+from cwac_lab.errors import MissingAsset
 from cwac_lab.report import __main__ as report
+from cwac_lab.report import tracking
+from cwac_lab.report.tracking import log_run, log_store
+from cwac_lab.results.store import RunFolder
 from cwac_lab.training import loop
 
 BLOCK, FULL, LAST = 32768, 1, 4
@@ -35,6 +42,14 @@ def told(folder):
     """Return the folder of the one run that was tracked under a folder, its summary, and the exit codes it was told."""
     (tracked,) = (folder / "wandb").glob("offline-run-*")
     (file,) = tracked.glob("*.wandb")
+    end = time.monotonic() + 10
+    while not (found := read(file))[1] and time.monotonic() < end:  # it is written by a process of its own
+        time.sleep(0.1)
+    return tracked, *found
+
+
+def read(file):
+    """Return the summary in a ``.wandb`` file, and the exit codes."""
     summary, exits = {}, []
     for message in pieces(file.read_bytes()):
         record = Record()
@@ -45,7 +60,7 @@ def told(folder):
                 summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
         if kind == "exit":
             exits.append(record.exit.exit_code)
-    return tracked, summary, exits
+    return summary, exits
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +93,11 @@ def test_rates_verdicts_and_drift_are_told_without_texts(root):
     generations = read_jsonl(folder / "generations.jsonl")
     assert len(verdicts["data"]) == len(generations)
     assert list((tracked / "files/media/images").glob("drift_*.png"))
-    sent = b"".join(file.read_bytes() for file in tracked.rglob("*") if file.is_file())
-    assert not [row["prompt"] for row in generations if row["prompt"].encode() in sent]
+    (binary,) = tracked.glob("*.wandb")
+    files = [file.read_bytes() for file in tracked.rglob("*") if file.is_file() and file != binary]
+    sent = b"".join([*files, *pieces(binary.read_bytes())])
+    for text in {row[part] for row in generations for part in ("prompt", "output") if len(row[part]) > 9}:
+        assert not any(form.encode() in sent for form in (text, json.dumps(text)[1:-1]))
 
 
 def test_a_failed_run_ends_as_failed(tmp_path):
@@ -93,11 +111,42 @@ def test_a_failed_run_ends_as_failed(tmp_path):
     assert told(tmp_path)[2] == [1]
 
 
-def test_a_run_that_the_caller_has_begun_is_left_open(tmp_path):
+def test_a_run_that_the_caller_has_begun_is_left_open(root, tmp_path):
     with wandb.init(mode="offline", dir=str(tmp_path)) as outer:
         with loop.loggers(loop.LoggerConfig(wandb="offline"), tmp_path, "inner", {}) as made:
             made[1].log_metrics({"loss": 1.0})
         assert wandb.run is outer
+        shutil.copytree(root / "runs", tmp_path / "store" / "runs")
+        log_store(tmp_path / "store", "elsewhere", offline=True)
+        assert wandb.run is outer
+        outer.log({"loss": 2.0})
+
+
+def test_an_offline_run_is_offline_where_the_process_was_online(tmp_path, monkeypatch):
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    try:
+        assert wandb.setup().settings.mode == "online"
+        with loop.loggers(loop.LoggerConfig(wandb="offline"), tmp_path, "private", {}) as made:
+            assert made[1].experiment.settings.mode == "offline"
+        assert os.environ["WANDB_MODE"] == "online"
+    finally:
+        wandb.teardown()
+
+
+def test_a_tracker_that_fails_fails_no_run(root, tmp_path, monkeypatch):
+    (folder,) = (root / "runs").glob("*-none-*-s0-*")
+    heard = []
+    monkeypatch.setattr(tracking, "_media", lambda _: 1 / 0)
+    with loop.loggers(loop.LoggerConfig(wandb="offline"), tmp_path, "poor", {}) as made:
+        log_run(made, RunFolder(folder), heard.append)
+    assert heard == ["not told to wandb: ZeroDivisionError: division by zero"]
+
+
+def test_a_store_without_runs_makes_no_run(tmp_path):
+    with pytest.raises(MissingAsset, match="no finished runs"):
+        log_store(tmp_path, "none", offline=True)
+    assert not (tmp_path / "report").exists()
 
 
 def test_the_tables_and_figures_of_a_store_are_told(root, capsys):
@@ -106,6 +155,9 @@ def test_the_tables_and_figures_of_a_store_are_told(root, capsys):
     tracked, _, exits = told(root / "report")
     media = [file.name.rsplit("_", 2)[0] for file in (tracked / "files/media").rglob("*") if file.is_file()]
     assert {"rates", "differences"} <= set(media)
+    assert [name for name in media if "trade_off" in name]
+    (rates,) = (tracked / "files/media/table").glob("rates_*")
+    assert not [row for row in json.loads(rates.read_text())["data"] if None in row or "NaN" in row]
     assert exits == [0]
 
 

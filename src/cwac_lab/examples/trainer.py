@@ -9,15 +9,23 @@ model refuses. What matters is the line of ``main`` with ``named`` and ``protect
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from cwac_lab.cache import read_jsonl
+from cwac_lab.errors import LabError
 from cwac_lab.integrations import named, protect
 from cwac_lab.models.chat import ChatFormat
+
+DEFENSES = (
+    "a configuration of conf/constraint that asks for no more than prompts: weight (default), constrained_sft, kl, l2, "
+    "ldifs, lisa, safegrad or sppft; what the others need are arguments of protect"
+)
 
 
 def _settings(asked: Sequence[str] | None) -> argparse.Namespace:
@@ -25,7 +33,7 @@ def _settings(asked: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of the aligned model, with a chat template")
     parser.add_argument("--rows", required=True, type=Path, help="JSON Lines with prompt and response")
     parser.add_argument("--prompts", required=True, type=Path, help="JSON Lines with a prompt that the model refuses")
-    parser.add_argument("--defense", default="weight", help="a configuration of conf/constraint (default: %(default)s)")
+    parser.add_argument("--defense", default="weight", help=DEFENSES)
     parser.add_argument("--set", nargs="*", default=[], help="its settings, e.g. constraint.weight.energy=0.995")
     parser.add_argument("--out", required=True, type=Path, help="folder to save the model in")
     parser.add_argument("--epochs", type=float, default=2.0)
@@ -36,24 +44,27 @@ def _settings(asked: Sequence[str] | None) -> argparse.Namespace:
 def main(asked: Sequence[str] | None = None) -> None:
     """Fine-tune a model on some rows under a defence, and save it."""
     settings = _settings(asked)
+    defense = named(settings.defense, *settings.set)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     chat = ChatFormat(tokenizer, 512)
+    tokenizer.padding_side, tokenizer.pad_token_id = "right", chat.pad_id
     rows = [chat.encode(row["prompt"], row["response"]) for row in read_jsonl(settings.rows)]
     table = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     trainer = Trainer(
-        AutoModelForCausalLM.from_pretrained(settings.model),
+        AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32),
         TrainingArguments(
             str(settings.out), num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine", per_device_train_batch_size=8, save_strategy="no", report_to="none",
         ),
         train_dataset=table, processing_class=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer),
     )  # fmt: skip
-    protect(
-        trainer, named(settings.defense, *settings.set), harmful=[r["prompt"] for r in read_jsonl(settings.prompts)]
-    )
+    protect(trainer, defense, harmful=[row["prompt"] for row in read_jsonl(settings.prompts)])
     trainer.train()
     trainer.save_model(str(settings.out))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LabError as error:
+        sys.exit(f"error: {error}")

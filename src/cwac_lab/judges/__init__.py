@@ -27,11 +27,11 @@ _NEEDED = {
 
 
 def check(names: Sequence[str]) -> None:
-    """Check that judges can be loaded here.
+    """Check that what judges need is installed, and that BeaverDam's repository is there.
 
     Raises:
         ConfigError: If what one needs is not installed.
-        MissingAsset: If one's weights cannot be had.
+        MissingAsset: If that repository is neither reachable nor cached.
     """
     for name in names:
         package, command = _NEEDED.get(name, ("cwac_lab", ""))

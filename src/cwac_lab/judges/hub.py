@@ -55,7 +55,7 @@ class BeaverDam:
         return MissingAsset(f"judge {self.name}: {self.path} cannot be loaded (is the hub there?)")
 
     def reach(self) -> None:
-        """Look whether the weights can be had, by their configuration only.
+        """Look whether the repository is there, by its configuration only, so that nothing large is fetched.
 
         Raises:
             MissingAsset: If not.
@@ -64,7 +64,7 @@ class BeaverDam:
 
         try:
             AutoConfig.from_pretrained(self.path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._missing() from error
 
     def _load(self) -> list[Any]:

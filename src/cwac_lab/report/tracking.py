@@ -9,28 +9,34 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
+from cwac_lab.errors import MissingAsset
 from cwac_lab.report.records import RATES, said
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
 
-def log_run(loggers: Sequence[Any], folder: RunFolder) -> None:
+def log_run(loggers: Sequence[Any], folder: RunFolder, say: Callable[[str], None] = print) -> None:
     """Give a finished run's rates, verdicts and, where it was measured, drift to its loggers in Weights & Biases.
 
     Args:
         loggers: Lightning loggers; others than ``WandbLogger`` are passed over.
         folder: The run.
+        say: Told where that fails: the record is written and stands.
     """
     from lightning.pytorch.loggers import WandbLogger
 
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if not isinstance(logger, WandbLogger):
+            continue
+        try:
             logger.experiment.summary.update(_summary(folder.read(store.METRICS)))
             logger.experiment.log(_media(folder))
+        except Exception as error:  # noqa: BLE001 - whatever a tracker fails with, the run has not failed
+            say(f"not told to wandb: {type(error).__name__}: {error}")
 
 
 def _summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -69,17 +75,22 @@ def log_store(root: Path, project: str, *, offline: bool, say: Callable[[str], N
 
     from cwac_lab.report.figures import draw
     from cwac_lab.report.paired import differences
-    from cwac_lab.report.records import records
+    from cwac_lab.report.records import finished, records
     from cwac_lab.report.tables import summary
 
     rows = records(list(store.runs(root)), say)
+    if not finished(rows):
+        raise MissingAsset(f"output_root={root}: no finished runs there; run `python -m cwac_lab.train` first")
+    mode: Literal["offline"] | None = "offline" if offline else None
     tables = {"rates": summary(rows), "differences": differences(rows)}
     where = root / "report"
     where.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory() as drawn,
-        wandb.init(project=project, name="report", dir=str(where), mode="offline" if offline else "online") as tracker,
+        # create_new: a run that the caller has begun goes on untouched
+        wandb.init(project=project, name="report", dir=str(where), mode=mode, reinit="create_new") as tracker,
     ):
-        media = {name: wandb.Table(dataframe=table.astype(str)) for name, table in tables.items() if len(table)}
+        shown = {name: table.astype(object).fillna("").astype(str) for name, table in tables.items() if len(table)}
+        media = {name: wandb.Table(dataframe=table) for name, table in shown.items()}
         files = [file for file in draw(rows, Path(drawn), "all") if file.suffix == ".png"]
         tracker.log({**media, **{file.stem: wandb.Image(str(file)) for file in files}})

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cwac_lab import distributed
 from cwac_lab.cache import digest
 from cwac_lab.data.batches import TrainData
 from cwac_lab.defense import Defense
-from cwac_lab.errors import LabError, one_of
+from cwac_lab.errors import LabError, MissingAsset, one_of
 from cwac_lab.models.chat import Encoded
 from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
 from cwac_lab.training.module import INCIDENTAL_TRAINER, FineTuning, TrainerConfig
@@ -53,6 +53,9 @@ def loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, A
         folder: Folder of the run.
         name: Name of the run.
         settings: Become the run's config in Weights & Biases.
+
+    Raises:
+        MissingAsset: If Weights & Biases does not take the run, before anything is computed.
     """
     # A resumed run writes a further log; Lightning would empty the one that is there.
     earlier = len(list(folder.glob("log*"))) if (folder / "checkpoint").is_dir() else 0
@@ -65,18 +68,21 @@ def loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, A
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    made.append(
-        WandbLogger(
-            name=name, project=config.project, save_dir=folder, offline=config.wandb == "offline", config=settings
-        )
-    )
     outer, failed = wandb.run, 1  # a run that the caller has begun is the caller's to end
+    # By mode: Lightning's offline=True sets a variable for the whole process, which wandb reads once.
+    mode = "offline" if config.wandb == "offline" else None
+    made.append(WandbLogger(name=name, project=config.project, save_dir=folder, config=settings, mode=mode))
+    try:
+        _ = made[-1].experiment
+    except wandb.Error as error:
+        raise MissingAsset(f"logger.wandb={config.wandb}: {error} (accepted: offline, off)") from error
     try:
         yield made
         failed = 0
     finally:
         if outer is None and wandb.run is not None:
-            wandb.finish(exit_code=failed)
+            with suppress(wandb.Error):  # the record does not depend on it
+                wandb.finish(exit_code=failed)
 
 
 class _ProgressBar(RichProgressBar):
