@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cwac_lab.config import INCIDENTAL
+import tiny
+from cwac_lab.config import INCIDENTAL, read
 from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.report.paired import differences
@@ -16,17 +17,19 @@ from cwac_lab.results.store import run_key, runs
 from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
-TUNING = OWN.parent / "tuning"
-RESULTS = ("ablation", "ratio", "methods")
+TUNING, TUNED = OWN.parent / "tuning", OWN.parent / "sst2_tuned"
+RESULTS = ("ablation", "ratio", "methods", "as_tuned", "best_of_literature")
+VIEWS = [(root, name, query) for root in (OWN, TUNED) for name, query in views(root / "tables.yaml").items()]
 
 
-def test_every_record_is_read():
+@pytest.mark.parametrize("root", [OWN, TUNING, TUNED], ids=lambda root: root.name)
+def test_every_record_is_read(root):
     told = []
-    assert len(records(runs(OWN), told.append)) == len(list((OWN / "runs").iterdir()))
+    assert len(records(runs(root), told.append)) == len(list((root / "runs").iterdir()))
     assert told == []
 
 
-@pytest.mark.parametrize("run", [*runs(OWN), *runs(TUNING)], ids=lambda run: run.path.name)
+@pytest.mark.parametrize("run", [*runs(OWN), *runs(TUNING), *runs(TUNED)], ids=lambda run: run.path.name)
 def test_a_record_keeps_its_key(run):
     """Settings that came later must not set records of before apart from the same runs of today."""
     told = run.read("provenance.json")
@@ -34,10 +37,10 @@ def test_a_record_keeps_its_key(run):
     assert run.path.name.endswith(run_key(run.read("config.json"), INCIDENTAL, content)[:8])
 
 
-@pytest.mark.parametrize(("name", "query"), views(OWN / "tables.yaml").items())
-def test_the_pages_show_what_the_records_say(name, query):
+@pytest.mark.parametrize(("root", "name", "query"), VIEWS)
+def test_the_pages_show_what_the_records_say(root, name, query):
     page = OWN.parents[1] / "docs" / ("results.md" if name in RESULTS else "benchmarks.md")
-    rows = records(select(OWN, name, query))
+    rows = records(select(root, name, query))
     table = summary(rows, name)
     assert {"start", "none", "coupled"} <= set(table["constraint"])
     assert (table["variant"] != "").any() == (name not in RESULTS)  # the settings of a method are its defaults there
@@ -59,6 +62,29 @@ def test_the_tuning_page_shows_its_trials():
         best.setdefault(metrics["constraint"], []).append(tuning_error(metrics))
     said = dict(re.findall(r"\| `(\w+)` \| [^|]+ \| ([\d.]+) \|", page))
     assert said == {method: f"{min(errors):.1f}" for method, errors in best.items() if method != "none"}
+
+
+# The activation part's strength is that of `coupled`, whose trials chose it.
+CHOSEN = sorted({run.read("metrics.json")["constraint"] for run in runs(TUNING)} - {"activation"})
+PROMPT = 2.0  # points of the sum: about one prompt of one rate; a default that is no worse than that stays
+
+
+@pytest.mark.parametrize("method", CHOSEN)
+def test_a_default_is_the_best_of_its_trials(method):
+    trials = [run for run in runs(TUNING) if run.read("metrics.json")["constraint"] == method]
+    errors = [tuning_error(run.read("metrics.json")) for run in trials]
+    default = read(tiny.config(f"constraint={method}")).resolved["constraint"]
+    settings = [run.read("config.json")["constraint"] for run in trials]
+    mine = [all(default[part][key] == value for part in each for key, value in each[part].items()) for each in settings]
+    assert min(error for error, same in zip(errors, mine, strict=True) if same) <= min(errors) + PROMPT
+
+
+def test_the_tuned_methods_ran_with_their_defaults():
+    for run in runs(TUNED):
+        facts, settings = run.read("metrics.json"), run.read("config.json")["constraint"]
+        if facts["constraint"] != "start":
+            default = read(tiny.config(f"constraint={facts['constraint']}")).resolved["constraint"]
+            assert settings == default, run.path.name
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Fidelity: variant. The method is exact (every parameter of the block is frozen); the block is given as relative
 depths, after the range that is reported for Llama-2-7B-chat (layers 6 to 14 of 32; from memory, 0- or 1-based is not
-settled), not located by the authors' over-rejection search. A block of equal size elsewhere is the fair control.
+settled) or tuned, not located by the authors' over-rejection search. A block of equal size elsewhere is the fair
+control.
 """
 
 from __future__ import annotations
