@@ -79,7 +79,8 @@ function drawRatio() {
       hovertemplate: "%{text}<extra></extra>", line: { color: COLORS[i % COLORS.length] },
       marker: { symbol: mine.map((c) => SYMBOLS[i % SYMBOLS.length] + (c.broken ? "-open" : "")), size: 9 } };
   });
-  draw("ratio-plot", lines, { xaxis: { title: "harmful ratio" }, yaxis: { title: "harmful score, %", range: [-3, 103] } });
+  const several = lines.filter((line) => line.x.length > 1);
+  draw("ratio-plot", several.length ? several : lines, { xaxis: { title: "harmful ratio" }, yaxis: { title: "harmful score, %", range: [-3, 103] } });
 }
 
 const measured = data.runs.filter((run) => run.drift.layers);
@@ -219,7 +220,8 @@ function whereAny(list, section, none, ids, action) {
 
 function main() {
   const size = (setting) => data.cells.filter((c) => c.setting === setting).length;
-  const settings = unique(data.cells.map((c) => c.setting)).sort((a, b) => size(b) - size(a));
+  const tested = (setting) => setting.endsWith("test split");
+  const settings = unique(data.cells.map((c) => c.setting)).sort((a, b) => tested(b) - tested(a) || size(b) - size(a));
   fill(by("trade-setting"), settings);
   fill(by("ratio-setting"), settings);
   const ratios = () => {
