@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from cwac_lab import linalg
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.projected import project_gradients, release
 from cwac_lab.constraints.weight import WeightConstraint
@@ -45,7 +46,7 @@ def test_gradients_are_projected_in_float32_under_autocast(n_tokens):
     basis = torch.linalg.qr(torch.randn(96, 8, generator=source)).Q
     tokens = 10 * torch.randn(n_tokens, 8, generator=source) @ basis.T + torch.randn(n_tokens, 96, generator=source)
     layer = torch.nn.Linear(96, 64)
-    project_gradients(layer, basis)
+    project_gradients([layer], basis)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(tokens)
     (out.float() * torch.randn(out.shape, generator=source)).sum().backward()
@@ -58,7 +59,7 @@ def test_a_projected_layer_has_projected_gradients(tokens, bias):
     source = torch.Generator().manual_seed(0)
     plain, basis = torch.nn.Linear(12, 10, bias=bias), torch.linalg.qr(torch.randn(12, 3, generator=source)).Q
     held = copy.deepcopy(plain)
-    project_gradients(held, basis)
+    project_gradients([held], basis)
     held = copy.deepcopy(held)
     x = torch.randn(2, tokens // 2, 12, generator=source)
     grads = {}
@@ -77,6 +78,33 @@ def test_a_projected_layer_has_projected_gradients(tokens, bias):
     release(held)
     assert type(held) is torch.nn.Linear
     torch.testing.assert_close(held(x), plain(x))
+
+
+@pytest.mark.parametrize("tokens", [4, 40])  # fewer and more than the layers have outputs together
+def test_layers_of_one_input_share_its_projection(tokens, monkeypatch):
+    """An input is projected once, also where its memory is written anew; gradients are a dense projector's."""
+    source = torch.Generator().manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(12, 3, generator=source)).Q for _ in range(2)]
+    sites = [[torch.nn.Linear(12, rows, bias=False) for rows in (12, 6, 6)] for _ in bases]
+    for layers, basis in zip(sites, bases, strict=True):
+        project_gradients(layers, basis)
+    calls, remove = [], linalg.remove_span
+    monkeypatch.setattr(linalg, "remove_span", lambda *given: (calls.append(given[0].shape), remove(*given))[1])
+    x = torch.randn(tokens, 12, generator=source)
+    for turn in range(2):
+        inputs, received = x, {}
+        for layers, basis in zip(sites, bases, strict=True):
+            parts = [layer(inputs) for layer in layers]
+            for layer, part in zip(layers, parts, strict=True):
+                part.retain_grad()
+                received[layer] = (part, inputs.detach().clone(), torch.eye(12) - basis @ basis.T)
+            inputs = parts[0] * torch.cat(parts[1:], -1)
+        inputs.pow(2).sum().backward()
+        for layer, (part, read, projector) in received.items():
+            torch.testing.assert_close(layer.weight.grad, part.grad.T @ read @ projector, atol=1e-4, rtol=1e-4)
+            layer.weight.grad = None
+        assert len(calls) == (turn + 1) * (2 if tokens < 24 else 6)
+        x.copy_(torch.randn(tokens, 12, generator=source))
 
 
 def test_dense_projection_gives_the_same_weights():

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from cwac_lab.benchmarks import generation, steps, subspace, trainers
 from cwac_lab.data.batches import collate
+from cwac_lab.errors import LabError
 from cwac_lab.training.module import TrainerConfig
 
 
@@ -21,6 +22,33 @@ def test_every_way_of_the_subspace_is_measured_against_the_dense_one(capsys):
     assert rows["gram"][4] == f"{4 / 96:.2%}"
     assert rows["full SVD, dense projector"][4] == "100.00%"
     assert {f"{what}, k = {k}" for what in ("gradient", "weights") for k in (64, 128, 512)} < rows.keys()
+
+
+class _Line:
+    """What a process of a benchmark is told and reports, here by a list."""
+
+    def __init__(self, label, seconds, heard):
+        self.label, self.seconds, self.heard = label, list(seconds), heard
+
+    def send(self, _):
+        self.heard.append(self.label)
+
+    def recv(self):
+        if not self.seconds:
+            raise EOFError
+        return self.seconds.pop(0)
+
+
+def test_constraints_take_steps_in_turn_and_are_compared_within_a_round():
+    heard = []
+    lines = {"none": _Line("none", [1, 1, 2, 2], heard), "weight": _Line("weight", [1, 2, 2, 3], heard)}
+    taken = steps.in_turn(lines, 4)
+    assert heard == ["weight", "none", "none", "weight"] * 2
+    _, _, none, weight = steps.table(taken, 2).splitlines()
+    assert none == "| none | 1.50 (n=4) | 1.00 (1.00 to 1.00) | 2 |"
+    assert weight == "| weight | 2.00 (n=4) | 1.38 (1.25 to 1.50) | 2 |"
+    with pytest.raises(LabError, match="training with weight ended at step 1"):
+        steps.in_turn(lines, 1)
 
 
 def test_the_limit_of_a_step_is_counted():

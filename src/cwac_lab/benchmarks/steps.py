@@ -1,33 +1,117 @@
-"""Step time of the constraints beside plain fine-tuning, on the same batches in one process.
+"""Step time of the constraints beside plain fine-tuning, on the same batches, step by step in turn.
 
-``python -m cwac_lab.benchmarks.steps model=smollm`` prepares what is missing first, and evaluates nothing.
+``python -m cwac_lab.benchmarks.steps model=smollm`` prepares what is missing first, and evaluates nothing. Every
+constraint trains in a process of its own, all are in memory at once, and one at a time takes a step, so that a machine
+that becomes slower does so for all of them.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
-from itertools import pairwise
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
 
 from cwac_lab import cli
+from cwac_lab.errors import LabError
 
-# The first steps pay for memory that is touched for the first time; what is counted is a multiple of every period used.
-WARM_UP, STEPS, ROUNDS = 3, 12, 2
+# The first steps pay for memory that is touched for the first time; a round is a multiple of every period used.
+WARM_UP, STEPS, ROUNDS = 3, 12, 3
 
 
-class _Clock(L.Callback):
-    """Notes the time at the end of every batch."""
+class _Turns(L.Callback):
+    """Takes a step when told to, and reports how long it took, with what lies between it and the next."""
 
-    def __init__(self) -> None:
-        self.ticks: list[float] = []
+    def __init__(self, line: Connection) -> None:
+        self._line, self._begun = line, 0.0
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time."""
-        self.ticks.append(time.perf_counter())
+    def _report(self) -> None:
+        if self._begun:
+            self._line.send(time.perf_counter() - self._begun)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Report the step before and wait for the next turn."""
+        self._report()
+        self._line.recv()
+        self._begun = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        """Report the last step."""
+        self._report()
+
+
+def _train(config: DictConfig, label: str, line: Connection, threads: int) -> None:
+    """Train with one constraint, in a process of its own."""
+    import torch
+
+    from cwac_lab.config import read
+    from cwac_lab.data import mixing
+    from cwac_lab.defense import Composite
+    from cwac_lab.models import adapters
+    from cwac_lab.preparation import artefacts, start
+    from cwac_lab.training.loop import fit
+
+    torch.set_num_threads(threads)
+    run = read(config)
+    alone = {name: Composite({name: part}) for name, part in run.constraint.parts.items()}
+    defense = {"none": Composite(), **alone, run.constraint_name: run.constraint}[label]
+    begin = start(run, lambda _: None)
+    model, chat = begin.load(run)
+    n = run.trainer.batch_size * STEPS
+    given, harmful = begin.pools.task_rows(run.data, run.task).train, begin.pools.get("harmful", "finetune")
+    rows = mixing.mix(given, harmful, n, run.harmful_ratio, mixing="replace", seed=0)
+    context, _ = artefacts(run, begin, model, chat, lambda _: None)
+    adapters.attach(model, run.tuning, run.seed)
+    defense.prepare(context)
+    examples = [chat.encode(row.prompt, row.response) for row in rows]
+    examples = (examples * (ROUNDS + 1))[: run.trainer.batch_size * (WARM_UP + ROUNDS * STEPS)]
+    trainer = replace(run.trainer, epochs=1, progress_bar=False)
+    fit(model, examples, chat.pad_id, defense, trainer, 0, callbacks=[_Turns(line)])
+
+
+def in_turn(lines: dict[str, Any], steps: int) -> dict[str, list[float]]:
+    """Return the seconds of every step of some processes that take steps in turn, forwards and backwards.
+
+    Args:
+        lines: By label, what a process is told to go on by and what it reports to.
+        steps: Steps of each.
+
+    Raises:
+        LabError: If one of them ended.
+    """
+    taken: dict[str, list[float]] = {label: [] for label in lines}
+    for step in range(steps):
+        for label in list(lines) if step % 2 else reversed(lines):
+            try:
+                lines[label].send(None)
+                taken[label].append(lines[label].recv())
+            except (EOFError, OSError):
+                raise LabError(f"training with {label} ended at step {step + 1}; its message is above") from None
+    return taken
+
+
+def table(taken: dict[str, list[float]], period: int) -> str:
+    """Return seconds a step, and times those of ``none`` in the same round: the median and range over rounds.
+
+    Args:
+        taken: Seconds of every step by label, as many for each.
+        period: Steps of a round.
+    """
+    lines = ["| constraint | seconds a step | times none | rounds |", "| --- | --- | --- | --- |"]
+    means = {
+        label: [statistics.mean(seconds[at : at + period]) for at in range(0, len(seconds), period)]
+        for label, seconds in taken.items()
+    }
+    for label, rounds in means.items():
+        ratios = [mine / plain for mine, plain in zip(rounds, means["none"], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| {label} | {statistics.mean(rounds):.2f} (n={len(taken[label])}) | {spread} | {len(rounds)} |")
+    return "\n".join(lines)
 
 
 def limit(model: Any, batch: Any) -> dict[str, float]:
@@ -85,53 +169,41 @@ def busiest(model: Any, batch: Any, most: int = 6) -> dict[str, float]:
 
 
 def main(config: DictConfig) -> None:
-    """Time plain fine-tuning, each part and the whole in turn, in rounds, so that a drift of the machine would show."""
+    """Print the table for plain fine-tuning, each part and the whole; then what a plain step cannot do without."""
+    import torch
+
     from cwac_lab.config import read
-    from cwac_lab.data import mixing
     from cwac_lab.data.batches import collate
-    from cwac_lab.defense import Composite
-    from cwac_lab.models import adapters
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
-    from cwac_lab.training.loop import fit
 
-    screen = Screen()
-    steps: dict[str, list[float]] = {}
-    timed = read(config)
-    labels = list(dict.fromkeys(["none", *timed.constraint.parts, timed.constraint_name]))
-    for turn in range(ROUNDS):
-        for label in labels:
-            run = read(config)
-            alone = {name: Composite({name: part}) for name, part in run.constraint.parts.items()}
-            defense = {"none": Composite(), **alone, run.constraint_name: run.constraint}[label]
-            begin = start(run, screen.say)
-            model, chat = begin.load(run)
-            n = run.trainer.batch_size * (WARM_UP + STEPS)
-            harmful = begin.pools.get("harmful", "finetune")
-            rows = mixing.mix(
-                begin.pools.task_rows(run.data, run.task).train, harmful, n, run.harmful_ratio, mixing="replace", seed=0
-            )
-            context, _ = artefacts(run, begin, model, chat, screen.say)
-            adapters.attach(model, run.tuning, run.seed)
-            defense.prepare(context)
-            clock = _Clock()
-            examples = [chat.encode(row.prompt, row.response) for row in rows]
-            fit(model, examples, chat.pad_id, defense, run.trainer, 0, callbacks=[clock])
-            taken = [later - earlier for earlier, later in pairwise(clock.ticks)][WARM_UP - 1 :]
-            steps.setdefault(label, []).extend(taken)
-            screen.say(f"round {turn + 1}, {label}: {statistics.mean(taken):.2f} s a step over {len(taken)} steps")
-    batch = collate(examples[: run.trainer.batch_size], chat.pad_id)
-    least = limit(begin.load(run)[0], batch)
+    screen, run = Screen(), read(config)
+    labels = list(dict.fromkeys(["none", *run.constraint.parts, run.constraint_name]))
+    begin = start(run, screen.say)
+    model, chat = begin.load(run)
+    artefacts(run, begin, model, chat, screen.say)  # made once, before all processes ask for them
+    context = multiprocessing.get_context("spawn")
+    lines, processes = {}, []
+    for label in labels:
+        lines[label], theirs = context.Pipe()
+        processes.append(
+            context.Process(target=_train, args=(config, label, theirs, torch.get_num_threads()), daemon=True)
+        )
+        processes[-1].start()
+        theirs.close()
+    in_turn(lines, WARM_UP)
+    print(table(in_turn(lines, ROUNDS * STEPS), STEPS))
+    for process in processes:
+        process.join()
+    rows = begin.pools.task_rows(run.data, run.task).train[: run.trainer.batch_size]
+    batch = collate([chat.encode(row.prompt, row.response) for row in rows], chat.pad_id)
+    least = limit(model, batch)
     screen.say(
         f"a step of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} GFLOP/s of "
         f"large products here; AdamW moves {least['adamw_gb']:.1f} GB"
     )
-    shares = busiest(begin.load(run)[0], batch)
+    shares = busiest(model, batch)
     screen.say("its time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-    base = statistics.mean(steps["none"])
-    for label, taken in steps.items():
-        mean = statistics.mean(taken)
-        screen.say(f"{label}: {mean:.2f} s a step, {mean / base:.2f} times none (n={len(taken)})")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,37 @@ from cwac_lab import linalg
 from cwac_lab.models.shards import whole
 
 
+class Projection:
+    """``x -> x (I - V V^T)`` for the layers that read one input x (q, k and v; gate and up), computed once for them.
+
+    Their backward passes follow each other, so of all sites only what was computed last is kept: x and its projection.
+    """
+
+    # Input, its version, the projection it is of, and its projected tokens.
+    _last: ClassVar[tuple[Tensor, int, Projection, Tensor] | None] = None
+
+    def __init__(self, basis: Float[Tensor, "d k"], readers: int, rows: int) -> None:
+        """Take V, how many layers read x, and how many rows their weights have together."""
+        self.basis, self.readers, self.rows = basis, readers, rows
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        if Projection._last is None:
+            return None
+        of, version, owner, projected = Projection._last
+        # Memory of what is kept belongs to no other tensor.
+        same = of.data_ptr() == x.data_ptr() and of.shape == x.shape and of.stride() == x.stride()
+        return projected if same and version == x._version and owner is self else None
+
+    def of(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T d"]:
+        """Return the projected tokens of x in float32: most of them lies along V, bfloat16 would leave a hundredth."""
+        projected = self._kept(x)
+        if projected is None:
+            projected = linalg.remove_span(x.detach().flatten(0, -2).float(), self.basis.float())
+            if self.readers > 1:
+                Projection._last = x.detach(), x._version, self, projected
+        return projected
+
+
 class _Linear(torch.autograd.Function):
     """``y = x W^T + b`` with the gradient ``G (I - V V^T)`` for W, where ``G = g^T x`` is the plain one."""
 
@@ -23,27 +55,28 @@ class _Linear(torch.autograd.Function):
         x: Float[Tensor, "*B d"],
         weight: Float[Tensor, "m d"],
         bias: Float[Tensor, " m"] | None,
-        basis: Float[Tensor, "d k"],
+        projection: Projection,
     ) -> Float[Tensor, "*B m"]:
-        ctx.save_for_backward(x, weight, basis)
+        ctx.save_for_backward(x, weight)
+        ctx.projection = projection
         return functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(
         ctx: Any, grad: Float[Tensor, "*B m"]
     ) -> tuple[Float[Tensor, "*B d"] | None, Float[Tensor, "m d"] | None, Float[Tensor, " m"] | None, None]:
-        x, weight, basis = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
         rows, of_weight = grad.flatten(0, -2), None
         if need_weight:
-            inputs = x.flatten(0, -2)
-            # G (I - V V^T) = g^T (x (I - V V^T)): projected is what has fewer rows, the T tokens of x or the m of G;
-            # in float32, as most of a token lies in the span of V and bfloat16 would leave a hundredth of it.
-            if len(inputs) < len(weight):
-                of_weight = rows.T @ linalg.remove_span(inputs.float(), basis.float()).to(grad.dtype)
+            # G (I - V V^T) = g^T (x (I - V V^T)): projected is what has fewer rows, the tokens of x, once for all
+            # layers that read them, or the gradients of these layers.
+            if len(rows) < ctx.projection.rows:
+                of_weight = rows.T @ ctx.projection.of(x).to(grad.dtype)
             else:
-                of_weight = linalg.remove_span((rows.T @ inputs.to(grad.dtype)).float(), basis.float())
+                plain = rows.T @ x.flatten(0, -2).to(grad.dtype)
+                of_weight = linalg.remove_span(plain.float(), ctx.projection.basis.float())
             of_weight = of_weight.to(weight.dtype)
         return of_x, of_weight, rows.sum(0).to(weight.dtype) if need_bias else None, None
 
@@ -51,23 +84,25 @@ class _Linear(torch.autograd.Function):
 class ProjectedLinear(torch.nn.Linear):
     """A linear layer with weight W (m, d) and a basis V (d, k) that its weight's gradients have no part in."""
 
-    directions: Float[Tensor, "d k"]
+    projection: Projection
 
     def forward(self, input: Float[Tensor, "*B d"]) -> Float[Tensor, "*B m"]:
         """Return ``x W^T + b`` for inputs of shape (*B, d)."""
-        return _Linear.apply(input, self.weight, self.bias, self.directions)  # type: ignore[no-untyped-call]
+        return _Linear.apply(input, self.weight, self.bias, self.projection)  # type: ignore[no-untyped-call]
 
 
-def project_gradients(module: torch.nn.Linear, basis: Float[Tensor, "d k"]) -> None:
-    """Turn a linear layer into a projected one, in place; its parameters and what is saved of it stay as they are."""
-    module.__class__ = ProjectedLinear
-    module.directions = basis
+def project_gradients(modules: Sequence[torch.nn.Linear], basis: Float[Tensor, "d k"]) -> None:
+    """Turn linear layers that read one input into projected ones, in place; their parameters stay as they are."""
+    projection = Projection(basis, len(modules), sum(module.out_features for module in modules))
+    for module in modules:
+        module.__class__ = ProjectedLinear
+        cast("ProjectedLinear", module).projection = projection
 
 
 def release(module: torch.nn.Linear) -> None:
     """Turn a projected layer back into a plain one."""
     module.__class__ = torch.nn.Linear
-    del module.directions
+    del module.projection
 
 
 class _WithoutSpan(torch.nn.Module):

@@ -25,7 +25,7 @@ from cwac_lab.constraints.projected import ProjectedLinear, project_factor, proj
 from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
 from cwac_lab.models.shards import is_sharded, local, rows, total
-from cwac_lab.models.sites import SCOPES, Matrix, linears
+from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 from cwac_lab.subspace.basis import SubspaceSpec
 
 PROJECTIONS = ("gradient", "update", "both")
@@ -101,6 +101,7 @@ class WeightConstraint(Defense):
         assert context.subspace is not None
         self._start_weight = context.start_weight
         self._subspace = context.subspace
+        readers: dict[Site, list[torch.nn.Linear]] = {}
         for linear in linears(context.model, self.modules):
             basis = context.subspace.bases[linear.site.name].to(context.model.device)
             if linear.adapter is not None:
@@ -111,7 +112,9 @@ class WeightConstraint(Defense):
             basis = basis.to(linear.module.weight)
             self._held.append(_Constrained(linear, basis, linear.module.weight.detach() @ basis))
             if self.projection != "update" and basis.shape[1]:
-                project_gradients(linear.module, basis)
+                readers.setdefault(linear.site, []).append(linear.module)
+        for site, modules in readers.items():
+            project_gradients(modules, context.subspace.bases[site.name].to(modules[0].weight))
         if self.trainable == "constrained":
             # Other parts may have frozen some.
             trained = [parameter for held in self._held for parameter in held.linear.trained]
