@@ -50,7 +50,7 @@ report: $(READY)  ## one page to explore all runs: outputs/report/index.html
 	$(BIN)/python -m cwac_lab.report $(ARGS)
 
 test: $(READY)  ## fast tests, no network
-	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the smoke test on real weights
 	$(BIN)/pytest -q -m slow $(ARGS)

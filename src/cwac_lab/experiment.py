@@ -87,7 +87,10 @@ class _Stage:
             defense.after_training(self.model)
         if drift is not None:
             with self.meter.stage("diagnose"):
-                self.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **drift.measure(self.model)})
+                found = drift.measure(self.model)
+                self.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **found})
+                if sampler is not None:
+                    sampler.end(found["summary"])
         return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
 
     def _rows(self) -> list[TrainRow]:

@@ -54,11 +54,8 @@ def probe(
             chat.encode_own(prompt, answer.text, ended=answer.ended or not answer.text)
             for prompt, answer in zip(asked, given, strict=True)
         ]
-    prompts: dict[str, Sequence[Sequence[int]]] = {
-        kind: [chat.prompt_ids(prompt)[-chat.max_length :] for prompt in asked] for kind, asked in texts.items()
-    }
     return Probe(
-        model, prompts, answered, chat.pad_id, context.start_weight,
+        model, answered, chat.pad_id, context.start_weight,
         subspace=context.subspace, features=context.features, explains=explains,
     )  # fmt: skip
 

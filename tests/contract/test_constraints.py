@@ -107,6 +107,24 @@ def test_layers_of_one_input_share_its_projection(tokens, monkeypatch):
         x.copy_(torch.randn(tokens, 12, generator=source))
 
 
+def test_gradients_projected_off_some_directions_leave_no_update_along_any():
+    removed = {}
+    for share in (1.0, 0.5):
+        defense = WeightConstraint(energy=0.9, gradient_share=share, restore_every_n_steps=2)
+        taken = removed.setdefault(share, [])
+        defense._restore = lambda of=defense, taken=taken: (WeightConstraint._restore(of), taken.append(of._removed))
+        _, prepared = train(defense, rows=ROWS * 3, learning_rate=1e-3)
+        for held in defense._held:
+            assert held.basis.shape[1] == prepared.subspace.bases[held.linear.site.name].shape[1]
+        assert defense.summary()["leak"] < 1e-5
+    assert all(half > whole for half, whole in zip(removed[0.5][:-1], removed[1.0][:-1], strict=True))
+    basis = torch.linalg.qr(torch.randn(12, 4, generator=torch.Generator().manual_seed(0))).Q
+    layer = torch.nn.Linear(12, 6, bias=False)
+    project_gradients([layer], basis[:, :2])
+    layer(torch.randn(5, 12)).sum().backward()
+    assert (layer.weight.grad @ basis[:, :2]).norm() < 1e-5 < (layer.weight.grad @ basis[:, 2:]).norm()
+
+
 def test_dense_projection_gives_the_same_weights():
     defense = WeightConstraint(energy=0.9)
     low_rank, prepared = train(defense, rows=ROWS[:4])

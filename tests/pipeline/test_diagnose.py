@@ -19,7 +19,7 @@ def output(tiny_folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("output")
     shared = [*tiny.small_run(tiny_folder, where / "plain"), *SHARED]
     tiny.launch(train.main, shared)
-    measured = [f"output_root={where / 'measured'}", "diagnostics.enabled=true", "diagnostics.every_n_steps=3"]
+    measured = [f"output_root={where / 'measured'}", "diagnostics.enabled=true", "diagnostics.every_n_steps=4"]
     tiny.launch(train.main, [*shared, *measured])
     return where
 
@@ -41,13 +41,14 @@ def test_measuring_changes_nothing_that_a_run_computes(output):
 def test_drift_is_sampled_and_logged(output):
     found = read_json(folder(output, "measured") / "drift.json")
     sampled = read_json(folder(output, "measured") / "drift_samples.json")
-    assert [sample["step"] for sample in sampled["samples"]] == [3, 6]  # of 8 steps
+    assert [sample["step"] for sample in sampled["samples"]] == [4, 8]
+    assert sampled["samples"][-1] == {"step": 8, **found["summary"]}  # the last step is measured once
     assert list(found["measured_in"]) == list(sampled["measured_in"]) == ["subspace"]
     assert found["prompts"] == {"harmful": 3, "benign": 3}
     assert sampled["samples"][0]["harmful"]["weight"] > 0
     assert found["summary"]["harmful"]["leak"] < 1e-5
     log = pd.read_csv(folder(output, "measured") / "log" / "metrics.csv")
-    assert log["drift/harmful/weight"].notna().sum() == 2  # a step without a sample repeats none
+    assert log["drift/harmful/weight"].notna().sum() == 1  # a step without a sample repeats none
 
 
 def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys):

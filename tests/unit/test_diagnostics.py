@@ -10,9 +10,11 @@ import torch
 from torch.nn.functional import kl_div
 
 import tiny
+from cwac_lab.diagnostics import seen
 from cwac_lab.diagnostics.evidence import correlations
-from cwac_lab.diagnostics.linear import EXACT, LinearProbe, bound, decompose, leading, overlap
+from cwac_lab.diagnostics.linear import EXACT, bound, decompose, leading, overlap
 from cwac_lab.diagnostics.probe import Probe, first_tokens
+from cwac_lab.diagnostics.seen import Reader
 from cwac_lab.diagnostics.stream import latent_drift, refusal_directions
 from cwac_lab.models import adapters
 from cwac_lab.models.adapters import TuningConfig
@@ -27,12 +29,11 @@ BENIGN = ["a fine film", "what is the answer?", "explain a question, plan a trip
 def asked():
     chat = tiny.chat()
     prompts = {"harmful": HARMFUL, "benign": BENIGN}
-    ids = {kind: [chat.prompt_ids(text) for text in texts] for kind, texts in prompts.items()}
     rows = {
         kind: [chat.encode(text, "I'm sorry, but I can't help with that") for text in texts]
         for kind, texts in prompts.items()
     }
-    return chat, ids, rows
+    return chat, rows
 
 
 def moved(start, scale=0.3):
@@ -56,8 +57,8 @@ def features(width=32, latents=96):
 
 
 def probe(model, **more):
-    chat, ids, rows = asked()
-    return Probe(model, ids, rows, chat.pad_id, reader(model), **more)
+    chat, rows = asked()
+    return Probe(model, rows, chat.pad_id, reader(model), **more)
 
 
 def test_the_parts_of_a_change_are_their_definition():
@@ -129,15 +130,59 @@ def test_only_what_was_changed_is_blamed():
         assert {name for name in ("weight", "activation", "cross") if of_last[name] > 1e-6} == parts
 
 
-def test_sinks_and_padding_do_not_count():
+def long_asked():
+    """Return rows that share an opening worth a forward of its own."""
+    chat = tiny.chat()
+    texts = [
+        f"please plan a trip and then write a poem about {what}" for what in ("bread", "a fine film", "the answer")
+    ]
+    return chat, [chat.encode(text, "I'm sorry, but I can't help with that") for text in texts]
+
+
+def test_sinks_padding_and_answers_do_not_count():
     start = tiny.lively("llama")
-    chat, ids, _ = asked()
-    together = LinearProbe(start, ids["harmful"], chat.pad_id, reader(start))
-    alone = LinearProbe(start, ids["harmful"], chat.pad_id, reader(start), batch_size=1)
-    n = sum(len(row) - 1 for row in ids["harmful"])
-    for site, rows in together._start.items():
-        assert len(rows) <= n
-        assert len(alone._start[site]) == pytest.approx(len(rows), abs=3)  # the median of norms is taken by batch
+    chat, rows = long_asked()
+    alone = Reader(rows, chat.pad_id, hooked=[1], batch_size=1).read(start)
+    prompts = [sum(label < 0 for label in row.labels) for row in rows]
+    assert len(alone.tokens[1]) == sum(prompts) - len(rows)
+    assert all(len(x) == sum(prompts) - len(rows) for x in alone.inputs.values())
+
+
+def test_a_shared_opening_is_computed_once_and_counts_for_every_row(monkeypatch):
+    start = tiny.lively("llama")
+    chat, rows = long_asked()
+    monkeypatch.setattr(seen, "without_sinks", lambda x, mask: mask.bool())
+    together = Reader(rows, chat.pad_id, hooked=[1]).read(start)
+    alone = Reader(rows, chat.pad_id, hooked=[1], batch_size=1).read(start)
+    for site, x in together.inputs.items():
+        assert len(x) < len(alone.inputs[site])
+        torch.testing.assert_close(x.T @ x, alone.inputs[site].T @ alone.inputs[site], atol=1e-4, rtol=1e-4)
+    for name in ("last", "log_probs"):
+        torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together.tokens[1], alone.tokens[1], atol=1e-4, rtol=1e-4)
+
+
+def test_all_is_read_in_one_forward():
+    """What a plain forward of every row on its own has, by transformers and hooks of its own."""
+    start = tiny.lively("llama")
+    chat, rows = long_asked()
+    found = Reader(rows, chat.pad_id, hooked=[0], batch_size=1).read(start)
+    inputs, calls = [], []
+    layers = decoder_layers(start)
+    layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    start.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    for number, row in enumerate(sorted(rows, key=lambda row: len(row.input_ids))):
+        with torch.no_grad():
+            states = start(torch.tensor([row.input_ids]), output_hidden_states=True)
+        n = sum(label < 0 for label in row.labels)
+        torch.testing.assert_close(found.last[number, 0], states.hidden_states[1][0, n - 1], atol=1e-5, rtol=1e-5)
+    read = torch.cat([x[1 : sum(label < 0 for label in row.labels)] for x, row in zip(inputs, rows, strict=True)])
+    (site,) = (site for site in found.inputs if site.layer == 1)
+    assert len(read) == len(found.inputs[site])
+    torch.testing.assert_close(found.inputs[site].T @ found.inputs[site], read.T @ read, atol=1e-4, rtol=1e-4)
+    calls.clear()
+    probe(start).measure(start)
+    assert len(calls) == 2 * 2  # the start and now, two kinds
 
 
 def test_leak_is_that_of_the_update():
@@ -203,7 +248,7 @@ def test_the_refusal_direction_is_the_difference_of_means():
 def test_the_divergence_is_taken_at_the_first_tokens_of_the_starts_answers():
     start = tiny.lively("llama")
     after = moved(start)
-    _, _, rows = asked()
+    _, rows = asked()
     found = probe(start).measure(after)["kl_first_tokens"]["harmful"]
     values = []
     for row in map(first_tokens, rows["harmful"]):

@@ -10,7 +10,9 @@ from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.data.batches import collate
 from cwac_lab.defense import Composite
 from cwac_lab.diagnostics.linear import LinearProbe
+from cwac_lab.diagnostics.seen import Reader
 from cwac_lab.models.capture import layer_outputs
+from cwac_lab.models.chat import IGNORED, Encoded
 from cwac_lab.models.sites import decoder_layers
 from held import PROMPTS, context, train
 
@@ -27,10 +29,13 @@ def measured(defense, prompts=HELD, **settings):
     """Train under a defence; returns the drift of FFN outputs, and the largest change of a first answer logit."""
     start = tiny.model()
     held = {name: value.clone() for name, value in start.state_dict().items()}
-    probe = LinearProbe(start, prompts, CHAT.pad_id, held.__getitem__)
+    reader = Reader([Encoded(ids, [IGNORED] * len(ids)) for ids in prompts], CHAT.pad_id)
+    probe = LinearProbe(reader.read(start).inputs, held.__getitem__)
     model, _ = train(defense, learning_rate=3e-3, **settings)
     with torch.no_grad():
-        return probe.measure(model), float((last_logits(model, prompts) - last_logits(start, prompts)).abs().max())
+        return probe.measure(model, reader.read(model).inputs), float(
+            (last_logits(model, prompts) - last_logits(start, prompts)).abs().max()
+        )
 
 
 def test_weights_held_exactly_leave_behaviour_free_through_other_matrices():
@@ -83,7 +88,8 @@ def test_the_bound_holds_on_trained_models_and_holding_weights_lowers_it():
     """(c) On unseen prompts: with the weights held, what is left is what reaches beyond V and what inputs moved."""
     start = tiny.model()
     held = {name: value.clone() for name, value in start.state_dict().items()}
-    probe = LinearProbe(start, UNSEEN, CHAT.pad_id, held.__getitem__)
+    reader = Reader([Encoded(ids, [IGNORED] * len(ids)) for ids in UNSEEN], CHAT.pad_id)
+    probe = LinearProbe(reader.read(start).inputs, held.__getitem__)
     bounds = {}
     for name, defense in {
         "none": Composite(),
@@ -91,7 +97,7 @@ def test_the_bound_holds_on_trained_models_and_holding_weights_lowers_it():
     }.items():
         model, _ = train(defense, learning_rate=3e-3)
         space = context(tiny.model(), WeightConstraint(modules="ffn_out", energy=0.99, tokens="all")).subspace
-        drifts = probe.measure(model, space.bases, bounds=True)
+        drifts = probe.measure(model, reader.read(model).inputs, space.bases, bounds=True)
         assert all(drift.total <= drift.bound + 1e-6 for drift in drifts)
         bounds[name] = max(drift.bound for drift in drifts)
     assert bounds["weight"] < bounds["none"]

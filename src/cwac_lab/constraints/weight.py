@@ -13,6 +13,7 @@ and ``projection`` makes no difference.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +55,9 @@ class WeightConstraint(Defense):
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
+        gradient_share: Share of the protected directions, the leading ones, that gradients are projected off. What the
+            optimizer moves along the others is taken out where weights are restored. It costs as much less as there are
+            fewer; with LoRA all directions count.
         restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
             between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
@@ -67,6 +71,7 @@ class WeightConstraint(Defense):
     held_on: str = "harmful"
     tokens: str = "all"
     normalize: bool = True
+    gradient_share: float = 1.0
     restore_every_n_steps: int = 12
     leak_every_n_steps: int = 10
 
@@ -79,6 +84,7 @@ class WeightConstraint(Defense):
         one_of("projection", self.projection, PROJECTIONS)
         one_of("held_on", self.held_on, HELD_ON)
         one_of("tokens", self.tokens, ("all", "no_sinks"))
+        in_range("gradient_share", self.gradient_share, 0, 1, open_low=True)
         in_range("restore_every_n_steps", self.restore_every_n_steps, 1)
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
         if (self.energy is None) == (self.rank is None):
@@ -114,7 +120,8 @@ class WeightConstraint(Defense):
             if self.projection != "update" and basis.shape[1]:
                 readers.setdefault(linear.site, []).append(linear.module)
         for site, modules in readers.items():
-            project_gradients(modules, context.subspace.bases[site.name].to(modules[0].weight))
+            basis = context.subspace.bases[site.name].to(modules[0].weight)
+            project_gradients(modules, basis[:, : math.ceil(self.gradient_share * basis.shape[1])])
         if self.trainable == "constrained":
             # Other parts may have frozen some.
             trained = [parameter for held in self._held for parameter in held.linear.trained]

@@ -11,7 +11,10 @@ from cwac_lab.diagnostics.probe import Probe
 
 
 class DriftSampler(L.Callback):
-    """Measures every so many optimizer steps; a sample is the step and the means over layers, by kind of prompts."""
+    """Measures every so many optimizer steps; a sample is the step and the means over layers, by kind of prompts.
+
+    The last step is left to who measures the trained model, by ``end``.
+    """
 
     def __init__(
         self, probe: Probe, every_n_steps: int, earlier: Sequence[dict[str, Any]],
@@ -33,7 +36,7 @@ class DriftSampler(L.Callback):
         if step == self._seen:
             return
         self._seen = step
-        if step % self._every:
+        if step % self._every or step == pl_module.total_steps:
             pl_module.log_figures("drift", {})
             return
         summary = self._probe.measure(pl_module.model)["summary"]
@@ -41,3 +44,9 @@ class DriftSampler(L.Callback):
         self._record(self._samples)
         figures = {f"drift/{kind}/{k}": v for kind, means in summary.items() for k, v in means.items()}
         pl_module.log_figures("drift", figures)
+
+    def end(self, summary: dict[str, dict[str, float]]) -> None:
+        """Take the trained model's means over layers as the last sample."""
+        self._samples = [sample for sample in self._samples if sample["step"] < self._seen]
+        self._samples.append({"step": self._seen, **summary})
+        self._record(self._samples)

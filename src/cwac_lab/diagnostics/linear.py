@@ -6,18 +6,16 @@ its two constraints by the first two parts (its decomposition of drift) and drop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab import linalg
-from cwac_lab.data.batches import pad
-from cwac_lab.models.capture import site_inputs, without_sinks
-from cwac_lab.models.sites import Matrix, Site, decoder, linears
+from cwac_lab.models.sites import Matrix, Site, linears
 
 # Leading directions of the inputs that are compared before and after; tokens up to which they are found exactly.
 DIRECTIONS, EXACT = 16, 2048
@@ -108,62 +106,36 @@ def overlap(before: Float[Tensor, "d k"], now: Float[Tensor, "d k"]) -> float:
 
 
 class LinearProbe:
-    """Keeps the inputs of linear layers at the start, N tokens x d a site, in the memory of the CPU."""
+    """The linear layers of a start, and their inputs on some prompts."""
 
     def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, start_weight: Callable[[str], Tensor],
-        scope: str = "ffn_out", batch_size: int = 16,
-    ) -> None:  # fmt: skip
-        """Run the start model on the prompts.
+        self, seen: dict[Site, Float[Tensor, "N d"]], start_weight: Callable[[str], Tensor], scope: str = "ffn_out"
+    ) -> None:
+        """Take what was seen of the start.
 
         Args:
-            model: The start, in evaluation mode.
-            prompts: Token ids.
-            pad_id: Id to pad with.
+            seen: Inputs by site.
             start_weight: Reader of a start weight by parameter name.
             scope: Linear layers, a key of ``SCOPES``.
-            batch_size: Prompts per forward.
         """
-        ordered = sorted(prompts, key=len)
-        self._batches = [pad(ordered[at : at + batch_size], pad_id) for at in range(0, len(ordered), batch_size)]
-        self._scope, self._start_weight = scope, start_weight
-        self._keep: dict[Site, list[Bool[Tensor, "B T"]]] = {}
-        self._start = self._inputs(model)
-        self._leading = {site: leading(h0) for site, h0 in self._start.items()}
-
-    @torch.no_grad()
-    def _inputs(self, model: Any) -> dict[Site, Float[Tensor, "N d"]]:
-        """Return the inputs of every site at the tokens that were no attention sinks at the start."""
-        first = not self._keep
-        found: dict[Site, list[Tensor]] = {}
-        mask: Int[Tensor, "B T"]
-
-        def receive(site: Site, x: Float[Tensor, "B T d"]) -> None:
-            if first:
-                self._keep.setdefault(site, []).append(without_sinks(x, mask).cpu())
-            rows = found.setdefault(site, [])
-            rows.append(x.float().cpu()[self._keep[site][len(rows)]])
-
-        with site_inputs(model, self._scope, receive):
-            for ids, padded in self._batches:
-                mask = padded.to(model.device)
-                decoder(model)(input_ids=ids.to(model.device), attention_mask=mask, use_cache=False)
-        return {site: torch.cat(rows) for site, rows in found.items()}
+        self._start, self._start_weight, self._scope = seen, start_weight, scope
+        self._leading = {site: leading(h0) for site, h0 in seen.items()}
 
     @torch.no_grad()
     def measure(
-        self, model: Any, bases: dict[str, Float[Tensor, "d k"]] | None = None, *, bounds: bool = False
-    ) -> list[Drift]:
+        self, model: Any, seen: dict[Site, Float[Tensor, "N d"]], bases: dict[str, Float[Tensor, "d k"]] | None = None,
+        *, bounds: bool = False,
+    ) -> list[Drift]:  # fmt: skip
         """Return how every linear layer of the scope has moved.
 
         Args:
-            model: The model now, in evaluation mode, with adapters or without.
+            model: The model now, with adapters or without.
+            seen: What it has for inputs, of the same tokens.
             bases: Directions V of a safety subspace by site name.
             bounds: Compute the bounds too, where there are directions: three spectral norms a layer.
         """
-        now = self._inputs(model)
-        angles = {site: overlap(self._leading[site], leading(h)) for site, h in now.items()}
-        return [self._drift(matrix, now, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
+        angles = {site: overlap(self._leading[site], leading(h)) for site, h in seen.items()}
+        return [self._drift(matrix, seen, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
 
     def _drift(
         self, matrix: Matrix, now: dict[Site, Float[Tensor, "N d"]], angles: dict[Site, float],

@@ -8,10 +8,12 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cwac_lab.diagnostics.linear import Drift, LinearProbe
-from cwac_lab.diagnostics.stream import AnswerProbe, Explains, StreamProbe
+from cwac_lab.diagnostics.seen import Reader
+from cwac_lab.diagnostics.stream import Explains, divergence, stream_drift
 from cwac_lab.models.chat import IGNORED, Encoded
 from cwac_lab.sae.latents import LayerFeatures
 from cwac_lab.subspace.basis import Subspace
@@ -42,16 +44,15 @@ class Probe:
     """What the start computes on held-out prompts of both kinds."""
 
     def __init__(
-        self, model: Any, prompts: dict[str, Sequence[Sequence[int]]], answered: dict[str, Sequence[Encoded]],
-        pad_id: int, start_weight: Callable[[str], Tensor], *, scope: str = "ffn_out", subspace: Subspace | None = None,
-        features: Sequence[LayerFeatures] = (), explains: dict[int, Explains] | None = None,
+        self, model: Any, answered: dict[str, Sequence[Encoded]], pad_id: int, start_weight: Callable[[str], Tensor],
+        *, scope: str = "ffn_out", subspace: Subspace | None = None, features: Sequence[LayerFeatures] = (),
+        explains: dict[int, Explains] | None = None,
     ) -> None:  # fmt: skip
         """Run the start on the prompts.
 
         Args:
             model: The start.
-            prompts: Token ids by kind, one of ``KINDS``, up to where the answer starts.
-            answered: The same prompts with the start's own answers.
+            answered: Prompts by kind, one of ``KINDS``, with the start's own answers.
             pad_id: Id to pad with.
             start_weight: Reader of a start weight by parameter name.
             scope: Linear layers that are decomposed; the paper's are the FFN outputs.
@@ -60,15 +61,17 @@ class Probe:
             explains: By layer, how well the start's autoencoder describes activations.
         """
         self._bases = subspace.bases if subspace is not None else {}
+        self._features, self._explains = [feature.to(torch.device("cpu")) for feature in features], explains
+        hooked = {feature.layer for feature in features} | set(explains or ())
+        rows = {kind: [first_tokens(row) for row in answered[kind]] for kind in KINDS}
+        self._readers = {kind: Reader(rows[kind], pad_id, scope, hooked) for kind in KINDS}
         with evaluating(model):
-            self._linear = {kind: LinearProbe(model, prompts[kind], pad_id, start_weight, scope) for kind in KINDS}
-            self._stream = StreamProbe(model, prompts, pad_id, features, explains)
-            rows = {kind: [first_tokens(row) for row in answered[kind]] for kind in KINDS}
-            self._answers = {kind: AnswerProbe(model, rows[kind], pad_id) for kind in KINDS}
+            self._start = {kind: reader.read(model) for kind, reader in self._readers.items()}
+        self._linear = {kind: LinearProbe(seen.inputs, start_weight, scope) for kind, seen in self._start.items()}
         self.facts = {
             "scope": scope,
-            "prompts": {kind: len(prompts[kind]) for kind in KINDS},
-            "first_tokens": {kind: probe.n for kind, probe in self._answers.items()},
+            "prompts": {kind: len(rows[kind]) for kind in KINDS},
+            "first_tokens": {kind: reader.answer_tokens for kind, reader in self._readers.items()},
         }
 
     def measure(self, model: Any, *, bounds: bool = False) -> dict[str, Any]:
@@ -77,9 +80,15 @@ class Probe:
         ``bounds`` adds the bounds of ``diagnostics.linear.bound``.
         """
         with evaluating(model):
-            layers = {kind: probe.measure(model, self._bases, bounds=bounds) for kind, probe in self._linear.items()}
-            kl = {kind: probe.measure(model) for kind, probe in self._answers.items()}
-            found = {**self.facts, **self._stream.measure(model), "kl_first_tokens": kl}
+            now = {kind: reader.read(model) for kind, reader in self._readers.items()}
+        layers = {
+            kind: probe.measure(model, now[kind].inputs, self._bases, bounds=bounds)
+            for kind, probe in self._linear.items()
+        }
+        found = {**self.facts, **stream_drift(self._start, now, self._features, self._explains)}
+        found["kl_first_tokens"] = {
+            kind: divergence(self._start[kind].log_probs, now[kind].log_probs) for kind in KINDS
+        }
         found["layers"] = {kind: [asdict(drift) for drift in drifts] for kind, drifts in layers.items()}
         return {**found, "summary": _summary(found, layers)}
 

@@ -43,6 +43,24 @@ def site_inputs(
 
 
 @contextmanager
+def layer_states(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Float[Tensor, "_ _ D"]]]]:
+    """Collect what leaves decoder layers (0-based indices): by layer a tensor for every forward."""
+    found: dict[int, list[Tensor]] = {index: [] for index in layers}
+    handles = []
+    for index in layers:
+
+        def hook(_: torch.nn.Module, __: Any, output: Any, index: int = index) -> None:
+            found[index].append(output[0] if isinstance(output, tuple) else output)
+
+        handles.append(decoder_layers(model)[index].register_forward_hook(hook))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def truncated(model: Any, n_layers: int) -> Iterator[None]:
     """Let forwards of the decoder run its first ``n_layers`` layers only.
 
@@ -73,23 +91,11 @@ def layer_outputs(
     Returns:
         For each layer the tensor of shape (B, T, D) that leaves it, inside the autograd graph if one is recorded.
     """
-    found: dict[int, list[Tensor]] = {index: [] for index in layers}
-    handles = []
-    for index in layers:
-
-        def hook(_: torch.nn.Module, __: Any, output: Any, index: int = index) -> None:
-            found[index].append(output[0] if isinstance(output, tuple) else output)
-
-        handles.append(decoder_layers(model)[index].register_forward_hook(hook))
     shared = 0
     if not computed_alone(model):
         shared = shared_length(input_ids.tolist(), int(attention_mask.sum(1).min()) - 1)
-    try:
-        with truncated(model, max(layers) + 1):
-            states_after(model, input_ids, attention_mask, shared)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with layer_states(model, layers) as found, truncated(model, max(layers) + 1):
+        states_after(model, input_ids, attention_mask, shared)
     # Of a shared opening the states come first, of one row for all.
     n_rows = len(input_ids)
     return {

@@ -34,6 +34,7 @@ LATER: dict[str, Any] = {
         **{"name": "mixed", "rows": "harmful", "ratio": None, "candidates": 4, "prefix": "", "prefill": ""},
         "template": None,
     },
+    "constraint.weight.gradient_share": 1.0,
 }
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
 FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
