@@ -51,6 +51,16 @@ def test_constraints_take_steps_in_turn_and_are_compared_within_a_round():
         steps.in_turn(lines, 1)
 
 
+def test_every_constraint_takes_its_steps_in_a_process_of_its_own(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "ROUNDS", 1)
+    chosen = ["constraint=weight", "trainer.batch_size=1", "trainer.epochs=3"]
+    tiny.launch(steps.main, [*tiny.small_run(tiny_folder, tmp_path), *chosen])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(("| none | ", "| weight | "))]
+    assert [row.split("(n=")[1][:2] for row in rows] == ["12", "12"]
+    assert any(line.lstrip("- ").startswith("a step of none: ") for line in lines)
+
+
 def test_the_limit_of_a_step_is_counted():
     model, chat = tiny.model(), tiny.chat()
     batch = collate([chat.encode("question", "an answer")], chat.pad_id)

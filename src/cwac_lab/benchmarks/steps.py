@@ -11,6 +11,7 @@ import multiprocessing
 import statistics
 import time
 from dataclasses import replace
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -45,7 +46,7 @@ class _Turns(L.Callback):
         self._report()
 
 
-def _train(config: DictConfig, label: str, line: Connection, threads: int) -> None:
+def _train(config: DictConfig, label: str, line: Connection, threads: int, steps: int) -> None:
     """Train with one constraint, in a process of its own."""
     import torch
 
@@ -69,7 +70,7 @@ def _train(config: DictConfig, label: str, line: Connection, threads: int) -> No
     adapters.attach(model, run.tuning, run.seed)
     defense.prepare(context)
     examples = [chat.encode(row.prompt, row.response) for row in rows]
-    examples = (examples * (ROUNDS + 1))[: run.trainer.batch_size * (WARM_UP + ROUNDS * STEPS)]
+    examples = list(islice(cycle(examples), run.trainer.batch_size * steps))
     trainer = replace(run.trainer, epochs=1, progress_bar=False)
     fit(model, examples, chat.pad_id, defense, trainer, 0, callbacks=[_Turns(line)])
 
@@ -183,12 +184,11 @@ def main(config: DictConfig) -> None:
     model, chat = begin.load(run)
     artefacts(run, begin, model, chat, screen.say)  # made once, before all processes ask for them
     context = multiprocessing.get_context("spawn")
+    threads, steps = torch.get_num_threads(), WARM_UP + ROUNDS * STEPS
     lines, processes = {}, []
     for label in labels:
         lines[label], theirs = context.Pipe()
-        processes.append(
-            context.Process(target=_train, args=(config, label, theirs, torch.get_num_threads()), daemon=True)
-        )
+        processes.append(context.Process(target=_train, args=(config, label, theirs, threads, steps), daemon=True))
         processes[-1].start()
         theirs.close()
     in_turn(lines, WARM_UP)
