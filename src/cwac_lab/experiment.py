@@ -90,7 +90,7 @@ class _Stage:
                 found = drift.measure(self.model)
                 self.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **found})
                 if sampler is not None:
-                    sampler.end(found["summary"])
+                    sampler.end(int(trained["steps"]), found["summary"])
         return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
 
     def _rows(self) -> list[TrainRow]:

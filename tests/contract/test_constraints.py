@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 
 import tiny
 from cwac_lab import linalg
+from cwac_lab.constraints import activation
 from cwac_lab.constraints.activation import ActivationConstraint
-from cwac_lab.constraints.projected import project_gradients, release
+from cwac_lab.constraints.projected import Projection, project_gradients, release
 from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.defense import Defense
+from cwac_lab.errors import ConfigError
 from cwac_lab.training.loop import fit
 from cwac_lab.training.module import TrainerConfig
 from held import ROWS, context, train
@@ -80,31 +83,48 @@ def test_a_projected_layer_has_projected_gradients(tokens, bias):
     torch.testing.assert_close(held(x), plain(x))
 
 
+def site(rows, source, directions=3):
+    """Return layers that read one input of width 12, projected off some directions, and the dense projector."""
+    basis = torch.linalg.qr(torch.randn(12, directions, generator=source)).Q
+    layers = [torch.nn.Linear(12, each, bias=False) for each in rows]
+    project_gradients(layers, basis)
+    return layers, torch.eye(12) - basis @ basis.T
+
+
 @pytest.mark.parametrize("tokens", [4, 40])  # fewer and more than the layers have outputs together
 def test_layers_of_one_input_share_its_projection(tokens, monkeypatch):
-    """An input is projected once, also where its memory is written anew; gradients are a dense projector's."""
+    """Every input is projected once, another one of the same site or of another anew, and so is memory written anew."""
     source = torch.Generator().manual_seed(0)
-    bases = [torch.linalg.qr(torch.randn(12, 3, generator=source)).Q for _ in range(2)]
-    sites = [[torch.nn.Linear(12, rows, bias=False) for rows in (12, 6, 6)] for _ in bases]
-    for layers, basis in zip(sites, bases, strict=True):
-        project_gradients(layers, basis)
+    sites = [site((12, 6, 6), source) for _ in range(2)]
     calls, remove = [], linalg.remove_span
     monkeypatch.setattr(linalg, "remove_span", lambda *given: (calls.append(given[0].shape), remove(*given))[1])
-    x = torch.randn(tokens, 12, generator=source)
-    for turn in range(2):
-        inputs, received = x, {}
-        for layers, basis in zip(sites, bases, strict=True):
-            parts = [layer(inputs) for layer in layers]
-            for layer, part in zip(layers, parts, strict=True):
-                part.retain_grad()
-                received[layer] = (part, inputs.detach().clone(), torch.eye(12) - basis @ basis.T)
-            inputs = parts[0] * torch.cat(parts[1:], -1)
-        inputs.pow(2).sum().backward()
-        for layer, (part, read, projector) in received.items():
-            torch.testing.assert_close(layer.weight.grad, part.grad.T @ read @ projector, atol=1e-4, rtol=1e-4)
+
+    def check(read, inputs, expected):
+        """``read`` names the sites that read the inputs one after the other, each what the one before returned."""
+        parts = []
+        for x in inputs:
+            for layers, projector in read:
+                out = [layer(x) for layer in layers]
+                for part in out:
+                    part.retain_grad()
+                parts += [(layer, part, x.detach().clone(), projector) for layer, part in zip(layers, out, strict=True)]
+                x = out[0] * torch.cat(out[1:], -1)
+            x.pow(2).sum().backward()
+        for layer in {id(layer): layer for layer, *_ in parts}.values():
+            sums = [part.grad.T @ before @ projector for each, part, before, projector in parts if each is layer]
+            torch.testing.assert_close(layer.weight.grad, sum(sums), atol=1e-4, rtol=1e-4)
             layer.weight.grad = None
-        assert len(calls) == (turn + 1) * (2 if tokens < 24 else 6)
-        x.copy_(torch.randn(tokens, 12, generator=source))
+        assert len(calls) == (expected if tokens < 24 else 3 * len(read) * len(inputs))
+        calls.clear()
+
+    x, other = torch.randn(tokens, 12, generator=source), torch.randn(tokens, 12, generator=source)
+    check(sites, [x], 2)
+    check(sites[:1], [x, other], 1)  # x is what was projected last
+    check(sites[:1], [other], 0)
+    other.copy_(x + 1)
+    check(sites[:1], [other], 1)
+    release(sites[0][0][0])
+    assert Projection._last is None
 
 
 def test_gradients_projected_off_some_directions_leave_no_update_along_any():
@@ -115,14 +135,48 @@ def test_gradients_projected_off_some_directions_leave_no_update_along_any():
         defense._restore = lambda of=defense, taken=taken: (WeightConstraint._restore(of), taken.append(of._removed))
         _, prepared = train(defense, rows=ROWS * 3, learning_rate=1e-3)
         for held in defense._held:
-            assert held.basis.shape[1] == prepared.subspace.bases[held.linear.site.name].shape[1]
+            basis = prepared.subspace.bases[held.linear.site.name]
+            assert held.basis.shape == basis.shape
         assert defense.summary()["leak"] < 1e-5
     assert all(half > whole for half, whole in zip(removed[0.5][:-1], removed[1.0][:-1], strict=True))
-    basis = torch.linalg.qr(torch.randn(12, 4, generator=torch.Generator().manual_seed(0))).Q
-    layer = torch.nn.Linear(12, 6, bias=False)
-    project_gradients([layer], basis[:, :2])
-    layer(torch.randn(5, 12)).sum().backward()
-    assert (layer.weight.grad @ basis[:, :2]).norm() < 1e-5 < (layer.weight.grad @ basis[:, 2:]).norm()
+
+
+def test_the_leading_directions_are_those_that_gradients_are_projected_off():
+    model, defense = tiny.model(), WeightConstraint(energy=0.9, gradient_share=0.5)
+    prepared = context(model, defense)
+    defense.prepare(prepared)
+    for held in defense._held:
+        basis = prepared.subspace.bases[held.linear.site.name]
+        leading = held.linear.module.projection.basis
+        assert leading.shape[1] == math.ceil(basis.shape[1] / 2) < basis.shape[1]
+        torch.testing.assert_close(leading, basis[:, : leading.shape[1]])
+
+
+@pytest.mark.parametrize("projection", ["gradient", "update"])
+def test_some_directions_only_with_both_projections(projection):
+    with pytest.raises(ConfigError, match=r"gradient_share=0\.5: accepted: 1 with a projection other than both"):
+        WeightConstraint(projection=projection, gradient_share=0.5)
+
+
+def test_reference_prompts_are_looked_at_alone_though_computed_together(monkeypatch):
+    """Their positions and latents do not depend on which prompts share a forward, and keep the order of the prompts."""
+    chat = tiny.chat()
+    prompts = [
+        chat.prompt_ids(f"please plan a trip and then write a poem about {what}") for what in ["a", "bread", "is", "a"]
+    ]
+    prompts += [chat.prompt_ids("how?")]
+    taken = {}
+    for together in (1, 2, 16):
+        monkeypatch.setattr(activation, "TOGETHER", together)
+        model, defense = tiny.lively("llama"), ActivationConstraint(n_latents=6, depths=[0.1, 0.9], positions="all")
+        defense.prepare(context(model, defense, prompts))
+        taken[together] = defense
+    for together in (2, 16):
+        for name in ("_held", "_start"):
+            for found, expected in zip(getattr(taken[together], name), getattr(taken[1], name), strict=True):
+                for ours, alone in zip(found, expected, strict=True):
+                    torch.testing.assert_close(ours, alone, atol=1e-4, rtol=1e-4)
+    assert [held[0].shape[0] for held in taken[16]._held] == [len(prompt) for prompt in prompts]
 
 
 def test_dense_projection_gives_the_same_weights():

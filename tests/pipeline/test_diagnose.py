@@ -9,6 +9,7 @@ import pytest
 import tiny
 from cwac_lab import diagnose, train
 from cwac_lab.cache import read_json, read_jsonl, write_json
+from cwac_lab.diagnostics.callback import DriftSampler
 
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 
@@ -19,7 +20,7 @@ def output(tiny_folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("output")
     shared = [*tiny.small_run(tiny_folder, where / "plain"), *SHARED]
     tiny.launch(train.main, shared)
-    measured = [f"output_root={where / 'measured'}", "diagnostics.enabled=true", "diagnostics.every_n_steps=4"]
+    measured = [f"output_root={where / 'measured'}", "diagnostics.enabled=true", "diagnostics.every_n_steps=3"]
     tiny.launch(train.main, [*shared, *measured])
     return where
 
@@ -41,14 +42,41 @@ def test_measuring_changes_nothing_that_a_run_computes(output):
 def test_drift_is_sampled_and_logged(output):
     found = read_json(folder(output, "measured") / "drift.json")
     sampled = read_json(folder(output, "measured") / "drift_samples.json")
-    assert [sample["step"] for sample in sampled["samples"]] == [4, 8]
+    assert [sample["step"] for sample in sampled["samples"]] == [3, 6, 8]
     assert sampled["samples"][-1] == {"step": 8, **found["summary"]}  # the last step is measured once
     assert list(found["measured_in"]) == list(sampled["measured_in"]) == ["subspace"]
     assert found["prompts"] == {"harmful": 3, "benign": 3}
     assert sampled["samples"][0]["harmful"]["weight"] > 0
     assert found["summary"]["harmful"]["leak"] < 1e-5
     log = pd.read_csv(folder(output, "measured") / "log" / "metrics.csv")
-    assert log["drift/harmful/weight"].notna().sum() == 1  # a step without a sample repeats none
+    assert log["drift/harmful/weight"].notna().sum() == 2  # a step without a sample repeats none
+
+
+def test_the_last_step_is_sampled_once_and_earlier_samples_stay():
+    class Measured:
+        calls = 0
+
+        def measure(self, _):
+            self.calls += 1
+            return {"summary": {"harmful": {"kl": float(self.calls)}}}
+
+    class Module:
+        total_steps, step, model = 8, 0, None
+
+        def log_figures(self, *_):
+            pass
+
+    drift, module, written = Measured(), Module(), []
+    sampler = DriftSampler(drift, 4, [], written.append)
+    sampler.on_train_start(None, module)
+    for module.step in range(1, 9):
+        sampler.on_train_batch_end(None, module)
+    sampler.end(8, {"harmful": {"kl": 9.0}})
+    assert drift.calls == 1
+    assert [(sample["step"], sample["harmful"]["kl"]) for sample in written[-1]] == [(4, 1.0), (8, 9.0)]
+    resumed = DriftSampler(drift, 4, written[-1], written.append)  # a run that was ended after its last step
+    resumed.end(8, {"harmful": {"kl": 9.0}})
+    assert [sample["step"] for sample in written[-1]] == [4, 8]
 
 
 def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys):
@@ -70,7 +98,7 @@ def test_latents_and_reconstruction_are_told_too(output, capsys):
     assert found["latents"]["harmful"][0]["chosen"] > 0
     assert set(found["reconstruction"]["1"]["benign"]) == {"start", "now"}
     assert list(found["measured_in"]) == ["subspace", "features"]
-    assert len(read_json(run / "drift_samples.json")["samples"]) == 2  # of the run itself, kept
+    assert len(read_json(run / "drift_samples.json")["samples"]) == 3  # of the run itself, kept
     assert "explained variance, autoencoder" in capsys.readouterr().out
 
 

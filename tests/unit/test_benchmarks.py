@@ -6,6 +6,7 @@ import pytest
 
 import tiny
 from cwac_lab.benchmarks import generation, steps, subspace, trainers
+from cwac_lab.config import read
 from cwac_lab.data.batches import collate
 from cwac_lab.errors import LabError
 from cwac_lab.training.module import TrainerConfig
@@ -43,12 +44,23 @@ def test_constraints_take_steps_in_turn_and_are_compared_within_a_round():
     heard = []
     lines = {"none": _Line("none", [1, 1, 2, 2], heard), "weight": _Line("weight", [1, 2, 2, 3], heard)}
     taken = steps.in_turn(lines, 4)
-    assert heard == ["weight", "none", "none", "weight"] * 2
+    assert heard == ["none", "weight", "weight", "none"] * 2
     _, _, none, weight = steps.table(taken, 2).splitlines()
     assert none == "| none | 1.50 (n=4) | 1.00 (1.00 to 1.00) | 2 |"
     assert weight == "| weight | 2.00 (n=4) | 1.38 (1.25 to 1.50) | 2 |"
-    with pytest.raises(LabError, match="training with weight ended at step 1"):
+    with pytest.raises(LabError, match="training with none ended at step 1"):
         steps.in_turn(lines, 1)
+
+
+def test_a_label_names_a_part_or_the_whole():
+    run = read(tiny.config("constraint=coupled"))
+    parts = {label: list(steps.chosen(run, label).parts) for label in ("none", "weight", "activation", "coupled")}
+    assert parts == {
+        "none": [],
+        "weight": ["weight"],
+        "activation": ["activation"],
+        "coupled": ["weight", "activation"],
+    }
 
 
 def test_every_constraint_takes_its_steps_in_a_process_of_its_own(tiny_folder, tmp_path, monkeypatch, capsys):

@@ -162,6 +162,25 @@ def test_a_shared_opening_is_computed_once_and_counts_for_every_row(monkeypatch)
     torch.testing.assert_close(together.tokens[1], alone.tokens[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("place", [2, -3])  # in the shared opening, and after it
+def test_the_start_decides_which_tokens_are_sinks(place):
+    start = tiny.lively("llama")
+    chat, rows = long_asked()
+    reader = Reader(rows, chat.pad_id, hooked=[1])
+    spared = {site: len(x) for site, x in Reader(rows, chat.pad_id).read(start).inputs.items()}
+    prompt = [label < 0 for label in rows[0].labels]
+    token = rows[0].input_ids[: sum(prompt)][place]
+    seen_before = start.get_input_embeddings().weight[token].clone()
+    embedding = start.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[token] *= 1e4  # a residual stream far above the median's; FFN inputs are normalised before
+    first = reader.read(start).tokens[1]
+    with torch.no_grad():
+        embedding[token] = seen_before
+    assert len(reader.read(start).tokens[1]) == len(first) < sum(sum(lab < 0 for lab in row.labels) - 1 for row in rows)
+    assert spared == {site: len(x) for site, x in Reader(rows, chat.pad_id).read(start).inputs.items()}
+
+
 def test_all_is_read_in_one_forward():
     """What a plain forward of every row on its own has, by transformers and hooks of its own."""
     start = tiny.lively("llama")
@@ -171,7 +190,8 @@ def test_all_is_read_in_one_forward():
     layers = decoder_layers(start)
     layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
     start.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    for number, row in enumerate(sorted(rows, key=lambda row: len(row.input_ids))):
+    rows = sorted(rows, key=lambda row: len(row.input_ids))
+    for number, row in enumerate(rows):
         with torch.no_grad():
             states = start(torch.tensor([row.input_ids]), output_hidden_states=True)
         n = sum(label < 0 for label in row.labels)

@@ -81,7 +81,7 @@ def test_a_default_is_the_best_of_its_trials(method):
 
 def test_the_tuned_methods_ran_with_their_defaults():
     for run in runs(TUNED):
-        facts, settings = run.read("metrics.json"), run.read("config.json")["constraint"]
+        facts, settings = run.read("metrics.json"), run.config()["constraint"]
         if facts["constraint"] != "start":
             default = read(tiny.config(f"constraint={facts['constraint']}")).resolved["constraint"]
             assert settings == default, run.path.name

@@ -13,15 +13,23 @@ import time
 from dataclasses import replace
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from omegaconf import DictConfig
 
 from cwac_lab import cli
 from cwac_lab.errors import LabError
 
-# The first steps pay for memory that is touched for the first time; a round is a multiple of every period used.
+if TYPE_CHECKING:
+    from cwac_lab.config import Run
+    from cwac_lab.defense import Composite
+    from cwac_lab.models.chat import ChatFormat, Encoded
+    from cwac_lab.preparation import Start
+
+# The first steps pay for memory that is touched for the first time; a round is a multiple of the periods of restoring
+# and of the reference pass (of the leak's, every tenth step, three rounds hold three for 3.6).
 WARM_UP, STEPS, ROUNDS = 3, 12, 3
 
 
@@ -33,6 +41,8 @@ class _Turns(L.Callback):
 
     def _report(self) -> None:
         if self._begun:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             self._line.send(time.perf_counter() - self._begun)
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -46,37 +56,47 @@ class _Turns(L.Callback):
         self._report()
 
 
+def chosen(run: Run, label: str) -> Composite:
+    """Return the defence that a label names: ``none``, a part of the run's constraint, or the whole."""
+    from cwac_lab.defense import Composite
+
+    if label == "none":
+        return Composite()
+    return run.constraint if label == run.constraint_name else Composite({label: run.constraint.parts[label]})
+
+
+def mixture(run: Run, begin: Start, chat: ChatFormat) -> list[Encoded]:
+    """Return the rows of a round."""
+    from cwac_lab.data import mixing
+
+    given, harmful = begin.pools.task_rows(run.data, run.task).train, begin.pools.get("harmful", "finetune")
+    n = run.trainer.batch_size * STEPS
+    rows = mixing.mix(given, harmful, n, run.harmful_ratio, mixing="replace", seed=0)
+    return [chat.encode(row.prompt, row.response) for row in rows]
+
+
 def _train(config: DictConfig, label: str, line: Connection, threads: int, steps: int) -> None:
     """Train with one constraint, in a process of its own."""
-    import torch
-
     from cwac_lab.config import read
-    from cwac_lab.data import mixing
-    from cwac_lab.defense import Composite
     from cwac_lab.models import adapters
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.training.loop import fit
 
     torch.set_num_threads(threads)
     run = read(config)
-    alone = {name: Composite({name: part}) for name, part in run.constraint.parts.items()}
-    defense = {"none": Composite(), **alone, run.constraint_name: run.constraint}[label]
     begin = start(run, lambda _: None)
     model, chat = begin.load(run)
-    n = run.trainer.batch_size * STEPS
-    given, harmful = begin.pools.task_rows(run.data, run.task).train, begin.pools.get("harmful", "finetune")
-    rows = mixing.mix(given, harmful, n, run.harmful_ratio, mixing="replace", seed=0)
+    examples = list(islice(cycle(mixture(run, begin, chat)), run.trainer.batch_size * steps))
     context, _ = artefacts(run, begin, model, chat, lambda _: None)
     adapters.attach(model, run.tuning, run.seed)
+    defense = chosen(run, label)
     defense.prepare(context)
-    examples = [chat.encode(row.prompt, row.response) for row in rows]
-    examples = list(islice(cycle(examples), run.trainer.batch_size * steps))
     trainer = replace(run.trainer, epochs=1, progress_bar=False)
     fit(model, examples, chat.pad_id, defense, trainer, 0, callbacks=[_Turns(line)])
 
 
 def in_turn(lines: dict[str, Any], steps: int) -> dict[str, list[float]]:
-    """Return the seconds of every step of some processes that take steps in turn, forwards and backwards.
+    """Return the seconds of every step of some processes that take steps in turn, the next one first each time.
 
     Args:
         lines: By label, what a process is told to go on by and what it reports to.
@@ -86,8 +106,10 @@ def in_turn(lines: dict[str, Any], steps: int) -> dict[str, list[float]]:
         LabError: If one of them ended.
     """
     taken: dict[str, list[float]] = {label: [] for label in lines}
+    order = list(lines)
     for step in range(steps):
-        for label in list(lines) if step % 2 else reversed(lines):
+        first = step % len(order)
+        for label in order[first:] + order[:first]:
             try:
                 lines[label].send(None)
                 taken[label].append(lines[label].recv())
@@ -124,7 +146,6 @@ def limit(model: Any, batch: Any) -> dict[str, float]:
         model: The model, with what trains.
         batch: The rows of a step.
     """
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from cwac_lab.models.answers import answer_loss
@@ -152,7 +173,6 @@ def busiest(model: Any, batch: Any, most: int = 6) -> dict[str, float]:
         batch: The rows of a step.
         most: How many operators.
     """
-    import torch
     from torch.profiler import ProfilerActivity, profile
 
     from cwac_lab.models.answers import answer_loss
@@ -171,8 +191,6 @@ def busiest(model: Any, batch: Any, most: int = 6) -> dict[str, float]:
 
 def main(config: DictConfig) -> None:
     """Print the table for plain fine-tuning, each part and the whole; then what a plain step cannot do without."""
-    import torch
-
     from cwac_lab.config import read
     from cwac_lab.data.batches import collate
     from cwac_lab.preparation import artefacts, start
@@ -195,8 +213,7 @@ def main(config: DictConfig) -> None:
     print(table(in_turn(lines, ROUNDS * STEPS), STEPS))
     for process in processes:
         process.join()
-    rows = begin.pools.task_rows(run.data, run.task).train[: run.trainer.batch_size]
-    batch = collate([chat.encode(row.prompt, row.response) for row in rows], chat.pad_id)
+    batch = collate(mixture(run, begin, chat)[: run.trainer.batch_size], chat.pad_id)
     least = limit(model, batch)
     screen.say(
         f"a step of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} GFLOP/s of "

@@ -26,6 +26,8 @@ from cwac_lab.models.answers import Batch, share
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 from cwac_lab.sae.latents import FeatureSpec, LayerFeatures, topk_codes
 
+# Reference prompts that one forward takes before fine-tuning.
+TOGETHER = 16
 SELECTIONS = ("mean_difference", "frequency_difference", "attribution", "random")
 
 
@@ -104,23 +106,26 @@ class ActivationConstraint(Defense):
         self._pad_id, self._seed = context.chat.pad_id, context.seed
         if not self._features:
             return
-        self._start: list[list[Tensor]] = []
-        self._held: list[list[Tensor]] = []
+        self._start: list[list[Tensor]] = [[] for _ in self._reference]
+        self._held: list[list[Tensor]] = [[] for _ in self._reference]
+        by_length = sorted(range(len(self._reference)), key=lambda row: len(self._reference[row]))
         with torch.no_grad(), context.autocast():
-            for prompt in self._reference:
-                ids, mask = pad([prompt], self._pad_id)
-                ids, mask = ids.to(device), mask.to(device)
-                outputs = self._residuals(context.model, ids, mask)
-                held = [
-                    penalty_positions(outputs[f.layer], mask, self.positions, self.n_last)[0] for f in self._features
-                ]
-                if not all(positions.any() for positions in held):
-                    raise LabError(f"a reference prompt of {len(prompt)} tokens has no position to hold latents at")
-                self._held.append(held)
-                codes = [
-                    encode(outputs[f.layer][0][h], f, self.code) for f, h in zip(self._features, held, strict=True)
-                ]
-                self._start.append(codes)
+            for at in range(0, len(by_length), TOGETHER):
+                self._take(context.model, by_length[at : at + TOGETHER])
+
+    def _take(self, model: Any, rows: list[int]) -> None:
+        """Take the positions that are held in some reference prompts, each looked at alone, and their latents there."""
+        ids, mask = (part.to(model.device) for part in pad([self._reference[row] for row in rows], self._pad_id))
+        outputs = self._residuals(model, ids, mask)
+        for features in self._features:
+            for place, row in enumerate(rows):
+                length = len(self._reference[row])
+                x = outputs[features.layer][place : place + 1, :length]
+                held = penalty_positions(x, mask[place : place + 1, :length], self.positions, self.n_last)[0]
+                if not held.any():
+                    raise LabError(f"a reference prompt of {length} tokens has no position to hold latents at")
+                self._held[row].append(held)
+                self._start[row].append(encode(x[0][held], features, self.code))
 
     def _residuals(self, model: Any, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> dict[int, Tensor]:
         """Return the residual stream of shape (B, T, D) at the hooked layers."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -19,6 +20,7 @@ class Projection:
     """``x -> x (I - V V^T)`` for the layers that read one input x (q, k and v; gate and up), computed once for them.
 
     Their backward passes follow each other, so of all sites only what was computed last is kept: x and its projection.
+    Changes of x in place are seen, except those through ``x.data``.
     """
 
     # Input, its version, the projection it is of, and its projected tokens.
@@ -62,6 +64,7 @@ class _Linear(torch.autograd.Function):
         return functional.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad: Float[Tensor, "*B m"]
     ) -> tuple[Float[Tensor, "*B d"] | None, Float[Tensor, "m d"] | None, Float[Tensor, " m"] | None, None]:
@@ -103,6 +106,7 @@ def release(module: torch.nn.Linear) -> None:
     """Turn a projected layer back into a plain one."""
     module.__class__ = torch.nn.Linear
     del module.projection
+    Projection._last = None
 
 
 class _WithoutSpan(torch.nn.Module):

@@ -49,15 +49,15 @@ class WeightConstraint(Defense):
         modules: Scope; the paper's is ``ffn_out``.
         trainable: ``all`` as in the paper, or ``constrained``: freeze whatever is not constrained.
         projection: ``gradient`` (the paper's literal text), ``update`` (exact under any optimizer), or ``both``: exact,
-            and the optimizer's moments and the clipping see only what is allowed.
+            and the optimizer's moments and the clipping see only what is allowed (at a ``gradient_share`` of 1).
         energy: Share of the trace of C that is protected; exclusive with ``rank``.
         rank: Fixed number of protected directions; 0 switches the constraint off.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
-        gradient_share: Share of the protected directions, the leading ones, that gradients are projected off. What the
-            optimizer moves along the others is taken out where weights are restored. It costs as much less as there are
-            fewer; with LoRA all directions count.
+        gradient_share: With ``both``, the share of the protected directions, the leading ones, that gradients are
+            projected off; what the optimizer moves along the others is taken out where weights are restored. A step's
+            projections cost in proportion to it. With LoRA all directions count.
         restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
             between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
@@ -89,6 +89,8 @@ class WeightConstraint(Defense):
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
         if (self.energy is None) == (self.rank is None):
             raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
+        if self.gradient_share != 1 and self.projection != "both":
+            raise ConfigError("gradient_share", self.gradient_share, "1 with a projection other than both")
         if self.energy is not None:
             in_range("energy", self.energy, 0, 1, open_low=True)
         if self.rank is not None:
@@ -107,7 +109,7 @@ class WeightConstraint(Defense):
         assert context.subspace is not None
         self._start_weight = context.start_weight
         self._subspace = context.subspace
-        readers: dict[Site, list[torch.nn.Linear]] = {}
+        readers: dict[Site, list[_Constrained]] = {}
         for linear in linears(context.model, self.modules):
             basis = context.subspace.bases[linear.site.name].to(context.model.device)
             if linear.adapter is not None:
@@ -118,10 +120,11 @@ class WeightConstraint(Defense):
             basis = basis.to(linear.module.weight)
             self._held.append(_Constrained(linear, basis, linear.module.weight.detach() @ basis))
             if self.projection != "update" and basis.shape[1]:
-                readers.setdefault(linear.site, []).append(linear.module)
-        for site, modules in readers.items():
-            basis = context.subspace.bases[site.name].to(modules[0].weight)
-            project_gradients(modules, basis[:, : math.ceil(self.gradient_share * basis.shape[1])])
+                readers.setdefault(linear.site, []).append(self._held[-1])
+        for together in readers.values():
+            basis = together[0].basis
+            kept = math.ceil(self.gradient_share * basis.shape[1])
+            project_gradients([held.linear.module for held in together], basis[:, :kept])
         if self.trainable == "constrained":
             # Other parts may have frozen some.
             trained = [parameter for held in self._held for parameter in held.linear.trained]

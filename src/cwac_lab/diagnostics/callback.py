@@ -45,8 +45,8 @@ class DriftSampler(L.Callback):
         figures = {f"drift/{kind}/{k}": v for kind, means in summary.items() for k, v in means.items()}
         pl_module.log_figures("drift", figures)
 
-    def end(self, summary: dict[str, dict[str, float]]) -> None:
-        """Take the trained model's means over layers as the last sample."""
-        self._samples = [sample for sample in self._samples if sample["step"] < self._seen]
-        self._samples.append({"step": self._seen, **summary})
+    def end(self, step: int, summary: dict[str, dict[str, float]]) -> None:
+        """Take the trained model's means over layers as the sample of the last step."""
+        self._samples = [sample for sample in self._samples if sample["step"] < step]
+        self._samples.append({"step": step, **summary})
         self._record(self._samples)
