@@ -153,3 +153,19 @@ def test_directions_of_collected_tokens(solver, at_once, monkeypatch):
         share = float(singular[:5].square().sum() / singular.square().sum())
         assert each.kept == pytest.approx(share, rel=1e-3)
         assert torch.linalg.svdvals(right[:5] @ each.basis.double()).min() > 0.99
+
+
+@pytest.mark.parametrize("way", ["covariance", "gram", "range finder"])
+def test_directions_are_ordered_by_what_they_hold(way):
+    """The first columns span what the leading singular vectors span, however many are taken."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 20, generator=source, dtype=torch.float64) * 0.6 ** torch.arange(20)
+    ways = {
+        "covariance": lambda: linalg.leading_eigenbasis(x.T @ x, rank=8),
+        "gram": lambda: linalg.leading_directions(x, rank=8),
+        "range finder": lambda: linalg.range_finder(x, 8),
+    }
+    found, exact = ways[way]()[0], torch.linalg.svd(x).Vh.T
+    for kept in (1, 3, 6):
+        cosines = torch.linalg.svdvals(exact[:, :kept].T @ found[:, :kept])
+        assert float(cosines.min()) > 0.999
