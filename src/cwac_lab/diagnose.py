@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cwac_lab import cli
 
@@ -122,8 +122,10 @@ def _of_folders(config: DictConfig, measure: _Measurer) -> dict[str, Any]:
 def main(config: DictConfig) -> None:
     """Measure one run, all that lack it, or two folders; prints the means over layers.
 
-    With all runs of a store also which measurement goes with the harmful score.
+    With all runs of a store, or of several, also which measurement goes with the harmful score.
     """
+    import pandas as pd
+
     from cwac_lab.diagnostics.evidence import correlations
     from cwac_lab.errors import LabError
     from cwac_lab.results import load
@@ -135,11 +137,15 @@ def main(config: DictConfig) -> None:
     if config.before is not None or config.after is not None:
         screen.drift(f"{config.before} -> {config.after}", _of_folders(config, measure))
         return
-    folders = [RunFolder(Path(config.run))] if config.run is not None else list(runs(Path(config.output_root)))
-    if config.run is None:
+    several = isinstance(config.output_root, ListConfig)
+    roots = [str(root) for root in config.output_root] if several else [str(config.output_root)]
+    folders = [run for root in roots for run in runs(Path(root))]
+    if config.run is not None:
+        folders = [RunFolder(Path(config.run))]
+    else:
         lacking = (each for each in folders if each.has(MODEL) and each.done() and not each.has(DRIFT))
         folders = sorted(lacking, key=_weights)  # runs that start alike share what is taken from the start
-        screen.say(f"{len(folders)} runs of {config.output_root} have a model and no {DRIFT}")
+        screen.say(f"{len(folders)} runs of {', '.join(roots)} have a model and no {DRIFT}")
     for folder in folders:
         try:
             screen.drift(folder.path.name, _of_run(folder, config, measure))
@@ -148,7 +154,7 @@ def main(config: DictConfig) -> None:
                 raise
             screen.say(f"left out: {folder.path.name}: {error}")
     if config.run is None:
-        screen.correlations(correlations(load(config.output_root)))
+        screen.correlations(correlations(pd.concat([load(root) for root in roots])))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from cwac_lab import diagnose, train
 from cwac_lab.cache import read_json, read_jsonl, write_json
+from cwac_lab.diagnostics import evidence
 from cwac_lab.diagnostics.callback import DriftSampler
 
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
@@ -79,7 +80,7 @@ def test_the_last_step_is_sampled_once_and_earlier_samples_stay():
     assert [sample["step"] for sample in written[-1]] == [4, 8]
 
 
-def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys):
+def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys, monkeypatch):
     within = read_json(folder(output, "measured") / "drift.json")
     tiny.launch(diagnose.main, [f"output_root={output / 'plain'}", "measured_in=weight"], "diagnose")
     after = read_json(folder(output, "plain") / "drift.json")
@@ -89,6 +90,12 @@ def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys)
     assert "1 runs of" in capsys.readouterr().out
     tiny.launch(diagnose.main, [f"output_root={output / 'plain'}"], "diagnose")
     assert "0 runs of" in capsys.readouterr().out
+    stores = [output / "plain", output / "measured"]
+    told, correlations = [], evidence.correlations
+    monkeypatch.setattr(evidence, "correlations", lambda frame: (told.append(frame["run"]), correlations(frame))[1])
+    tiny.launch(diagnose.main, [f"output_root=[{','.join(map(str, stores))}]"], "diagnose")
+    assert f"0 runs of {stores[0]}, {stores[1]}" in capsys.readouterr().out.replace("\n", " ")
+    assert len(told[0]) == 2
 
 
 def test_latents_and_reconstruction_are_told_too(output, capsys):
