@@ -17,19 +17,22 @@ from cwac_lab.results.store import run_key, runs
 from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
-TUNING, TUNED = OWN.parent / "tuning", OWN.parent / "sst2_tuned"
-RESULTS = ("ablation", "ratio", "methods", "as_tuned", "best_of_literature")
-VIEWS = [(root, name, query) for root in (OWN, TUNED) for name, query in views(root / "tables.yaml").items()]
+TUNING, TUNED, ATTACKS, BETWEEN = (
+    OWN.parent / name for name in ("tuning", "sst2_tuned", "sst2_attacks", "sst2_between")
+)
+STORES = (OWN, TUNING, TUNED, ATTACKS, BETWEEN)
+RESULTS = ("ablation", "ratio", "methods", "as_tuned", "best_of_literature", "attacks")
+VIEWS = [(root, name, query) for root in (OWN, TUNED, ATTACKS) for name, query in views(root / "tables.yaml").items()]
 
 
-@pytest.mark.parametrize("root", [OWN, TUNING, TUNED], ids=lambda root: root.name)
+@pytest.mark.parametrize("root", STORES, ids=lambda root: root.name)
 def test_every_record_is_read(root):
     told = []
     assert len(records(runs(root), told.append)) == len(list((root / "runs").iterdir()))
     assert told == []
 
 
-@pytest.mark.parametrize("run", [*runs(OWN), *runs(TUNING), *runs(TUNED)], ids=lambda run: run.path.name)
+@pytest.mark.parametrize("run", [run for root in STORES for run in runs(root)], ids=lambda run: run.path.name)
 def test_a_record_keeps_its_key(run):
     """Settings that came later must not set records of before apart from the same runs of today."""
     told = run.read("provenance.json")
