@@ -1,4 +1,5 @@
 import itertools
+import os
 import subprocess
 from pathlib import Path
 
@@ -217,7 +218,10 @@ def test_tables_need_runs(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("target", ["train", "align", "prepare", "evaluate", "tables", "benchmark"])
 def test_what_make_runs_composes(target):
     root = conf_dir().parent
-    shown = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True, check=True).stdout
+    # Under `make test ARGS=...` these would be options of this make as well.
+    plain = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")}
+    command = ["make", "-n", target]
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, env=plain).stdout
     (command,) = [line.split() for line in shown.splitlines() if "-m cwac_lab." in line]
     module, overrides = command[2].removeprefix("cwac_lab."), command[3:]
     cli.compose(overrides, module if (conf_dir() / f"{module}.yaml").is_file() else "config")

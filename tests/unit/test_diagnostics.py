@@ -212,7 +212,7 @@ def test_leak_is_that_of_the_update():
     space = Subspace({f"layers.{i}.ffn_out": basis for i in range(2)}, {})
     layer = probe(start, subspace=space).measure(after)["layers"]["harmful"][0]
     dw = after.get_parameter(layer["name"]) - start.get_parameter(layer["name"])
-    assert layer["leak"] == pytest.approx(float((dw @ basis).norm() / dw.norm()), rel=1e-4)
+    assert layer["leak"] == pytest.approx(float((dw.detach() @ basis).norm() / dw.detach().norm()), rel=1e-4)
 
 
 def test_adapters_count_as_the_update_that_they_are():
