@@ -30,7 +30,7 @@ class Projection:
         """Take V, how many layers read x, and how many rows their weights have together."""
         self.basis, self.readers, self.rows = basis, readers, rows
 
-    def _kept(self, x: Tensor) -> Tensor | None:
+    def _kept(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T d"] | None:
         if Projection._last is None:
             return None
         of, version, owner, projected = Projection._last

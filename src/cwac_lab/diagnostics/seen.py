@@ -23,8 +23,8 @@ class Seen:
 
     Attributes:
         inputs: By site the inputs of its linear layers, (N, d). Tokens of an opening that n rows share are there once,
-            times the root of n, so that norms and second moments are those of all N' tokens.
-        tokens: By hooked layer the residual stream after it at all tokens, (N', D).
+            times the root of n, so that norms and second moments are those of all M tokens.
+        tokens: By hooked layer the residual stream after it at all tokens, (M, D).
         last: The residual stream after every layer at the last token of the prompts, (B, L, D).
         log_probs: At the A answer tokens, (A, V).
     """
