@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from hydra.utils import get_class
@@ -40,9 +40,9 @@ def bind(key: str, cls: type[T], node: Any) -> T:
         merged = OmegaConf.merge(schema, node)
     except ConfigKeyError as error:
         inner = str(error.full_key).removeprefix("_target_")
-        parent = OmegaConf.select(schema, inner.rpartition(".")[0]) if "." in inner else schema
+        known = [field.name for field in fields(error.object_type)] if is_dataclass(error.object_type) else []
         seen = OmegaConf.select(node, inner)
-        raise ConfigError(f"{key}.{inner}", seen, f"one of the keys {', '.join(map(str, parent))}") from None
+        raise ConfigError(f"{key}.{inner}", seen, f"one of the keys {', '.join(known)}") from None
     except (ValidationError, OmegaConfBaseException) as error:
         first = str(error).splitlines()[0]
         inner = str(error.full_key or "")

@@ -13,6 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 from cwac_lab import distributed, judges
 from cwac_lab.binding import bind, bind_target
 from cwac_lab.data.attacks import AttackConfig
+from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import check_plan
 from cwac_lab.data.sources import DataConfig
@@ -57,6 +58,7 @@ class Run:
     align: AlignConfig
     evaluation: EvaluationConfig
     attack: AttackConfig
+    forms: FormsConfig
     diagnostics: DiagnosticsConfig
     harmful_ratio: float
     seed: int
@@ -135,6 +137,7 @@ def read(config: DictConfig) -> Run:
         align=bind("align", AlignConfig, config.align),
         evaluation=bind("evaluation", EvaluationConfig, config.evaluation),
         attack=bind("attack", AttackConfig, config.get("attack") or {}),
+        forms=bind("forms", FormsConfig, config.get("forms") or {}),
         diagnostics=bind("diagnostics", DiagnosticsConfig, config.get("diagnostics") or {}),
         **plain,
         output_root=str(config.output_root),

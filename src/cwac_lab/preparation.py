@@ -136,7 +136,7 @@ class _Workshop:
 
     def subspace(self, spec: SubspaceSpec) -> Path:
         """Return the folder with the bases of the weight constraint."""
-        prompts = self.ids(self.held.harmful + (self.held.benign if spec.held_on == "both" else []))
+        prompts = self.held.harmful_ids + (self.held.benign_ids if spec.held_on == "both" else [])
 
         def build(folder: Path) -> None:
             self.say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
@@ -255,10 +255,12 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
         return context, facts
     held = references(run, begin.pools, begin.folder.content, model, chat, say)
     shop = _Workshop(run, begin, model, chat, held, say)
-    context = replace(context, reference=shop.ids(held.harmful), benign=shop.ids(held.benign))
+    context = replace(context, reference=held.harmful_ids, benign=held.benign_ids)
     refusals = [TrainRow(row.id, row.prompt, refusal(row), harmful=False) for row in held.harmful]
     context = replace(context, refusals=refusals)
     facts["reference"] = {"asked": held.asked, "kept": len(held.harmful), "benign": len(held.benign)}
+    if held.forms:
+        facts["reference"]["forms"] = held.forms
     if needs.subspace is not None:
         folder = shop.subspace(needs.subspace)
         context = replace(context, subspace=basis.load(folder))

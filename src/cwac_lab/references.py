@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,18 @@ class References:
         benign: Reference prompts of the harmless kind.
         refusals: Harmful prompts with the start model's refusal, as token ids; one that was cut has no end of turn.
         asked: Harmful reference prompts that were asked, of which ``harmful`` are kept.
+        harmful_ids: The harmful prompts as token ids, up to where the answer starts; first in the model's own form.
+        benign_ids: The harmless ones, likewise.
+        forms: How many harmful prompts are held in every other form.
     """
 
     harmful: list[PromptRow]
     benign: list[PromptRow]
     refusals: list[list[int]]
     asked: int
+    harmful_ids: list[list[int]]
+    benign_ids: list[list[int]]
+    forms: dict[str, int]
 
 
 def _answers(
@@ -63,34 +69,17 @@ def _answers(
     return [Answer(row["text"], row["ended"], row["first"]) for row in read_jsonl(folder / ANSWERS)]
 
 
-def references(
+def _kept(
     run: Run, pools: Pools, content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
-) -> References:
-    """Return the reference prompts of a run.
-
-    With ``data.reference=refused`` (the paper's) a harmful prompt that the start model answers is left out: there is
-    no refusal to hold. A model aligned here was taught the project's refusals to the alignment pool; one that was not
-    is asked for its own.
-
-    Args:
-        run: The run.
-        pools: Its prompt pools.
-        content: Identity of the start weights.
-        model: The start model, in evaluation mode.
-        chat: Its chat format.
-        say: Reports a stage.
-
-    Raises:
-        QualityError: If the start model refuses none of the reference prompts.
-    """
-    asked, benign = pools.get("harmful", "reference"), pools.get("harmless", "reference")
-    taught = pools.get("harmful", "alignment")
+) -> tuple[list[PromptRow], list[list[int]]]:
+    """Return the harmful reference prompts that are held, and refusals as token ids."""
+    asked, taught = pools.get("harmful", "reference"), pools.get("harmful", "alignment")
 
     def canned(rows: list[PromptRow]) -> list[list[int]]:
         return [chat.encode(row.prompt, refusal(row)).input_ids for row in rows]
 
     if run.data.reference == "all":
-        return References(asked, benign, canned(asked + taught), len(asked))
+        return asked, canned(asked + taught)
     own = asked if run.model.align != "none" else asked + taught
     given = _answers(run, own, content, model, chat, say)
     refused = [is_refusal(answer.text) for answer in given]
@@ -105,5 +94,46 @@ def references(
         for row, answer, holds in zip(own, given, refused, strict=True)
         if holds
     ]
-    refusals += canned(taught) if run.model.align != "none" else []
-    return References(kept, benign, refusals, len(asked))
+    return kept, refusals + (canned(taught) if run.model.align != "none" else [])
+
+
+def _ids(chat: ChatFormat, rows: list[PromptRow]) -> list[list[int]]:
+    return [chat.prompt_ids(row.prompt) for row in rows]
+
+
+def references(
+    run: Run, pools: Pools, content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
+) -> References:
+    """Return the reference prompts of a run.
+
+    With ``data.reference=refused`` (the paper's) a harmful prompt that the start model answers is left out: there is
+    no refusal to hold. A model aligned here was taught the project's refusals to the alignment pool; one that was not
+    is asked for its own. In every form of ``forms`` (this project's, not the paper's) all prompts are
+    asked again, and those held that are refused in that form.
+
+    Args:
+        run: The run.
+        pools: Its prompt pools.
+        content: Identity of the start weights.
+        model: The start model, in evaluation mode.
+        chat: Its chat format.
+        say: Reports a stage.
+
+    Raises:
+        QualityError: If the start model refuses none of the reference prompts.
+    """
+    asked, benign = pools.get("harmful", "reference"), pools.get("harmless", "reference")
+    kept, refusals = _kept(run, pools, content, model, chat, say)
+    harmful_ids, benign_ids, forms = _ids(chat, kept), _ids(chat, benign), {}
+    for name, form in run.forms.others.items():
+        other = chat if form.template is None else chat.with_template(form.template)
+        held = [replace(row, prompt=form.prefix + row.prompt) for row in asked]
+        if run.data.reference == "refused":
+            given = _answers(run, held, content, model, other, say)
+            held = [row for row, answer in zip(held, given, strict=True) if is_refusal(answer.text)]
+        if not held:
+            say(f"forms.others.{name}: the start model refuses none of the {len(asked)} prompts, none is held")
+        forms[name] = len(held)
+        harmful_ids += _ids(other, held)
+        benign_ids += _ids(other, [replace(row, prompt=form.prefix + row.prompt) for row in benign])
+    return References(kept, benign, refusals, len(asked), harmful_ids, benign_ids, forms)

@@ -126,6 +126,13 @@ BAD = [
     (["harmful_ratio=1", "data.n_train=1000"], "harmful_ratio=1.0: accepted: at most"),
     (["data.harmful.test={nolist: 3}"], "data.harmful.test"),
     (["data.reference=some"], "data.reference=some: accepted: refused | all"),
+    (["+data.lists.requests.nmae=a"], "data.lists.requests.nmae=a: accepted: one of the keys name, split"),
+    (
+        ["forms=varied", "forms.others.servant.prefix="],
+        "forms.others.servant.prefix=: accepted: a prefix, a template, or",
+    ),
+    (["+forms.others.mine.template='{%'"], "forms.others.mine.template={%: accepted: a Jinja template"),
+    (["+forms.others.mine.words=a"], "forms.others.mine.words=a: accepted: one of the keys prefix"),
     (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both"),
     (["constraint.activation.held_on=none"], "constraint.activation.held_on=none: accepted: harmful | both"),
     (["data=local"], "data.root=None: accepted: an existing folder"),

@@ -1,12 +1,15 @@
 import pytest
+import torch
 
 import tiny
+from cwac_lab import preparation
 from cwac_lab import references as module
 from cwac_lab.config import read
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.errors import QualityError
 from cwac_lab.evaluation.generate import Answer
+from cwac_lab.models.capture import site_inputs
 from cwac_lab.references import references
 
 
@@ -74,6 +77,104 @@ def test_all_prompts_can_be_held(asked, tmp_path, tiny_folder):
         [(row.prompt, refusal(row)) for row in held.harmful + pools.get("harmful", "alignment")]
     )
     assert asked == []
+
+
+PERSONA, QUESTION = "Obey me. ", "Question: {{ messages[0]['content'] }} Answer:"
+
+
+@pytest.mark.parametrize("reference", ["refused", "all"])
+def test_prompts_are_asked_and_held_in_other_forms_too(reference, asked, tmp_path, tiny_folder):
+    forms = (
+        f"+forms.others.persona.prefix='{PERSONA}'",
+        f'+forms.others.question.template="{QUESTION}"',
+    )
+    plain = found(*setting(tmp_path, tiny_folder, f"data.reference={reference}"))
+    run, pools = setting(tmp_path, tiny_folder, f"data.reference={reference}", *forms)
+    held, chat = found(run, pools), tiny.chat()
+    every = pools.get("harmful", "reference")
+    rows = every[1::2] if reference == "refused" else every
+    assert (held.harmful, held.benign, held.refusals) == (plain.harmful, plain.benign, plain.refusals)
+    assert held.forms == {"persona": len(rows), "question": len(rows)}
+    for ids, kind in ((held.harmful_ids, rows), (held.benign_ids, held.benign)):
+        expected = [chat.prompt_ids(row.prompt) for row in kind]
+        expected += [chat.prompt_ids(PERSONA + row.prompt) for row in kind]
+        expected += [chat.tokens(f"Question: {row.prompt} Answer:") for row in kind]
+        assert ids == expected
+    assert plain.harmful_ids == held.harmful_ids[: len(rows)]
+    if reference == "refused":
+        assert [row.prompt for row in every] in asked
+        assert [PERSONA + row.prompt for row in every] in asked
+
+
+def test_a_form_in_which_nothing_is_refused_is_said(monkeypatch, tmp_path, tiny_folder):
+    def answer(model, chat, prompts, max_new_tokens, batch_size):
+        refuses = not prompts[0].startswith(PERSONA)
+        return [Answer("I can't help with that." if refuses else "Sure.", ended=True, first=5) for _ in prompts]
+
+    monkeypatch.setattr(module, "answers", answer)
+    run, pools = setting(tmp_path, tiny_folder, "data.reference=refused", f"+forms.others.persona.prefix='{PERSONA}'")
+    said = []
+    held = references(run, pools, "content", tiny.model(), tiny.chat(), said.append)
+    assert held.forms == {"persona": 0}
+    assert "forms.others.persona: the start model refuses none of the 6 prompts, none is held" in said
+
+
+def test_what_is_held_in_other_forms_reaches_both_constraints(tmp_path, tiny_folder):
+    """Of all subspaces of a rank, the one of all forms leaves least of the inputs of the prompts in all forms."""
+    small = tiny.small_run(tiny_folder, tmp_path)
+    prepared = {}
+    for forms in ("own", "varied"):
+        run = read(
+            tiny.config(
+                *small,
+                "constraint=coupled",
+                "constraint.weight.energy=null",
+                "constraint.weight.rank=8",
+                "constraint.activation.n_latents=20",
+                f"forms={forms}",
+            )
+        )
+        begin = preparation.start(run, lambda text: None)
+        prepared[forms] = preparation.artefacts(run, begin, *begin.load(run), lambda text: None)
+    (plain, told_plain), (varied, told) = prepared["own"], prepared["varied"]
+    assert varied.reference[: len(plain.reference)] == plain.reference
+    assert len(varied.reference) == len(plain.reference) + sum(told["reference"]["forms"].values())
+    assert told["features"] == told_plain["features"]  # latents are chosen on the prompts as they are
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def receive(site, x):
+        seen.setdefault(site.name, []).append(x[0])
+
+    with torch.no_grad(), site_inputs(varied.model, "ffn_out", receive):
+        for ids in varied.reference:
+            varied.model(torch.tensor([ids]))
+    assert len(seen) == 2
+    for site, inputs in seen.items():
+        x = torch.nn.functional.normalize(torch.cat(inputs))  # as C has them
+        left = [x - x @ context.subspace.bases[site] @ context.subspace.bases[site].T for context in (plain, varied)]
+        assert left[1].square().sum() < 0.99 * left[0].square().sum()
+
+
+def test_no_form_is_one_that_an_attack_asks_in():
+    prefixes, templates = set(), set()
+    for name in ("identity_shift", "template_shift"):
+        attack = read(tiny.config(f"attack={name}")).attack
+        prefixes.add(attack.prefix)
+        templates.add(attack.template)
+    chat = tiny.chat()
+    forms = read(tiny.config("forms=varied")).forms.others
+    for form in forms.values():
+        assert not form.prefix or form.prefix not in prefixes
+        assert form.template is None or form.template not in templates
+        other = chat if form.template is None else chat.with_template(form.template)
+        encoded = other.encode(form.prefix + "Why?", "So.")
+        asked = chat.tokenizer.decode(other.prompt_ids(form.prefix + "Why?"))
+        assert "Why?" in asked
+        assert "So." not in asked
+        assert encoded.input_ids[: len(other.prompt_ids(form.prefix + "Why?"))] == other.prompt_ids(
+            form.prefix + "Why?"
+        )
+        assert encoded.input_ids[-1] == other.end_id
 
 
 def test_a_model_that_refuses_nothing_is_an_error(tmp_path, tiny_folder):

@@ -15,8 +15,8 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from jinja2 import Environment, TemplateSyntaxError
 
+from cwac_lab.data.forms import check_template
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import normalise
 from cwac_lab.errors import ConfigError, PoolOverlap, in_range, one_of
@@ -53,10 +53,7 @@ class AttackConfig:
         in_range("candidates", self.candidates, 2)
         if self.rows == "identity" and not self.prefix:
             raise ConfigError("prefix", self.prefix, "what addresses the persona, with rows=identity")
-        try:
-            Environment().parse(self.template or "")
-        except TemplateSyntaxError as error:
-            raise ConfigError("template", self.template, f"a Jinja template ({error})") from None
+        check_template("template", self.template)
 
     def check(self, harmful_ratio: float) -> None:
         """Check that a harmful ratio goes with the attack.

@@ -76,6 +76,8 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
     projection = kept.get("constraint.weight.projection")
     if projection is not None:  # before it could be set, and with update, weights are restored after every step
         kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept.get(_RESTORE, 1))
+    forms = config["forms"]
+    kept["forms"] = forms["name"] if forms == store.LATER["forms"] else f"{forms['name']} {digest(forms)[:8]}"
     row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}
     return row
 
@@ -102,14 +104,14 @@ def _judge(row: Row) -> str:
 def _idle(row: Row, config: dict[str, Any]) -> tuple[str, ...]:
     """Return the settings that a run did not use: rows that differ in them only are one row."""
     if row["constraint"] == "start":
-        return ("sae.", "data.reference", "constraint.", "trainer.", "tuning.")
+        return ("sae.", "data.reference", "forms", "constraint.", "trainer.", "tuning.")
     if "failed" in row:
         needs = requirements(config["constraint"])
         features, reference = needs.features is not None, needs.reference_prompts
     else:
         prepared = row.get("prepared", {})
         features, reference = "features" in prepared, "reference" in prepared
-    return (*(() if features else ("sae.",)), *(() if reference else ("data.reference",)))
+    return (*(() if features else ("sae.",)), *(() if reference else ("data.reference", "forms")))
 
 
 def _varied(rows: list[Row], setting: list[str]) -> list[dict[str, Any]]:

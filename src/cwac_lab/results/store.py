@@ -35,6 +35,7 @@ LATER: dict[str, Any] = {
         "template": None,
     },
     "constraint.weight.gradient_share": 1.0,
+    "forms": {"name": "own", "others": {}},
 }
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
 FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
