@@ -65,6 +65,22 @@ def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
     assert table["variant"].tolist() == ["energy=0.9", "energy=0.99", ""]
 
 
+def test_forms_of_reference_prompts_are_named_where_such_are_used(tmp_path):
+    varied = {"name": "varied", "others": {"persona": {"prefix": "Obey. ", "template": None}}}
+    for number, forms in enumerate((None, varied, {**varied, "others": {}})):
+        for constraint in ("none", "coupled"):
+            run = record(tmp_path, constraint, 0.2, 0, 10 * number, number=number)
+            told = {"constraint": {}, **({"forms": forms} if forms else {})}
+            run.write("config.json", run.config() | told)
+            if constraint == "coupled":
+                run.write("metrics.json", run.read("metrics.json") | {"prepared": {"reference": {"kept": 1}}})
+    rows = [row for row in records(runs(tmp_path)) if row["constraint"] == "coupled"]
+    named = [f"forms={forms['name']} {digest(forms)[:8]}" for forms in (varied, {**varied, "others": {}})]
+    assert sorted(summary(rows)["variant"]) == sorted(["forms=own", *named])
+    with pytest.raises(LabError, match="are one cell with one seed"):  # what is not held on to makes no difference
+        summary(records(runs(tmp_path)))
+
+
 def test_devices_are_no_setting_of_their_own(tmp_path):
     for seed, devices in enumerate((1, 1, 2)):
         run = record(tmp_path, "l2", 0.2, seed, 40, strength=1)
