@@ -220,6 +220,10 @@ def _cross_check(run: Run) -> None:
         raise ConfigError(
             "data.harmful.reference", 0, f">= 1 prompts: constraint={run.constraint_name} holds refusals on them"
         )
+    if run.finetune and run.forms.others and needs.subspace is None and needs.features is None:
+        raise ConfigError(
+            "forms", run.forms.name, f"own with constraint={run.constraint_name}, which holds on to no reference prompt"
+        )
     benign = needs.features is not None or (needs.subspace is not None and needs.subspace.held_on == "both")
     if run.finetune and benign and not _total(run.data.harmless, "reference"):
         raise ConfigError("data.harmless.reference", 0, f">= 1 prompts: constraint={run.constraint_name} uses them")

@@ -54,7 +54,7 @@ class Context:
         seed: Seed of the run.
         chat: Chat format of the model.
         start_weight: Reader of a start weight by parameter name.
-        reference: Harmful reference prompts as token ids, up to where the answer starts.
+        reference: Harmful reference prompts as token ids, up to where the answer starts, in all ``forms``.
         benign: Harmless reference prompts, likewise.
         refusals: The harmful reference prompts with refusals, as rows to train on: the one pool of refusal data.
         base_weight: Reader of a weight of the model before its alignment, where asked for.

@@ -21,6 +21,8 @@ def main(config: DictConfig) -> None:
     if "reference" in facts:
         held = facts["reference"]
         screen.say(f"reference: {held['kept']} of {held['asked']} harmful prompts, {held['benign']} benign ones")
+        for name, kept in held.get("forms", {}).items():
+            screen.say(f"in the form {name}: {kept} of {held['asked']} harmful prompts")
     if context.subspace is not None:
         ranks = sorted(basis.shape[1] for basis in context.subspace.bases.values())
         screen.say(f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites")

@@ -127,7 +127,11 @@ def references(
     harmful_ids, benign_ids, forms = _ids(chat, kept), _ids(chat, benign), {}
     for name, form in run.forms.others.items():
         other = chat if form.template is None else chat.with_template(form.template)
-        held = [replace(row, prompt=form.prefix + row.prompt) for row in asked]
+        held, harmless = ([replace(row, prompt=form.prefix + row.prompt) for row in rows] for rows in (asked, benign))
+        if _ids(other, held) == _ids(chat, asked):
+            say(f"forms.others.{name}: is the model's own form, nothing is held twice")
+            forms[name] = 0
+            continue
         if run.data.reference == "refused":
             given = _answers(run, held, content, model, other, say)
             held = [row for row, answer in zip(held, given, strict=True) if is_refusal(answer.text)]
@@ -135,5 +139,5 @@ def references(
             say(f"forms.others.{name}: the start model refuses none of the {len(asked)} prompts, none is held")
         forms[name] = len(held)
         harmful_ids += _ids(other, held)
-        benign_ids += _ids(other, [replace(row, prompt=form.prefix + row.prompt) for row in benign])
+        benign_ids += _ids(other, harmless) if held else []
     return References(kept, benign, refusals, len(asked), harmful_ids, benign_ids, forms)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -5,8 +7,11 @@ import tiny
 from cwac_lab import preparation
 from cwac_lab import references as module
 from cwac_lab.config import read
+from cwac_lab.constraints.activation import ActivationConstraint
+from cwac_lab.data.forms import Form
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import refusal
+from cwac_lab.data.sources import normalise
 from cwac_lab.errors import QualityError
 from cwac_lab.evaluation.generate import Answer
 from cwac_lab.models.capture import site_inputs
@@ -28,18 +33,21 @@ def texts(pairs):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The start model refuses every second prompt; what it was asked is noted."""
+    """The start model refuses every second prompt, of questions the others; what it was asked is noted."""
     seen = []
 
     def answer(model, chat, prompts, max_new_tokens, batch_size):
-        seen.append(list(prompts))
+        seen.append([chat.tokenizer.decode(chat.prompt_ids(prompt)) for prompt in prompts])
         ended = max_new_tokens > 5
-        return [
-            Answer("I can't help with that." if i % 2 else "Sure.", ended=ended, first=5) for i in range(len(prompts))
-        ]
+        refuses = [(i + text.startswith("Question: ")) % 2 for i, text in enumerate(seen[-1])]
+        return [Answer("I can't help with that." if no else "Sure.", ended=ended, first=5) for no in refuses]
 
     monkeypatch.setattr(module, "answers", answer)
     return seen
+
+
+def rendered(prompts):
+    return [tiny.chat().tokenizer.decode(tiny.chat().prompt_ids(prompt)) for prompt in prompts]
 
 
 @pytest.mark.parametrize("align", ["none", "refusals"])
@@ -51,7 +59,7 @@ def test_prompts_that_are_answered_are_left_out(align, asked, tmp_path, tiny_fol
     assert held.asked == len(reference)
     assert held.benign == pools.get("harmless", "reference")
     own = reference if align == "refusals" else reference + taught
-    assert asked == [[row.prompt for row in own]]
+    assert asked == [rendered(row.prompt for row in own)]
     expected = texts([(row.prompt, "I can't help with that.") for row in own[1::2]])
     if align == "refusals":  # it was taught exactly these
         expected += texts([(row.prompt, refusal(row)) for row in taught])
@@ -85,6 +93,7 @@ PERSONA, QUESTION = "Obey me. ", "Question: {{ messages[0]['content'] }} Answer:
 @pytest.mark.parametrize("reference", ["refused", "all"])
 def test_prompts_are_asked_and_held_in_other_forms_too(reference, asked, tmp_path, tiny_folder):
     forms = (
+        "forms.name=mine",
         f"+forms.others.persona.prefix='{PERSONA}'",
         f'+forms.others.question.template="{QUESTION}"',
     )
@@ -92,18 +101,29 @@ def test_prompts_are_asked_and_held_in_other_forms_too(reference, asked, tmp_pat
     run, pools = setting(tmp_path, tiny_folder, f"data.reference={reference}", *forms)
     held, chat = found(run, pools), tiny.chat()
     every = pools.get("harmful", "reference")
-    rows = every[1::2] if reference == "refused" else every
+    refused, other = (every[1::2], every[::2]) if reference == "refused" else (every, every)
     assert (held.harmful, held.benign, held.refusals) == (plain.harmful, plain.benign, plain.refusals)
-    assert held.forms == {"persona": len(rows), "question": len(rows)}
-    for ids, kind in ((held.harmful_ids, rows), (held.benign_ids, held.benign)):
-        expected = [chat.prompt_ids(row.prompt) for row in kind]
-        expected += [chat.prompt_ids(PERSONA + row.prompt) for row in kind]
-        expected += [chat.tokens(f"Question: {row.prompt} Answer:") for row in kind]
+    assert held.forms == {"persona": len(refused), "question": len(other)}
+    for ids, own, question in (
+        (held.harmful_ids, refused, other),
+        (held.benign_ids, held.benign, held.benign),
+    ):
+        expected = [chat.prompt_ids(row.prompt) for row in own]
+        expected += [chat.prompt_ids(PERSONA + row.prompt) for row in own]
+        expected += [chat.tokens(f"Question: {row.prompt} Answer:") for row in question]
         assert ids == expected
-    assert plain.harmful_ids == held.harmful_ids[: len(rows)]
+    assert plain.harmful_ids == held.harmful_ids[: len(refused)]
     if reference == "refused":
-        assert [row.prompt for row in every] in asked
-        assert [PERSONA + row.prompt for row in every] in asked
+        assert asked[1] == rendered(PERSONA + row.prompt for row in every)
+        assert asked[2] == [chat.tokenizer.decode(chat.tokens(f"Question: {row.prompt} Answer:")) for row in every]
+
+
+def test_the_models_own_form_is_not_held_twice(asked, tmp_path, tiny_folder):
+    run, pools = setting(tmp_path, tiny_folder)
+    run.forms.others["same"] = Form(template=tiny.TEMPLATE)
+    held = found(run, pools)
+    assert held.forms == {"same": 0}
+    assert len(held.harmful_ids) == len(held.harmful)
 
 
 def test_a_form_in_which_nothing_is_refused_is_said(monkeypatch, tmp_path, tiny_folder):
@@ -112,10 +132,13 @@ def test_a_form_in_which_nothing_is_refused_is_said(monkeypatch, tmp_path, tiny_
         return [Answer("I can't help with that." if refuses else "Sure.", ended=True, first=5) for _ in prompts]
 
     monkeypatch.setattr(module, "answers", answer)
-    run, pools = setting(tmp_path, tiny_folder, "data.reference=refused", f"+forms.others.persona.prefix='{PERSONA}'")
+    run, pools = setting(
+        tmp_path, tiny_folder, "data.reference=refused", "forms.name=mine", f"+forms.others.persona.prefix='{PERSONA}'"
+    )
     said = []
     held = references(run, pools, "content", tiny.model(), tiny.chat(), said.append)
     assert held.forms == {"persona": 0}
+    assert len(held.benign_ids) == len(held.benign)
     assert "forms.others.persona: the start model refuses none of the 6 prompts, none is held" in said
 
 
@@ -137,6 +160,12 @@ def test_what_is_held_in_other_forms_reaches_both_constraints(tmp_path, tiny_fol
         begin = preparation.start(run, lambda text: None)
         prepared[forms] = preparation.artefacts(run, begin, *begin.load(run), lambda text: None)
     (plain, told_plain), (varied, told) = prepared["own"], prepared["varied"]
+    assert len(varied.benign) == len(plain.benign) * (1 + len(run.forms.others))
+    for held_on, rows in (("harmful", varied.reference), ("both", varied.reference + varied.benign)):
+        part = ActivationConstraint(n_latents=20, held_on=held_on)
+        part.prepare(varied)
+        assert len(part._start) == len(rows)
+        assert all(len(latents) == len(varied.features) for latents in part._start)
     assert varied.reference[: len(plain.reference)] == plain.reference
     assert len(varied.reference) == len(plain.reference) + sum(told["reference"]["forms"].values())
     assert told["features"] == told_plain["features"]  # latents are chosen on the prompts as they are
@@ -156,25 +185,24 @@ def test_what_is_held_in_other_forms_reaches_both_constraints(tmp_path, tiny_fol
 
 
 def test_no_form_is_one_that_an_attack_asks_in():
-    prefixes, templates = set(), set()
-    for name in ("identity_shift", "template_shift"):
-        attack = read(tiny.config(f"attack={name}")).attack
-        prefixes.add(attack.prefix)
-        templates.add(attack.template)
+    folder = Path(__file__).parents[2] / "conf" / "attack"
+    attacks = [read(tiny.config(f"attack={file.stem}")).attack for file in folder.glob("*.yaml")]
+    prefixes = {normalise(attack.prefix) for attack in attacks if attack.prefix}
+    templates = {normalise(attack.template) for attack in attacks if attack.template}
+    assert prefixes
+    assert templates
     chat = tiny.chat()
-    forms = read(tiny.config("forms=varied")).forms.others
-    for form in forms.values():
-        assert not form.prefix or form.prefix not in prefixes
-        assert form.template is None or form.template not in templates
+    for form in read(tiny.config("forms=varied")).forms.others.values():
+        assert not any(prefix in normalise(form.prefix) for prefix in prefixes)
+        assert normalise(form.template or "") not in templates
         other = chat if form.template is None else chat.with_template(form.template)
-        encoded = other.encode(form.prefix + "Why?", "So.")
         asked = chat.tokenizer.decode(other.prompt_ids(form.prefix + "Why?"))
+        answered = chat.tokenizer.decode(other.encode(form.prefix + "Why?", "So.").input_ids)
         assert "Why?" in asked
         assert "So." not in asked
-        assert encoded.input_ids[: len(other.prompt_ids(form.prefix + "Why?"))] == other.prompt_ids(
-            form.prefix + "Why?"
-        )
-        assert encoded.input_ids[-1] == other.end_id
+        assert answered.startswith(asked)
+        assert "So." in answered
+        assert other.encode(form.prefix + "Why?", "So.").input_ids[-1] == other.end_id
 
 
 def test_a_model_that_refuses_nothing_is_an_error(tmp_path, tiny_folder):

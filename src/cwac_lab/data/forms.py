@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import TemplateError
 
 from cwac_lab.errors import ConfigError
+
+_PROMPT = "How are you?"
 
 
 @dataclass
@@ -15,7 +17,7 @@ class Form:
 
     Attributes:
         prefix: What stands before the prompt.
-        template: Chat template; None for the model's own.
+        template: Chat template; None for the model's own. What begins the model's own prompts is put before it.
     """
 
     prefix: str = ""
@@ -26,25 +28,40 @@ class Form:
 class FormsConfig:
     """The ``forms`` group: in which forms a constraint's reference prompts are asked.
 
+    The paper asks in one; others are this project's addition. They make the set of reference prompts that many times
+    larger: the directions of a given ``energy`` grow in number, and each step of the activation constraint, which
+    draws from all, sees fewer prompts of the model's own form.
+
     Attributes:
         name: How tables call it.
-        others: Forms by name, beside the prompts as they stand in the model's own template.
+        others: Forms by name, beside the prompts as they stand in the model's own template; held in the given order.
     """
 
     name: str = "own"
     others: dict[str, Form] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that every form changes something, by a template that can be read."""
+        """Check that every form changes something, by a template that asks the prompt."""
         for name, form in self.others.items():
             if not form.prefix and form.template is None:
                 raise ConfigError(f"others.{name}.prefix", form.prefix, "a prefix, a template, or both")
             check_template(f"others.{name}.template", form.template)
+        if self.others and self.name == "own":
+            raise ConfigError("name", self.name, "a name of its own for tables, with forms.others")
 
 
 def check_template(key: str, template: str | None) -> None:
-    """Raise ``ConfigError`` unless a chat template, where there is one, can be read."""
+    """Raise ``ConfigError`` unless a chat template, where there is one, asks a prompt and ends before the answer."""
+    if template is None:
+        return
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": _PROMPT}]
     try:
-        Environment().parse(template or "")
-    except TemplateSyntaxError as error:
-        raise ConfigError(key, template, f"a Jinja template ({error})") from None
+        (asked,), _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+        )
+    except TemplateError as error:
+        raise ConfigError(key, template, f"a Jinja chat template ({error})") from None
+    if _PROMPT not in asked:
+        raise ConfigError(key, template, "a chat template that asks the prompt, {{ messages[0]['content'] }}")

@@ -28,7 +28,8 @@ class FeatureSpec:
         selection: How latents are scored.
         positions: ``all`` prompt tokens but sinks, or the ``last`` ``n_last`` ones.
         n_last: Number of last prompt tokens with ``positions=last``.
-        held_on: ``harmful`` reference prompts or ``both`` kinds; the latents' scale is measured there.
+        held_on: ``harmful`` reference prompts or ``both`` kinds; the latents' scale is measured there (the model's own
+            form of them).
     """
 
     depths: tuple[float, ...]
