@@ -7,11 +7,11 @@ from omegaconf import OmegaConf
 
 import tiny
 from cwac_lab.cache import cached_folder, digest, write_json
-from cwac_lab.errors import LabError
+from cwac_lab.errors import ConfigError, LabError
 from cwac_lab.evaluation.verdicts import aggregate
 from cwac_lab.report.figures import draw, pareto
 from cwac_lab.report.latex import latex
-from cwac_lab.report.paired import differences
+from cwac_lab.report.paired import compare, differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import averages, markdown, summary
 from cwac_lab.results.store import SCHEMA, RunFolder, runs
@@ -63,6 +63,28 @@ def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
     record(tmp_path, "l2", 0.2, 1, 40, strength=1.0)
     table = summary(records(runs(tmp_path)))
     assert table["variant"].tolist() == ["energy=0.9", "energy=0.99", ""]
+
+
+def test_two_methods_are_compared_on_the_same_items_and_seeds(tmp_path):
+    for seed, (ours, other) in enumerate([(10, 30), (20, 30)]):
+        record(tmp_path, "coupled", 0.2, seed, ours)
+        record(tmp_path, "weight", 0.2, seed, other)
+    record(tmp_path, "weight", 0.2, 2, 99)  # has no partner
+    rows = records(runs(tmp_path))
+    ours, other = ([row for row in rows if row["constraint"] == name] for name in ("coupled", "weight"))
+    difference, p = compare(ours, other)
+    assert (difference.value, difference.seeds, difference.n) == (-15, 2, 100)
+    assert p < 0.01
+    assert compare(other, ours)[0].value == 15
+    assert (compare(ours, other, "over_refusal")[0].value, compare(ours, other, "over_refusal")[1]) == (0, 1)
+    with pytest.raises(ConfigError, match="rate=leak: accepted: "):
+        compare(ours, other, "leak")
+    for row in other:
+        row["config"]["trainer.learning_rate"] = 2
+    with pytest.raises(LabError, match="no two runs to compare harmful_score of"):
+        compare(ours, other)
+    with pytest.raises(LabError, match="both pair with"):
+        compare(ours, [*ours, *ours])
 
 
 def test_forms_of_reference_prompts_are_named_where_such_are_used(tmp_path):
