@@ -90,7 +90,9 @@ def _of_run(folder: RunFolder, config: DictConfig, measure: _Measurer) -> dict[s
     asked = OmegaConf.create(folder.config())
     # What was saved is in float32, so its start is taken in float32 too.
     asked.tuning, asked.trainer.precision = {"method": "full"}, "32-true"
-    asked.constraint = cli.compose([f"constraint={config.measured_in}"]).constraint
+    composed = cli.compose([f"constraint={config.measured_in}"])
+    # All runs are told in the same directions and latents, whatever forms they held refusals in.
+    asked.constraint, asked.forms = composed.constraint, composed.forms
     run = read(asked)
     run.diagnostics = replace(run.diagnostics, n_prompts=config.n_prompts)
     found = measure(run, folder.path / store.MODEL, folder.facts()["weights_content"])
