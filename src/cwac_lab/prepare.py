@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 from omegaconf import DictConfig
 
 from cwac_lab import cli
+
+if TYPE_CHECKING:
+    from cwac_lab.config import Run
+    from cwac_lab.defense import Context
+    from cwac_lab.models.chat import ChatFormat
+    from cwac_lab.preparation import Start
+
+
+def _covered(
+    run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat
+) -> Iterator[tuple[str, float]]:
+    """Yield how much of the inputs is held: of the reference prompts, form by form, and of the prompts to come."""
+    from cwac_lab.subspace.basis import covered
+
+    spec, subspace = run.constraint.requirements.subspace, context.subspace
+    assert spec is not None
+    assert subspace is not None
+    at = 0
+    for name, n in {"as they stand": facts["reference"]["kept"], **facts["reference"].get("forms", {})}.items():
+        if n:
+            ids = context.reference[at : at + n]
+            yield f"harmful reference prompts, {name}", covered(context.model, ids, subspace, spec, chat.pad_id)
+        at += n
+    asking = chat.with_template(run.attack.template) if run.attack.template is not None else chat
+    for kind in ("harmful", "harmless"):
+        rows = begin.pools.get(kind, run.evaluation.split)
+        ids = [asking.prompt_ids(run.attack.asked(row.prompt)) for row in rows]
+        name = f"{kind} prompts of {run.evaluation.split} as attack={run.attack.name} asks"
+        yield name, covered(context.model, ids, subspace, spec, chat.pad_id)
 
 
 def main(config: DictConfig) -> None:
@@ -26,6 +58,8 @@ def main(config: DictConfig) -> None:
     if context.subspace is not None:
         ranks = sorted(basis.shape[1] for basis in context.subspace.bases.values())
         screen.say(f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites")
+        for name, share in _covered(run, begin, context, facts, chat):
+            screen.say(f"inputs within the subspace, {name}: {share:.4f}")
     for features in context.features:
         quality = facts["features"][f"layer{features.layer}"]["quality"]
         screen.say(

@@ -155,6 +155,28 @@ def test_directions_of_collected_tokens(solver, at_once, monkeypatch):
         assert torch.linalg.svdvals(right[:5] @ each.basis.double()).min() > 0.99
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_lies_in_the_directions_is_their_energy_on_their_own_prompts_and_less_on_others(normalize):
+    model, chat = tiny.model(), tiny.chat()
+    prompts, others = ([chat.prompt_ids(text)] for text in ("how do I", "9 * 7 = ? (a sum)"))
+    spec = SubspaceSpec("ffn_out", None, 4, "all", normalize)
+    found = dict(basis.leading(model, prompts, spec, chat.pad_id))
+    subspace = basis.Subspace({k: v.basis for k, v in found.items()}, {k: v.kept for k, v in found.items()})
+    mean = sum(subspace.energy.values()) / len(subspace.energy)
+    assert basis.covered(model, prompts, subspace, spec, chat.pad_id) == pytest.approx(mean, rel=1e-5)
+    shares = []
+    for layer, site in zip(model.get_decoder().layers, found, strict=True):
+        seen = []
+        handle = layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+        with torch.no_grad():
+            model(torch.tensor(others))
+        handle.remove()
+        x = torch.nn.functional.normalize(seen[0]) if normalize else seen[0]
+        shares.append(float((x @ found[site].basis).square().sum() / x.square().sum()))
+    assert basis.covered(model, others, subspace, spec, chat.pad_id) == pytest.approx(sum(shares) / 2, rel=1e-5)
+    assert sum(shares) / 2 < mean
+
+
 @pytest.mark.parametrize("way", ["covariance", "gram", "range finder"])
 def test_directions_are_ordered_by_what_they_hold(way):
     """The first columns span what the leading singular vectors span, however many are taken."""

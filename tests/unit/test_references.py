@@ -1,10 +1,11 @@
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny
-from cwac_lab import preparation
+from cwac_lab import preparation, prepare
 from cwac_lab import references as module
 from cwac_lab.config import read
 from cwac_lab.constraints.activation import ActivationConstraint
@@ -182,6 +183,17 @@ def test_what_is_held_in_other_forms_reaches_both_constraints(tmp_path, tiny_fol
         x = torch.nn.functional.normalize(torch.cat(inputs))  # as C has them
         left = [x - x @ context.subspace.bases[site] @ context.subspace.bases[site].T for context in (plain, varied)]
         assert left[1].square().sum() < 0.99 * left[0].square().sum()
+
+
+def test_preparing_tells_what_is_held_of_every_form_and_of_the_prompts_to_come(tmp_path, tiny_folder, capsys):
+    small = tiny.small_run(tiny_folder, tmp_path)
+    tiny.launch(prepare.main, [*small, "constraint=weight", "forms=varied", "attack=template_shift"])
+    said = " ".join(capsys.readouterr().out.split())
+    shares = dict(re.findall(r"inputs within the subspace, (.+?): ([\d.]+)", said))
+    held = ["as they stand", *read(tiny.config("forms=varied")).forms.others]
+    to_come = [f"{kind} prompts of test as attack=template_shift asks" for kind in ("harmful", "harmless")]
+    assert list(shares) == [*(f"harmful reference prompts, {name}" for name in held), *to_come]
+    assert all(0.9 < float(share) <= 1 for share in shares.values())
 
 
 def test_no_form_is_one_that_an_attack_asks_in():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -72,8 +72,18 @@ def _passes(sizes: dict[Site, int]) -> Iterator[list[Site]]:
     yield group
 
 
+class _Receiver(Protocol):
+    """Takes the inputs of a site, rows of shape (N, d), batch by batch."""
+
+    def add(self, rows: Float[Tensor, "N d"]) -> None: ...
+
+
 def _fill(
-    held: dict[Site, Solver], model: Any, batches: Sequence[Sequence[Sequence[int]]], spec: SubspaceSpec, pad_id: int
+    held: Mapping[Site, _Receiver],
+    model: Any,
+    batches: Sequence[Sequence[Sequence[int]]],
+    spec: SubspaceSpec,
+    pad_id: int,
 ) -> None:
     counted: Int[Tensor, "B T"]
 
@@ -130,6 +140,47 @@ def build(model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_
         for name, each in found.items()
     }
     write_json(folder / "report.json", report)
+
+
+class _Share:
+    """Adds up what of the inputs of a site lies in directions V of shape (d, k), and all of it."""
+
+    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
+        self.basis, self.within, self.whole = basis.double(), 0.0, 0.0
+
+    def add(self, rows: Float[Tensor, "N d"]) -> None:
+        self.within += float((rows @ self.basis).square().sum())
+        self.whole += float(rows.square().sum())
+
+
+@torch.no_grad()
+def covered(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    subspace: Subspace,
+    spec: SubspaceSpec,
+    pad_id: int,
+    batch_size: int = 16,
+) -> float:
+    """Return how much of the inputs of some prompts lies in the protected directions: ``||V^T x||^2 / ||x||^2``.
+
+    Squares are summed over tokens, counted and scaled as for the subspace itself; the mean is over sites. Of the
+    prompts that it was built from it is the mean of ``Subspace.energy``.
+
+    Args:
+        model: The aligned model, in evaluation mode.
+        prompts: Token ids.
+        subspace: The directions.
+        spec: How they were built.
+        pad_id: Id to pad with.
+        batch_size: Prompts per forward.
+    """
+    sites = {matrix.site: None for matrix in linears(model, spec.modules)}
+    shares = {site: _Share(subspace.bases[site.name].to(model.device)) for site in sites}
+    ordered = sorted(prompts, key=len)
+    batches = [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
+    _fill(shares, model, batches, spec, pad_id)
+    return sum(share.within / share.whole for share in shares.values()) / len(shares)
 
 
 def load(folder: Path) -> Subspace:
