@@ -34,9 +34,8 @@ def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[di
 
 def answered(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> list[dict[str, Any]]:
     """Return the rows with the model's answers, asked as the attack asks."""
-    if run.attack.template is not None:
-        chat = chat.with_template(run.attack.template)
-    engine = ENGINES[run.evaluation.engine](model, chat, run.evaluation.batch_size)
+    asking = chat.with_template(run.attack.template)
+    engine = ENGINES[run.evaluation.engine](model, asking, run.evaluation.batch_size)
     found = []
     for kind, asked in rows.items():
         longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens

@@ -31,12 +31,13 @@ def _covered(
             ids = context.reference[at : at + n]
             yield f"harmful reference prompts, {name}", covered(context.model, ids, subspace, spec, chat.pad_id)
         at += n
-    asking = chat.with_template(run.attack.template) if run.attack.template is not None else chat
+    asking = chat.with_template(run.attack.template)
     for kind in ("harmful", "harmless"):
         rows = begin.pools.get(kind, run.evaluation.split)
         ids = [asking.prompt_ids(run.attack.asked(row.prompt)) for row in rows]
         name = f"{kind} prompts of {run.evaluation.split} as attack={run.attack.name} asks"
-        yield name, covered(context.model, ids, subspace, spec, chat.pad_id)
+        if ids:
+            yield name, covered(context.model, ids, subspace, spec, chat.pad_id)
 
 
 def main(config: DictConfig) -> None:

@@ -126,7 +126,7 @@ def references(
     kept, refusals = _kept(run, pools, content, model, chat, say)
     harmful_ids, benign_ids, forms = _ids(chat, kept), _ids(chat, benign), {}
     for name, form in run.forms.others.items():
-        other = chat if form.template is None else chat.with_template(form.template)
+        other = chat.with_template(form.template)
         held, harmless = ([replace(row, prompt=form.prefix + row.prompt) for row in rows] for rows in (asked, benign))
         if _ids(other, held) == _ids(chat, asked):
             say(f"forms.others.{name}: is the model's own form, nothing is held twice")

@@ -1,44 +1,19 @@
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from omegaconf import OmegaConf
 
 import tiny
-from cwac_lab.cache import cached_folder, digest, write_json
-from cwac_lab.errors import ConfigError, LabError
-from cwac_lab.evaluation.verdicts import aggregate
+from cwac_lab.cache import digest
+from cwac_lab.errors import LabError
 from cwac_lab.report.figures import draw, pareto
 from cwac_lab.report.latex import latex
-from cwac_lab.report.paired import compare, differences
+from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import averages, markdown, summary
-from cwac_lab.results.store import SCHEMA, RunFolder, runs
+from cwac_lab.results.store import RunFolder, runs
 from cwac_lab.stats import wilson
-
-
-def judged(kind, hits, n, field):
-    return [{"kind": kind, "id": f"{kind}{i}", field: i < hits, "incoherent": False} for i in range(n)]
-
-
-def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **config):
-    """Write the record of a finished run with ``hits`` of 100 prompts and ``right`` of 100 rows (None: not judged)."""
-    run = RunFolder(folder / "runs" / f"{task}-{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
-    run.write("config.json", {"constraint": config, "trainer": {"learning_rate": 1}})
-    verdicts = judged("harmful", hits, 100, "complied") + judged("harmless", 2, 100, "refused")
-    verdicts += [
-        {"kind": "task", "id": f"{task}{i}", "correct": None if right is None else i < right} for i in range(100)
-    ]
-    run.write("verdicts.jsonl", verdicts)
-    facts = {"schema": SCHEMA, "weights": "w", "weights_content": "c0ffee", "model": "smollm", "task": task,
-             "data": "local", "split": "test", "constraint": constraint, "harmful_ratio": ratio, "seed": seed,
-             }  # fmt: skip
-    content = {"task_data_sha256": digest(task), "pools_sha256": digest("pools")}
-    run.write("provenance.json", facts | content)
-    run.write("metrics.json", {**facts, **aggregate(verdicts)})
-    run.mark("ok")
-    return run
+from recorded import record
 
 
 def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
@@ -63,28 +38,6 @@ def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
     record(tmp_path, "l2", 0.2, 1, 40, strength=1.0)
     table = summary(records(runs(tmp_path)))
     assert table["variant"].tolist() == ["energy=0.9", "energy=0.99", ""]
-
-
-def test_two_methods_are_compared_on_the_same_items_and_seeds(tmp_path):
-    for seed, (ours, other) in enumerate([(10, 30), (20, 30)]):
-        record(tmp_path, "coupled", 0.2, seed, ours)
-        record(tmp_path, "weight", 0.2, seed, other)
-    record(tmp_path, "weight", 0.2, 2, 99)  # has no partner
-    rows = records(runs(tmp_path))
-    ours, other = ([row for row in rows if row["constraint"] == name] for name in ("coupled", "weight"))
-    difference, p = compare(ours, other)
-    assert (difference.value, difference.seeds, difference.n) == (-15, 2, 100)
-    assert p < 0.01
-    assert compare(other, ours)[0].value == 15
-    assert (compare(ours, other, "over_refusal")[0].value, compare(ours, other, "over_refusal")[1]) == (0, 1)
-    with pytest.raises(ConfigError, match="rate=leak: accepted: "):
-        compare(ours, other, "leak")
-    for row in other:
-        row["config"]["trainer.learning_rate"] = 2
-    with pytest.raises(LabError, match="no two runs to compare harmful_score of"):
-        compare(ours, other)
-    with pytest.raises(LabError, match="both pair with"):
-        compare(ours, [*ours, *ours])
 
 
 def test_forms_of_reference_prompts_are_named_where_such_are_used(tmp_path):
@@ -201,18 +154,6 @@ def test_other_rows_prompts_or_questions_are_no_peers(tmp_path):
     assert sorted(table["variant"]) == ["", "", "task.max_new_tokens=200", "task.max_new_tokens=4"]
 
 
-def test_a_partner_was_asked_alike_and_a_broken_model_is_not_compared(tmp_path):
-    for tokens in (48, 32):
-        start = record(tmp_path, "start", None, 0, 80 if tokens == 48 else 10, tokens=tokens)
-        start.write("config.json", {"constraint": {}, "evaluation": {"max_new_tokens": tokens}})
-    for seed in range(2):
-        run = record(tmp_path, "l2", 0.2, seed, 10)
-        run.write("config.json", run.read("config.json") | {"evaluation": {"max_new_tokens": 32}})
-    run.write("metrics.json", run.read("metrics.json") | {"broken": True})
-    (row,) = differences(records(runs(tmp_path))).to_dict("records")
-    assert row["HS - start"].startswith("+0.0 [-3.7, +3.7] (n=100, 1 seed)")
-
-
 def test_records_that_cannot_be_read_are_told_and_the_others_count(tmp_path):
     record(tmp_path, "none", 0.2, 0, 90)
     old = record(tmp_path, "l2", 0.2, 0, 90)
@@ -247,77 +188,12 @@ def test_a_seed_does_not_count_twice(tmp_path):
     assert summary(records(runs(tmp_path / "starts")))["seeds"].tolist() == [1]
 
 
-def test_adapters_are_rows_and_partners_of_their_own(tmp_path):
-    tuned = {"constraint": {}, "trainer": {"learning_rate": 1}, "tuning": {"method": "lora", "rank": 4}}
-    for constraint, right in (("none", 80), ("weight", 70)):
-        record(tmp_path, constraint, 0.2, 0, 50, right=right)
-        run = record(tmp_path / "apart", constraint, 0.2, 0, 50, right=right // 2)
-        run.write("config.json", tuned)
-        run.path.rename(tmp_path / "runs" / f"lora-{constraint}")
-    rows = records(runs(tmp_path))
-    assert summary(rows)["variant"].tolist() == ["tuning.method=full", "tuning.method=lora"] * 2
-    assert [text.split()[0] for text in differences(rows)["FA - none"]] == ["-10.0", "-5.0"]
-
-
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
     for seed, (reference, size) in enumerate([("all", 8), ("refused", 16)]):
         run = record(tmp_path, "none", 0.2, seed, 90)
         run.write("config.json", {"constraint": {}, "data": {"reference": reference}, "sae": {"k": size}})
     table = summary(records(runs(tmp_path)))
     assert (table["seeds"].tolist(), table["variant"].tolist()) == ([2], [""])
-
-
-def test_differences_are_paired_by_seed_and_item(tmp_path):
-    """Accuracy against the plain run of the seed, refusals against the start; incoherent answers do not count."""
-
-    def judge(run, right, refused):
-        task = [{"kind": "task", "id": f"t{i}", "correct": i < right} for i in range(10)]
-        asked = [
-            {"kind": "harmful", "id": f"h{i}", "refused": i < refused, "complied": i >= refused, "incoherent": i == 9}
-            for i in range(10)
-        ]
-        run.write("verdicts.jsonl", [*task, *reversed(asked)])
-
-    for seed, (plain, held) in enumerate([(8, 6), (9, 9)]):
-        judge(record(tmp_path, "none", 0.2, seed, 90), plain, 0)
-        judge(record(tmp_path, "weight", 0.2, seed, 10), held, 8 - seed)
-    judge(record(tmp_path, "none", 0.1, 0, 90), 0, 0)
-    judge(record(tmp_path, "start", None, 0, 5), 0, 9)
-    rows = records(runs(tmp_path))
-    (row,) = differences(rows).to_dict("records")
-    assert row["constraint"] == "weight"
-    assert row["FA - none"].startswith("-10.0 [")
-    assert row["FA - none"].partition(" p=")[0].endswith("(n=10, 2 seeds)")
-    assert row["HS - start"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
-    assert row["over-refusal - start"] == ""
-    assert "Paired: w (c0ffee) | sst2" in markdown(differences(rows), "Paired: ")
-
-
-def test_a_build_that_fails_leaves_nothing(tmp_path):
-    def broken(folder):
-        (folder / "half").write_text("x")
-        raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError, match="stopped"):
-        cached_folder(tmp_path, "kind", {"a": 1}, broken)
-    assert not any(path.is_dir() for path in (tmp_path / "kind").iterdir())
-    built = []
-    for _ in range(2):
-        folder = cached_folder(tmp_path, "kind", {"a": 1}, lambda f: built.append(write_json(f / "x.json", {})))
-    assert (folder / "x.json").is_file()
-    assert len(built) == 1
-
-
-def test_those_who_need_a_folder_at_once_build_it_once(tmp_path):
-    built = []
-
-    def build(folder):
-        time.sleep(0.2)
-        built.append(write_json(folder / "x.json", {}))
-
-    with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: cached_folder(tmp_path, "kind", {"a": 1}, build), range(4)))
-    assert len(built) == len(folders) == 1
 
 
 def test_latex_marks_the_best_and_the_second_of_each_ratio(tmp_path):

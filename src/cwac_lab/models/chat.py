@@ -33,8 +33,13 @@ class ChatFormat:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
         return str(text)
 
-    def with_template(self, template: str) -> ChatFormat:
-        """Return a format that renders by another template; what begins prompts and ends answers is as in this one."""
+    def with_template(self, template: str | None) -> ChatFormat:
+        """Return a format that renders by another template; what begins prompts and ends answers is as in this one.
+
+        None stands for the template of this one.
+        """
+        if template is None:
+            return self
         begin = self.tokenizer.bos_token
         if begin and self._render("question", None).startswith(begin):
             template = begin + template

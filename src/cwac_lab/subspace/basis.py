@@ -72,6 +72,12 @@ def _passes(sizes: dict[Site, int]) -> Iterator[list[Site]]:
     yield group
 
 
+def _batched(prompts: Sequence[Sequence[int]], size: int) -> list[list[Sequence[int]]]:
+    """Divide prompts, by their length, into batches."""
+    ordered = sorted(prompts, key=len)
+    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+
 class _Receiver(Protocol):
     """Takes the inputs of a site, rows of shape (N, d), batch by batch."""
 
@@ -121,8 +127,7 @@ def leading(
     n = sum(map(len, prompts))
     ranks = {site: None if spec.rank is None else min(spec.rank, width) for site, width in widths.items()}
     kinds = {site: cheapest(n, width, ranks[site]) for site, width in widths.items()}
-    ordered = sorted(prompts, key=len)
-    batches = [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
+    batches = _batched(prompts, batch_size)
     for group in _passes({site: kinds[site].size(n, width) for site, width in widths.items()}):
         held: dict[Site, Solver] = {site: kinds[site](widths[site], model.device) for site in group}
         _fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
@@ -175,11 +180,9 @@ def covered(
         pad_id: Id to pad with.
         batch_size: Prompts per forward.
     """
-    sites = {matrix.site: None for matrix in linears(model, spec.modules)}
+    sites = dict.fromkeys(matrix.site for matrix in linears(model, spec.modules))
     shares = {site: _Share(subspace.bases[site.name].to(model.device)) for site in sites}
-    ordered = sorted(prompts, key=len)
-    batches = [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
-    _fill(shares, model, batches, spec, pad_id)
+    _fill(shares, model, _batched(prompts, batch_size), spec, pad_id)
     return sum(share.within / share.whole for share in shares.values()) / len(shares)
 
 

@@ -1,0 +1,80 @@
+import pytest
+
+from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.report.paired import compare, differences
+from cwac_lab.report.records import records
+from cwac_lab.report.tables import markdown, summary
+from cwac_lab.results.store import runs
+from recorded import record
+
+
+def test_two_methods_are_compared_on_the_same_items_and_seeds(tmp_path):
+    for seed, (ours, other) in enumerate([(10, 30), (20, 30)]):
+        record(tmp_path, "coupled", 0.2, seed, ours)
+        record(tmp_path, "weight", 0.2, seed, other)
+    record(tmp_path, "weight", 0.2, 2, 99)  # has no partner
+    rows = records(runs(tmp_path))
+    ours, other = ([row for row in rows if row["constraint"] == name] for name in ("coupled", "weight"))
+    difference, p = compare(ours, other)
+    assert (difference.value, difference.seeds, difference.n) == (-15, 2, 100)
+    assert p < 0.01
+    assert compare(other, ours)[0].value == 15
+    assert (compare(ours, other, "over_refusal")[0].value, compare(ours, other, "over_refusal")[1]) == (0, 1)
+    with pytest.raises(ConfigError, match="rate=leak: accepted: "):
+        compare(ours, other, "leak")
+    for row in other:
+        row["config"]["trainer.learning_rate"] = 2
+    with pytest.raises(LabError, match="no two runs to compare harmful_score of"):
+        compare(ours, other)
+    with pytest.raises(LabError, match="both pair with"):
+        compare(ours, [*ours, *ours])
+
+
+def test_a_partner_was_asked_alike_and_a_broken_model_is_not_compared(tmp_path):
+    for tokens in (48, 32):
+        start = record(tmp_path, "start", None, 0, 80 if tokens == 48 else 10, tokens=tokens)
+        start.write("config.json", {"constraint": {}, "evaluation": {"max_new_tokens": tokens}})
+    for seed in range(2):
+        run = record(tmp_path, "l2", 0.2, seed, 10)
+        run.write("config.json", run.read("config.json") | {"evaluation": {"max_new_tokens": 32}})
+    run.write("metrics.json", run.read("metrics.json") | {"broken": True})
+    (row,) = differences(records(runs(tmp_path))).to_dict("records")
+    assert row["HS - start"].startswith("+0.0 [-3.7, +3.7] (n=100, 1 seed)")
+
+
+def test_differences_are_paired_by_seed_and_item(tmp_path):
+    """Accuracy against the plain run of the seed, refusals against the start; incoherent answers do not count."""
+
+    def judge(run, right, refused):
+        task = [{"kind": "task", "id": f"t{i}", "correct": i < right} for i in range(10)]
+        asked = [
+            {"kind": "harmful", "id": f"h{i}", "refused": i < refused, "complied": i >= refused, "incoherent": i == 9}
+            for i in range(10)
+        ]
+        run.write("verdicts.jsonl", [*task, *reversed(asked)])
+
+    for seed, (plain, held) in enumerate([(8, 6), (9, 9)]):
+        judge(record(tmp_path, "none", 0.2, seed, 90), plain, 0)
+        judge(record(tmp_path, "weight", 0.2, seed, 10), held, 8 - seed)
+    judge(record(tmp_path, "none", 0.1, 0, 90), 0, 0)
+    judge(record(tmp_path, "start", None, 0, 5), 0, 9)
+    rows = records(runs(tmp_path))
+    (row,) = differences(rows).to_dict("records")
+    assert row["constraint"] == "weight"
+    assert row["FA - none"].startswith("-10.0 [")
+    assert row["FA - none"].partition(" p=")[0].endswith("(n=10, 2 seeds)")
+    assert row["HS - start"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
+    assert row["over-refusal - start"] == ""
+    assert "Paired: w (c0ffee) | sst2" in markdown(differences(rows), "Paired: ")
+
+
+def test_adapters_are_rows_and_partners_of_their_own(tmp_path):
+    tuned = {"constraint": {}, "trainer": {"learning_rate": 1}, "tuning": {"method": "lora", "rank": 4}}
+    for constraint, right in (("none", 80), ("weight", 70)):
+        record(tmp_path, constraint, 0.2, 0, 50, right=right)
+        run = record(tmp_path / "apart", constraint, 0.2, 0, 50, right=right // 2)
+        run.write("config.json", tuned)
+        run.path.rename(tmp_path / "runs" / f"lora-{constraint}")
+    rows = records(runs(tmp_path))
+    assert summary(rows)["variant"].tolist() == ["tuning.method=full", "tuning.method=lora"] * 2
+    assert [text.split()[0] for text in differences(rows)["FA - none"]] == ["-10.0", "-5.0"]
