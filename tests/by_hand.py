@@ -8,12 +8,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import tiny
-from cwac_lab.data.batches import TrainData, collate
+from cwac_lab.data.batches import collate
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defense import Context
 from cwac_lab.models.chat import IGNORED
 from cwac_lab.training.loop import fit
-from cwac_lab.training.module import TrainerConfig
+from cwac_lab.training.module import TrainData
+from cwac_lab.training.settings import TrainerConfig
 
 ROWS = [(f"question {i} " + "more " * (i % 4), "an answer " + str(i)) for i in range(16)]
 REFUSALS = [TrainRow(f"r{i}", f"bad request {i}" + " now" * (i % 3), "I can't help.", False) for i in range(5)]

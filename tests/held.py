@@ -14,7 +14,7 @@ from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.sae.latents import LayerFeatures
 from cwac_lab.subspace.basis import Subspace, leading
 from cwac_lab.training.loop import fit
-from cwac_lab.training.module import TrainerConfig
+from cwac_lab.training.settings import TrainerConfig
 
 FULL, LORA = TuningConfig(), TuningConfig(method="lora", rank=3, alpha=6)
 HALF, QLORA = replace(LORA, base="bfloat16"), replace(LORA, base="nf4")

@@ -62,7 +62,7 @@ def logged(folder, strategy):
     """What the loop logs, by step."""
     from lightning.pytorch.loggers import CSVLogger
 
-    loggers = [CSVLogger(folder, name="", version=strategy)] if distributed.rank() == 0 else []
+    loggers = [CSVLogger(folder, name="", version="together")] if distributed.rank() == 0 else []
     watched(loggers, devices=2, strategy=strategy)
 
 
@@ -85,6 +85,7 @@ def lose(folder, strategy):
 
 
 if __name__ == "__main__":
-    mode, where, chosen = sys.argv[1:]
+    modes, where, chosen = sys.argv[1:]
     with distributed.group(torch.device("cpu")):
-        globals()[mode](Path(where), chosen)
+        for mode in modes.split(","):
+            globals()[mode](Path(where), chosen)

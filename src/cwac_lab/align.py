@@ -10,12 +10,14 @@ from cwac_lab import cli
 def main(config: DictConfig) -> None:
     """Align, and print the rates before and after on the validation pool."""
     from cwac_lab.config import read
+
+    run = read(config)
     from cwac_lab.preparation import start
     from cwac_lab.results.console import Screen
     from cwac_lab.training.alignment import alignment_report
 
     screen = Screen()
-    begin = start(read(config), screen.say)
+    begin = start(run, screen.say)
     report = alignment_report(begin.folder.path)
     if report is None:
         screen.say(f"{begin.folder.description}: not aligned here (model.align=none)")

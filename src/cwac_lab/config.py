@@ -25,8 +25,7 @@ from cwac_lab.groups import AlignConfig, DiagnosticsConfig, EvaluationConfig, Pr
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.sae.train import SAEConfig
-from cwac_lab.training.loop import LoggerConfig
-from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
+from cwac_lab.training.settings import INCIDENTAL_TRAINER, LoggerConfig, TrainerConfig
 
 # Compositions with a name of their own; others are called after their parts.
 _NAMES = {(): "none", ("activation", "weight"): "coupled"}

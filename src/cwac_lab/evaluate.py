@@ -13,7 +13,6 @@ def main(config: DictConfig) -> None:
     """Read the run's own configuration, judge, and rewrite verdicts and metrics."""
     from cwac_lab.config import read
     from cwac_lab.errors import ConfigError
-    from cwac_lab.experiment import rejudge
     from cwac_lab.judges import check
     from cwac_lab.results import store
     from cwac_lab.results.console import Screen
@@ -26,6 +25,8 @@ def main(config: DictConfig) -> None:
         asked.evaluation.judges = config.judges
     run = read(asked)
     check(run.evaluation.judges)
+    from cwac_lab.experiment import rejudge
+
     rejudge(run, folder, Screen())
 
 

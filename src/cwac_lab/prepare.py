@@ -43,10 +43,12 @@ def _covered(
 def main(config: DictConfig) -> None:
     """Align where needed, then build subspace, autoencoder and latents."""
     from cwac_lab.config import read
+
+    run = read(config)
     from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
 
-    screen, run = Screen(), read(config)
+    screen = Screen()
     begin = start(run, screen.say)
     model, chat = begin.load(run)
     context, facts = artefacts(run, begin, model, chat, screen.say)

@@ -50,8 +50,6 @@ def main(config: DictConfig) -> None:
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import runs
     from cwac_lab.sweep import grid
-    from cwac_lab.sweep.cells import Cells
-    from cwac_lab.sweep.runner import sweep
 
     root = Path(config.output_root)
     if config.exp is None:
@@ -66,6 +64,9 @@ def main(config: DictConfig) -> None:
     folders = grid.find(Path(config.experiments_root), None if names == ["all"] else names)
     if not folders:
         raise MissingAsset(f"experiments_root={config.experiments_root}: no experiment with a {grid.FILE} there")
+    from cwac_lab.sweep.cells import Cells
+    from cwac_lab.sweep.runner import sweep
+
     screen, cells, failed = Screen(), Cells(root), []
     grids: list[Grid] = [grid.read(folder, config.profile_name) for folder in folders]
     for each in grids:

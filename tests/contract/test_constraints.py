@@ -17,7 +17,7 @@ from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.defense import Defense
 from cwac_lab.errors import ConfigError
 from cwac_lab.training.loop import fit
-from cwac_lab.training.module import TrainerConfig
+from cwac_lab.training.settings import TrainerConfig
 from held import ROWS, context, train
 
 

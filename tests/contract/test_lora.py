@@ -117,7 +117,7 @@ def test_the_weight_constraint_equals_factors_that_read_projected_inputs(project
     attach(reference, LORA, 0)
     fed.prepare(context(reference, fed))
     from cwac_lab.training.loop import fit
-    from cwac_lab.training.module import TrainerConfig
+    from cwac_lab.training.settings import TrainerConfig
 
     chat = tiny.chat()
     settings = TrainerConfig(batch_size=4, learning_rate=1e-2, weight_decay=0.1, progress_bar=False)

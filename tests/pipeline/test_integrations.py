@@ -23,7 +23,6 @@ from cwac_lab.baselines.sppft import SPPFT
 from cwac_lab.cache import write_jsonl
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.data.batches import TrainData
 from cwac_lab.defense import Composite
 from cwac_lab.errors import ConfigError
 from cwac_lab.examples import trainer as example
@@ -31,6 +30,7 @@ from cwac_lab.integrations import DefenseCallback, named, protect
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.sites import linears
 from cwac_lab.subspace.basis import leading
+from cwac_lab.training.module import TrainData
 from held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
 
 DEFENSES = {

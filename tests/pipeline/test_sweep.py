@@ -56,14 +56,14 @@ def test_the_cells_of_a_profile_replace_the_others(tmp_path):
 
 @pytest.mark.parametrize("folder", grid.find(ROOT / "experiments", None), ids=lambda folder: folder.name)
 def test_every_grid_of_the_project_composes(folder):
+    """Each value of each key at least once, in every profile."""
     assert (folder / "README.md").is_file()
     for profile in ("embedded", "small", "paper"):
-        pairs = {}
+        seen = set()
         for overrides in grid.read(folder, profile).runs(1):
-            named = tuple(o for o in overrides if o.partition("=")[0] in ("model", "constraint", "finetune"))
-            pairs.setdefault(overrides if profile == "embedded" else named, overrides)
-        for overrides in pairs.values():
-            runner.composed((*overrides, "trainer.accelerator=cpu"))
+            if not seen.issuperset(overrides):
+                seen.update(overrides)
+                runner.composed((*overrides, "trainer.accelerator=cpu"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from cwac_lab.benchmarks import generation, steps, subspace, trainers
 from cwac_lab.config import read
 from cwac_lab.data.batches import collate
 from cwac_lab.errors import LabError
-from cwac_lab.training.module import TrainerConfig
+from cwac_lab.training.settings import TrainerConfig
 
 
 def test_every_way_of_the_subspace_is_measured_against_the_dense_one(capsys):

@@ -9,7 +9,7 @@ import tiny
 from cwac_lab.binding import bind
 from cwac_lab.config import read
 from cwac_lab.data import mixing
-from cwac_lab.data.batches import TrainData, collate, pad, plan_batches
+from cwac_lab.data.batches import collate, pad, plan_batches
 from cwac_lab.data.pools import POOLS, Pools, assert_disjoint, build_pools
 from cwac_lab.data.responses import REFUSALS, compliance
 from cwac_lab.data.sources import DataConfig, PromptRow, Prompts, load_prompts, load_task_rows
@@ -21,6 +21,7 @@ from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
 from cwac_lab.judges.refusal import is_refusal
 from cwac_lab.models.answers import mean_over_answers, mean_over_tokens, share
 from cwac_lab.models.chat import IGNORED, Encoded
+from cwac_lab.training.module import TrainData
 
 TASK_ROWS = [TaskRow(f"t{i}", f"task {i}", "positive", "positive") for i in range(60)]
 HARMFUL = [PromptRow(f"h{i}", f"request {i}") for i in range(40)]

@@ -57,7 +57,7 @@ def _own(rows: _Rows) -> list[float]:
     from cwac_lab.models.chat import Encoded
     from cwac_lab.models.loading import load_model
     from cwac_lab.training.loop import fit
-    from cwac_lab.training.module import TrainerConfig
+    from cwac_lab.training.settings import TrainerConfig
 
     ticks: list[float] = []
 

@@ -1,17 +1,14 @@
-"""From training rows to padded tensors: a plan of length-bucketed batches, and the Lightning data module."""
+"""From training rows to padded tensors, and a plan of length-bucketed batches."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
 
-import lightning as L
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cwac_lab.models.answers import Batch, Piece
 from cwac_lab.models.chat import IGNORED, Encoded
@@ -80,32 +77,3 @@ def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int
         source.shuffle(batches)
         plan += batches
     return plan
-
-
-class TrainData(L.LightningDataModule):
-    """Serves a fixed plan of steps from a given one on, so that a resumed run sees exactly the rows left.
-
-    The rows of a step do not depend on how many devices and accumulated forwards they are divided among.
-    """
-
-    def __init__(
-        self, examples: Sequence[Encoded], pad_id: int, batch_size: int, epochs: int, seed: int, first_step: int = 0,
-        accumulate: int = 1,
-    ) -> None:  # fmt: skip
-        """Plan all epochs, ``batch_size * accumulate`` rows a step; ``first_step`` steps are skipped."""
-        super().__init__()
-        self.examples, self.pad_id, self.accumulate = examples, pad_id, accumulate
-        self.plan = plan_batches([len(e.input_ids) for e in examples], batch_size * accumulate, epochs, seed)
-        self.first_step = first_step
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader over this process's pieces of the steps that are left."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        of = self.accumulate * world
-        pieces = [(rows, index) for rows in self.plan[self.first_step :] for index in range(rank, of, world)]
-
-        def batch(piece: tuple[list[int], int]) -> Batch:
-            rows, index = piece
-            return collate([self.examples[row] for row in rows], self.pad_id, index, of)
-
-        return DataLoader(pieces, batch_size=None, collate_fn=batch)  # type: ignore[arg-type]

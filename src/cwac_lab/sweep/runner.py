@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from cwac_lab.cli import compose
@@ -90,11 +91,20 @@ def outcomes(runs: Sequence[Overrides], jobs: int, screen: Screen) -> Iterator[O
         left, jobs = lost, 1
 
 
+def _fresh() -> BaseContext:
+    """Return what starts workers that share no state: where it can, forked off a process that only imported all."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["cwac_lab.experiment"])
+    return context
+
+
 def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, list[Overrides]]:
     """Yield outcomes from a pool of processes; returns, in order, the runs that were lost when a process died."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     lost = []
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, _fresh(), _prepare_worker, (threads,)) as pool:
         waiting = {pool.submit(_work, overrides): overrides for overrides in runs}
         for done in as_completed(waiting):
             try:

@@ -22,7 +22,7 @@ from cwac_lab.judges.refusal import JUDGED_BY, RefusalJudge, is_refusal
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
 from cwac_lab.training.loop import fit
-from cwac_lab.training.module import INCIDENTAL_TRAINER, TrainerConfig
+from cwac_lab.training.settings import INCIDENTAL_TRAINER, TrainerConfig
 
 REPORT = "alignment.json"
 # The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,12 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from cwac_lab import distributed
 from cwac_lab.cache import digest
-from cwac_lab.data.batches import TrainData
 from cwac_lab.defense import Defense
-from cwac_lab.errors import LabError, MissingAsset, one_of
+from cwac_lab.errors import LabError, MissingAsset
 from cwac_lab.models.chat import Encoded
 from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
-from cwac_lab.training.module import INCIDENTAL_TRAINER, FineTuning, TrainerConfig
-
-
-@dataclass
-class LoggerConfig:
-    """The ``logger`` group: a CSV file is always written; Weights & Biases can be added.
-
-    Attributes:
-        wandb: ``offline`` (files in the run folder), ``online`` or ``off``.
-        project: Project name for Weights & Biases.
-    """
-
-    wandb: str = "offline"
-    project: str = "cwac-lab"
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        one_of("wandb", self.wandb, ("offline", "online", "off"))
+from cwac_lab.training.module import FineTuning, TrainData
+from cwac_lab.training.settings import INCIDENTAL_TRAINER, LoggerConfig, TrainerConfig
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -12,94 +11,16 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from cwac_lab.data.batches import collate, plan_batches
 from cwac_lab.defense import Defense
-from cwac_lab.errors import in_range, one_of
 from cwac_lab.models.answers import Batch, answer_loss
+from cwac_lab.models.chat import Encoded
 from cwac_lab.models.shards import is_sharded
+from cwac_lab.training.settings import TrainerConfig
 from cwac_lab.training.sharding import Sharded, clip_grad_norm
-
-PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-# Settings that change nothing of what is computed, but for rounding.
-INCIDENTAL_TRAINER = ("progress_bar", "export", "checkpoint_every_n_steps", "gradient_checkpointing", "strategy")
-STRATEGIES = ("ddp", "fsdp")
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-
-
-@dataclass
-class TrainerConfig:
-    """The ``trainer`` group.
-
-    Attributes:
-        epochs: Passes over the mixture.
-        batch_size: Rows per forward, of all devices together: a run does not depend on how many there are.
-        accumulate: Forwards per optimizer step.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay, on matrices only.
-        schedule: Learning-rate schedule, one of ``SCHEDULES``.
-        warmup_share: Share of the steps with linear warm-up (not for ``constant``).
-        gradient_clip: Largest gradient norm; 0 means no clipping.
-        max_length: Tokens a conversation is cut to.
-        precision: Lightning precision, one of ``PRECISIONS``.
-        accelerator: Lightning accelerator (``cpu``, ``cuda``, ``auto``).
-        devices: Number of devices of this machine, each with a process of its own.
-        strategy: ``ddp``: every device holds the model; ``fsdp``: its weights, gradients and moments are sharded.
-        gradient_checkpointing: Keep only each layer's input for the backward pass and compute the rest again: less
-            memory, more time.
-        checkpoint_every_n_steps: Optimizer steps between resumable checkpoints; 0 means none.
-        export: Save the fine-tuned model into the run folder.
-        progress_bar: Show Lightning's progress bar.
-    """
-
-    epochs: int = 1
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    schedule: str = "linear"
-    warmup_share: float = 0.1
-    gradient_clip: float = 1.0
-    max_length: int = 512
-    precision: str = "32-true"
-    accelerator: str = "cpu"
-    devices: int = 1
-    strategy: str = "ddp"
-    gradient_checkpointing: bool = False
-    checkpoint_every_n_steps: int = 0
-    export: bool = True
-    progress_bar: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        for key in ("epochs", "batch_size", "accumulate"):
-            in_range(key, getattr(self, key), 1)
-        in_range("devices", self.devices, 1)
-        one_of("strategy", self.strategy, STRATEGIES)
-        in_range("max_length", self.max_length, 16)
-        in_range("learning_rate", self.learning_rate, 0, open_low=True)
-        for key in ("weight_decay", "gradient_clip", "checkpoint_every_n_steps"):
-            in_range(key, getattr(self, key), 0)
-        in_range("warmup_share", self.warmup_share, 0, 1)
-        one_of("schedule", self.schedule, SCHEDULES)
-        one_of("precision", self.precision, PRECISIONS)
-        one_of("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
-
-    @property
-    def device(self) -> torch.device:
-        """The device that models are prepared, trained and evaluated on."""
-        if self.accelerator != "auto":
-            return torch.device(self.accelerator)
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that weights are loaded in."""
-        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
-
-    def autocast(self) -> torch.autocast:
-        """Return a new context in which a forward computes as in training."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
 class FineTuning(L.LightningModule):
@@ -192,3 +113,32 @@ class FineTuning(L.LightningModule):
         if self._restore is not None:
             self._restore(self.optimizer, self.schedule)
         return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
+
+
+class TrainData(L.LightningDataModule):
+    """Serves a fixed plan of steps from a given one on, so that a resumed run sees exactly the rows left.
+
+    The rows of a step do not depend on how many devices and accumulated forwards they are divided among.
+    """
+
+    def __init__(
+        self, examples: Sequence[Encoded], pad_id: int, batch_size: int, epochs: int, seed: int, first_step: int = 0,
+        accumulate: int = 1,
+    ) -> None:  # fmt: skip
+        """Plan all epochs, ``batch_size * accumulate`` rows a step; ``first_step`` steps are skipped."""
+        super().__init__()
+        self.examples, self.pad_id, self.accumulate = examples, pad_id, accumulate
+        self.plan = plan_batches([len(e.input_ids) for e in examples], batch_size * accumulate, epochs, seed)
+        self.first_step = first_step
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader over this process's pieces of the steps that are left."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        of = self.accumulate * world
+        pieces = [(rows, index) for rows in self.plan[self.first_step :] for index in range(rank, of, world)]
+
+        def batch(piece: tuple[list[int], int]) -> Batch:
+            rows, index = piece
+            return collate([self.examples[row] for row in rows], self.pad_id, index, of)
+
+        return DataLoader(pieces, batch_size=None, collate_fn=batch)  # type: ignore[arg-type]
