@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -52,13 +52,16 @@ def loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, A
     from lightning.pytorch.loggers import WandbLogger
 
     outer, failed = wandb.run, 1  # a run that the caller has begun is the caller's to end
-    # By mode: Lightning's offline=True sets a variable for the whole process, which wandb reads once.
-    mode = "offline" if config.wandb == "offline" else None
-    made.append(WandbLogger(name=name, project=config.project, save_dir=folder, config=settings, mode=mode))
-    try:
-        _ = made[-1].experiment
-    except wandb.Error as error:
-        raise MissingAsset(f"logger.wandb={config.wandb}: {error} (accepted: offline, off)") from error
+    # Begun here: Lightning would pass a setting that wandb has dropped, which wandb warns of.
+    mode: Literal["offline"] | None = "offline" if config.wandb == "offline" else None
+    if outer is None:
+        try:
+            begun = wandb.init(name=name, project=config.project, dir=folder, config=settings, mode=mode)
+        except wandb.Error as error:
+            raise MissingAsset(f"logger.wandb={config.wandb}: {error} (accepted: offline, off)") from error
+        begun.define_metric("trainer/global_step")
+        begun.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    made.append(WandbLogger(save_dir=folder, experiment=outer or begun))
     try:
         yield made
         failed = 0
