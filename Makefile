@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# not byte-compiled: of 23,000 files a run imports a few thousand, which Python compiles as it does
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 READY := $(VENV)/.ready
 ARGS ?=
 EXP ?= all
@@ -52,7 +53,7 @@ report: $(READY)  ## one page to explore all runs: outputs/report/index.html
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## the smoke test on real weights
+test-slow: $(READY)  ## real weights; sweeps that are killed
 	$(BIN)/pytest -q -m slow $(ARGS)
 
 lint: $(READY)  ## ruff: style and format
