@@ -64,11 +64,11 @@ def main(config: DictConfig) -> None:
     folders = grid.find(Path(config.experiments_root), None if names == ["all"] else names)
     if not folders:
         raise MissingAsset(f"experiments_root={config.experiments_root}: no experiment with a {grid.FILE} there")
+    grids: list[Grid] = [grid.read(folder, config.profile_name) for folder in folders]
     from cwac_lab.sweep.cells import Cells
     from cwac_lab.sweep.runner import sweep
 
     screen, cells, failed = Screen(), Cells(root), []
-    grids: list[Grid] = [grid.read(folder, config.profile_name) for folder in folders]
     for each in grids:
         screen.say(f"{each.name}: {each.title}")
         wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]

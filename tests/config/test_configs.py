@@ -1,6 +1,7 @@
 import itertools
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,13 @@ def test_bad_input_is_one_line_and_exit_code_2(entry, arguments, expected, monke
     assert err.count("\n") == 1
     assert expected in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_is_read_without_what_training_needs():
+    """Which takes seconds to import; a process of its own, as this one has imported it."""
+    late = ("lightning", "peft", "transformers", "scipy")
+    asked = f"import sys, cwac_lab.config, cwac_lab.train; print([name for name in {late} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True).stdout == b"[]\n"
 
 
 def call(main, name, arguments, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,14 @@ def test_the_cells_of_a_profile_replace_the_others(tmp_path):
 
 @pytest.mark.parametrize("folder", grid.find(ROOT / "experiments", None), ids=lambda folder: folder.name)
 def test_every_grid_of_the_project_composes(folder):
-    """Each value of each key at least once, in every profile."""
+    """In every profile, each value of each key, and each constraint with each model."""
     assert (folder / "README.md").is_file()
     for profile in ("embedded", "small", "paper"):
         seen = set()
         for overrides in grid.read(folder, profile).runs(1):
-            if not seen.issuperset(overrides):
-                seen.update(overrides)
+            named = tuple(o for o in overrides if o.partition("=")[0] in ("model", "constraint", "finetune"))
+            if not seen.issuperset({named, *overrides}):
+                seen.update({named, *overrides})
                 runner.composed((*overrides, "trainer.accelerator=cpu"))
 
 
@@ -158,6 +160,25 @@ def test_a_run_that_kills_its_process_takes_no_other_with_it(monkeypatch):
     assert {outcome.overrides for outcome in found} == set(work)
     assert len(found) == len(work)
     assert [outcome.overrides for outcome in found if outcome.status == "failed"] == [("kill",)]
+
+
+@pytest.mark.parametrize(("accelerated", "way"), [(False, "forkserver"), (True, "spawn")])
+def test_workers_are_not_forked_where_a_gpu_may_have_been_asked_for(accelerated, way, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerated)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert runner._fresh().get_start_method() == way
+
+
+def test_workers_see_the_environment_of_now(monkeypatch):
+    monkeypatch.setattr(runner, "_work", tell)
+    for value in ("a", "b"):
+        monkeypatch.setenv("CWAC_LAB_TOLD", value)
+        (found,) = runner._pooled([("CWAC_LAB_TOLD",)], 1)
+        assert found.reason == value
+
+
+def tell(overrides):
+    return runner.Outcome(overrides, "ok", os.environ[overrides[0]])
 
 
 def perhaps_die(overrides):

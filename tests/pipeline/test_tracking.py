@@ -111,6 +111,18 @@ def test_a_failed_run_ends_as_failed(tmp_path):
     assert told(tmp_path)[2] == [1]
 
 
+def test_a_run_is_begun_under_its_name_project_and_settings(tmp_path, monkeypatch):
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen1")  # which is to be gone on with, online
+    try:
+        with loop.loggers(loop.LoggerConfig("offline", "mine"), tmp_path, "named", {"seed": 3}) as made:
+            begun = made[1].experiment
+            told = (begun.name, begun.project, begun.id, dict(begun.config), begun.settings.resume)
+        assert told == ("named", "mine", "chosen1", {"seed": 3}, "allow")
+    finally:
+        wandb.teardown()
+
+
 def test_a_run_that_the_caller_has_begun_is_left_open(root, tmp_path):
     with wandb.init(mode="offline", dir=str(tmp_path)) as outer:
         with loop.loggers(loop.LoggerConfig(wandb="offline"), tmp_path, "inner", {}) as made:

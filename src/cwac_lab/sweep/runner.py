@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -64,9 +65,11 @@ def _work(overrides: Overrides) -> Outcome:
     return attempt(overrides, Screen(quiet=True))
 
 
-def _prepare_worker(threads: int) -> None:
+def _prepare_worker(threads: int, environment: dict[str, str]) -> None:
     import torch
 
+    os.environ.clear()  # what it is forked off may be older than a variable
+    os.environ.update(environment)
     torch.set_num_threads(threads)
 
 
@@ -92,8 +95,13 @@ def outcomes(runs: Sequence[Overrides], jobs: int, screen: Screen) -> Iterator[O
 
 
 def _fresh() -> BaseContext:
-    """Return what starts workers that share no state: where it can, forked off a process that only imported all."""
-    if "forkserver" not in get_all_start_methods():
+    """Return what starts workers that share no state: where that is safe, forked off a process that has only imported.
+
+    Imports may ask for a GPU, after which CUDA does not start in a fork; on macOS libraries do not survive one.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.accelerator.is_available():
         return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload(["cwac_lab.experiment"])
@@ -104,7 +112,7 @@ def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, li
     """Yield outcomes from a pool of processes; returns, in order, the runs that were lost when a process died."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     lost = []
-    with ProcessPoolExecutor(jobs, _fresh(), _prepare_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, _fresh(), _prepare_worker, (threads, dict(os.environ))) as pool:
         waiting = {pool.submit(_work, overrides): overrides for overrides in runs}
         for done in as_completed(waiting):
             try:

@@ -56,13 +56,15 @@ def loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, A
     mode: Literal["offline"] | None = "offline" if config.wandb == "offline" else None
     if outer is None:
         try:
-            begun = wandb.init(name=name, project=config.project, dir=folder, config=settings, mode=mode)
+            wandb.init(name=name, project=config.project, config=settings, dir=folder, mode=mode, resume="allow")
         except wandb.Error as error:
             raise MissingAsset(f"logger.wandb={config.wandb}: {error} (accepted: offline, off)") from error
-        begun.define_metric("trainer/global_step")
-        begun.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    made.append(WandbLogger(save_dir=folder, experiment=outer or begun))
     try:
+        assert wandb.run is not None
+        if outer is None:
+            wandb.run.define_metric("trainer/global_step")
+            wandb.run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        made.append(WandbLogger(save_dir=folder, experiment=wandb.run))
         yield made
         failed = 0
     finally:
