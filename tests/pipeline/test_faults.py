@@ -70,6 +70,11 @@ def last_write(root):
     return max(times)
 
 
+def finished(root):
+    """Return how many runs of a store have their metrics."""
+    return len(list((root / "runs").glob("*/metrics.json")))
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_thirty_times_ends_with_the_same_table(lively_folder, tmp_path):
     settings = {"trainer.checkpoint_every_n_steps": 1, "trainer.learning_rate": 0.01, "evaluation.max_new_tokens": 6}
@@ -82,11 +87,14 @@ def test_a_sweep_that_is_killed_thirty_times_ends_with_the_same_table(lively_fol
     source, unfinished, seen = random.Random(0), 0, set()
     for _ in range(30):
         child = FORK.Process(target=sweep, args=(broken,))
-        begin = time.time()
+        begin, done = time.time(), finished(tmp_path / "broken")
         child.start()
         while child.is_alive() and last_write(tmp_path / "broken") < begin:
             child.join(0.01)
-        child.join(span * source.uniform(0, 1.5))  # somewhere in a run
+        # Somewhere in a run, or as one ends: however fast the machine is now, no child gets further.
+        end = time.time() + span * source.uniform(0, 1.5)
+        while child.is_alive() and time.time() < end and finished(tmp_path / "broken") == done:
+            child.join(0.01)
         unfinished += child.is_alive()
         child.kill()
         child.join()
