@@ -211,9 +211,9 @@ def test_nothing_is_tuned_on_the_test_split(tiny_folder, tmp_path, capsys):
     assert "evaluation.split=test: accepted: validation" in capsys.readouterr().err
 
 
-def test_trouble_after_a_users_error_is_not_hidden(monkeypatch):
+def test_trouble_after_a_users_error_is_not_hidden(tmp_path):
     def one_of_two(config):
         raise ConfigError("seed", 0, "1") if config.seed == 0 else ValueError("a fault of ours")
 
     with pytest.raises(ValueError, match="a fault of ours"):
-        tiny.launch(one_of_two, ["-m", "seed=0,1"])
+        tiny.launch(one_of_two, ["-m", "seed=0,1", f"output_root={tmp_path}"])
