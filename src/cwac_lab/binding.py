@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from hydra.utils import get_class
@@ -29,40 +31,44 @@ def _construct(key: str, cls: type[T], node: DictConfig) -> T:
         raise ConfigError(f"{key}.{error.key}", error.value, error.accepted) from None
 
 
+@lru_cache(maxsize=1024)
+def _merged(cls: type, text: str) -> Any:
+    """Return checked settings; runs of a sweep share most of theirs, and checking takes most of the time of reading."""
+    return OmegaConf.merge(OmegaConf.structured(cls), json.loads(text))
+
+
 def bind(key: str, cls: type[T], node: Any) -> T:
-    """Return an instance of a dataclass from a config node; unknown keys and wrong types are errors.
+    """Return an instance of a dataclass from plain settings; unknown keys and wrong types are errors.
 
     Raises:
         ConfigError: Naming the full key, the value, and what would be accepted.
     """
-    schema = OmegaConf.structured(cls)
     try:
-        merged = OmegaConf.merge(schema, node)
+        merged = _merged(cls, json.dumps(node))  # type: ignore[arg-type]  # a class is hashable
     except ConfigKeyError as error:
         inner = str(error.full_key).removeprefix("_target_")
         known = [field.name for field in fields(error.object_type)] if is_dataclass(error.object_type) else []
-        seen = OmegaConf.select(node, inner)
+        seen = OmegaConf.select(OmegaConf.create(node), inner)
         raise ConfigError(f"{key}.{inner}", seen, f"one of the keys {', '.join(known)}") from None
     except (ValidationError, OmegaConfBaseException) as error:
         first = str(error).splitlines()[0]
         inner = str(error.full_key or "")
         raise ConfigError(
-            f"{key}.{inner}".rstrip("."), OmegaConf.select(node, inner), f"a value that fits ({first})"
+            f"{key}.{inner}".rstrip("."),
+            OmegaConf.select(OmegaConf.create(node), inner),
+            f"a value that fits ({first})",
         ) from None
     assert isinstance(merged, DictConfig)
     return _construct(key, cls, merged)
 
 
-def _without_targets(node: DictConfig) -> DictConfig:
-    plain = OmegaConf.to_container(node, resolve=True)
-
-    def strip(value: Any) -> Any:
-        return {k: strip(v) for k, v in value.items() if k != "_target_"} if isinstance(value, dict) else value
-
-    return OmegaConf.create(strip(plain))
+def _without_targets(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_targets(each) for key, each in value.items() if key != "_target_"}
 
 
-def bind_target(key: str, base: type[T], node: DictConfig) -> T:
+def bind_target(key: str, base: type[T], node: dict[str, Any]) -> T:
     """Return the object that a node's ``_target_`` names; the class must be one of this package.
 
     Raises:

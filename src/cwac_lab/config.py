@@ -78,8 +78,15 @@ class Run:
         return self.constraint_name if self.finetune else "start"
 
 
+class _Settings(dict[str, Any]):
+    """Plain settings; a key that was taken out is a user's error."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(key, "", "a value (it has no default)")
+
+
 def _part(key: str, node: Any) -> Defense:
-    if not isinstance(node, DictConfig):
+    if not isinstance(node, dict):
         raise ConfigError(key, node, "the settings of a defence, as constraint=[weight,activation] composes them")
     return bind_target(key, Defense, node)
 
@@ -90,12 +97,11 @@ def requirements(parts: dict[str, Any]) -> Requirements:
     Raises:
         ConfigError: If a part or one of its settings is unknown.
     """
-    nodes = OmegaConf.create(parts)
-    return Composite({name: _part(f"constraint.{name}", nodes[name]) for name in parts}).requirements
+    return Composite({name: _part(f"constraint.{name}", node) for name, node in parts.items()}).requirements
 
 
-def _scalars(config: DictConfig) -> dict[str, Any]:
-    ratio, seed = config.harmful_ratio, config.seed
+def _scalars(config: _Settings) -> dict[str, Any]:
+    ratio, seed = config["harmful_ratio"], config["seed"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise ConfigError("harmful_ratio", ratio, "a number in [0, 1]")
     in_range("harmful_ratio", ratio, 0, 1)
@@ -104,7 +110,7 @@ def _scalars(config: DictConfig) -> dict[str, Any]:
     in_range("seed", seed, 0)
     for key in ("finetune", "force"):
         one_of(key, config[key], (True, False))
-    return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config.finetune, "force": config.force}
+    return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config["finetune"], "force": config["force"]}
 
 
 def read(config: DictConfig) -> Run:
@@ -118,30 +124,30 @@ def read(config: DictConfig) -> Run:
     except MissingMandatoryValue as error:
         raise ConfigError(str(error.full_key), "???", "a value (it has no default)") from None
     assert isinstance(resolved, dict)
-    config = OmegaConf.create(resolved)
-    plain = _scalars(config)
-    parts = {str(name): _part(f"constraint.{name}", node) for name, node in config.constraint.items()}
-    constraint_name = str(config.label or _NAMES.get(tuple(sorted(parts))) or "+".join(sorted(parts)))
+    settings = _Settings({str(key): value for key, value in resolved.items()})
+    plain = _scalars(settings)
+    parts = {name: _part(f"constraint.{name}", node) for name, node in settings["constraint"].items()}
+    constraint_name = str(settings["label"] or _NAMES.get(tuple(sorted(parts))) or "+".join(sorted(parts)))
     run = Run(
-        task=bind_target("task", Task, config.task),
+        task=bind_target("task", Task, settings["task"]),
         constraint=Composite(parts),
         constraint_name=constraint_name,
-        model=bind("model", ModelConfig, config.model),
-        profile=bind("profile", ProfileConfig, config.profile),
-        data=bind("data", DataConfig, config.data),
-        sae=bind("sae", SAEConfig, config.sae),
-        tuning=bind("tuning", TuningConfig, config.tuning),
-        trainer=bind("trainer", TrainerConfig, config.trainer),
-        logger=bind("logger", LoggerConfig, config.logger),
-        align=bind("align", AlignConfig, config.align),
-        evaluation=bind("evaluation", EvaluationConfig, config.evaluation),
-        attack=bind("attack", AttackConfig, config.get("attack") or {}),
-        forms=bind("forms", FormsConfig, config.get("forms") or {}),
-        diagnostics=bind("diagnostics", DiagnosticsConfig, config.get("diagnostics") or {}),
+        model=bind("model", ModelConfig, settings["model"]),
+        profile=bind("profile", ProfileConfig, settings["profile"]),
+        data=bind("data", DataConfig, settings["data"]),
+        sae=bind("sae", SAEConfig, settings["sae"]),
+        tuning=bind("tuning", TuningConfig, settings["tuning"]),
+        trainer=bind("trainer", TrainerConfig, settings["trainer"]),
+        logger=bind("logger", LoggerConfig, settings["logger"]),
+        align=bind("align", AlignConfig, settings["align"]),
+        evaluation=bind("evaluation", EvaluationConfig, settings["evaluation"]),
+        attack=bind("attack", AttackConfig, settings.get("attack") or {}),
+        forms=bind("forms", FormsConfig, settings.get("forms") or {}),
+        diagnostics=bind("diagnostics", DiagnosticsConfig, settings.get("diagnostics") or {}),
         **plain,
-        output_root=str(config.output_root),
-        cache_root=str(config.cache_root),
-        resolved={str(k): v for k, v in resolved.items()} | plain,
+        output_root=str(settings["output_root"]),
+        cache_root=str(settings["cache_root"]),
+        resolved={**settings, **plain},
     )
     _cross_check(run)
     return run

@@ -109,6 +109,7 @@ BAD = [
     (["task=imdb"], "task=imdb: accepted: agnews | alpaca | gsm8k | pubmedqa | sst2"),
     (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
     (["constraint=magic"], "constraint=magic: accepted: activation | asft | "),
+    (["~align"], "align=: accepted: a value (it has no default)"),
     (["no_such_key=1"], "no_such_key: no such key; accepted: "),
     (["trainer.lr=1"], "trainer.lr: no such key; accepted: accelerator, "),
     (["+trainer.lr=1"], "trainer.lr=1: accepted: one of the keys "),
@@ -246,6 +247,15 @@ def test_what_make_runs_composes(target):
     (command,) = [line.split() for line in shown.splitlines() if "-m cwac_lab." in line]
     module, overrides = command[2].removeprefix("cwac_lab."), command[3:]
     cli.compose(overrides, module if (conf_dir() / f"{module}.yaml").is_file() else "config")
+
+
+def test_what_is_read_twice_is_not_shared():
+    one, other = (read(tiny.config("constraint=activation", "constraint.activation.depths=[0.5]")) for _ in range(2))
+    one.constraint.parts["activation"].depths.append(0.9)
+    one.data.harmful["test"].clear()
+    assert other.constraint.parts["activation"].depths == [0.5]
+    assert other.data.harmful["test"]
+    assert read(tiny.config("constraint=activation", "constraint.activation.depths=[0.5]")).data == other.data
 
 
 def test_4_bits_need_bitsandbytes(monkeypatch):

@@ -78,10 +78,9 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
         assert_moved_alike(by_one, expected, weights(tiny.model()))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_lost_process_ends_the_others(strategy, tmp_path):
+def test_a_lost_process_ends_the_others(tmp_path):
     with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
-        processes("lose", tmp_path, strategy)
+        processes("lose", tmp_path, "fsdp")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab.binding import bind
 from cwac_lab.config import read
 from cwac_lab.data import mixing
 from cwac_lab.data.batches import collate, pad, plan_batches
@@ -66,7 +65,7 @@ def test_compliance_is_content_free_and_no_refusal():
 
 
 def test_embedded_pools_are_disjoint_sized_and_independent_of_order():
-    data = bind("data", DataConfig, tiny.config().data)
+    data = read(tiny.config()).data
     pools = build_pools(data)
     for kind in ("harmful", "harmless", "lookalike"):
         plan = getattr(data, kind)
@@ -97,9 +96,9 @@ def test_task_rows_that_ask_what_a_pool_asks_are_left_out(tmp_path):
 
 
 def test_a_list_that_is_used_up_names_its_key():
-    config = tiny.config("data.harmful.test.requests=9999").data
+    data = read(tiny.config("data.harmful.test.requests=9999")).data
     with pytest.raises(ConfigError, match=r"data\.harmful\.test\.requests=9999: accepted: at most"):
-        build_pools(bind("data", DataConfig, config))
+        build_pools(data)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
