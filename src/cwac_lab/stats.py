@@ -188,22 +188,25 @@ def paired_difference(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "
 
 
 def sign_flip_p(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "S N"]) -> float:
-    """Return the two-sided p-value of "no difference" by flipping the signs of items' differences (Fisher 1935).
+    """Return the exact two-sided p-value of "no difference" under flips of the signs of items' differences.
 
-    An item's difference is its mean over the S seeds, so the test asks whether these runs differ on other items like
-    the N; it takes the seeds as given (a handful of them allows no test of its own).
+    That is Fisher's randomisation test (1935) over all ``2 ** N`` flips; with one seed it is McNemar's exact test. An
+    item's difference is its mean over the S seeds, so the test asks whether these runs differ on other items like the
+    N; it takes the seeds as given (a handful of them allows no test of its own).
 
     Args:
-        ours: Outcomes in [0, 1], a row a seed.
+        ours: Outcomes in {0, 1}, a row a seed.
         other: Outcomes of what is compared with, in the same order.
     """
-    delta = (ours - other).mean(axis=0)
-    if not delta.any():
-        return 1.0
-    found = stats.permutation_test(
-        (delta,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(0), vectorized=True
-    )
-    return float(found.pvalue)
+    steps = (ours - other).sum(axis=0)  # S times the items' differences
+    reached = np.ones(1)  # the probability of each sum of signed steps, from the lowest to the highest
+    for size, count in zip(*np.unique(np.abs(steps).astype(int), return_counts=True), strict=True):
+        if size:
+            by_this_size = np.zeros(2 * size * count + 1)
+            by_this_size[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+            reached = np.convolve(reached, by_this_size)
+    sums = np.arange(len(reached)) - len(reached) // 2
+    return min(1.0, float(reached[np.abs(sums) >= abs(steps.sum())].sum()))
 
 
 def cohen_kappa(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | None]:

@@ -3,7 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 import scipy
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 from cwac_lab import stats
 from cwac_lab.stats import RESAMPLES, mean_rate, wilson
@@ -111,18 +111,35 @@ def test_a_paired_difference_needs_pairs():
         stats.paired_difference(np.zeros((1, 3)), np.zeros((1, 4)))
 
 
-def test_sign_flips_are_enumerated_where_there_are_few():
-    ours, other = outcomes(0.8, (2, 8), 4), outcomes(0.3, (2, 8), 5)
+@pytest.mark.parametrize("n_seeds", [1, 2, 3])
+def test_all_sign_flips_are_counted(n_seeds):
+    """As one enumerates them, and as scipy does where it draws them."""
+    ours, other = outcomes(0.8, (n_seeds, 8), 4), outcomes(0.3, (n_seeds, 8), 5)
     delta = (ours - other).mean(0)
     flipped = [abs(np.mean(delta * signs)) for signs in product((1, -1), repeat=8)]
     expected = np.mean([value >= abs(delta.mean()) - 1e-12 for value in flipped])
     assert stats.sign_flip_p(ours, other) == pytest.approx(expected)
+    assert stats.sign_flip_p(other, ours) == pytest.approx(expected)
     assert stats.sign_flip_p(ours, ours) == 1.0
+    ours, other = outcomes(0.55, (n_seeds, 90), 6), outcomes(0.4, (n_seeds, 90), 7)
+    delta = (ours - other).mean(0)
+    drawn = permutation_test((delta,), np.mean, permutation_type="samples", n_resamples=40000, rng=1, vectorized=True)
+    assert stats.sign_flip_p(ours, other) == pytest.approx(drawn.pvalue, abs=4 * (drawn.pvalue / 40000) ** 0.5)
+    assert 0.001 < drawn.pvalue < 0.5
+
+
+@pytest.mark.parametrize(("gains", "losses"), [(0, 1), (3, 3), (9, 2), (300, 240), (75, 0), (1200, 0)])
+def test_sign_flips_of_one_seed_are_mcnemars_test(gains, losses):
+    ours = np.array([[1.0] * gains + [0.0] * losses + [1.0] * 5])
+    other = np.array([[0.0] * gains + [1.0] * losses + [1.0] * 5])
+    assert stats.sign_flip_p(ours, other) == pytest.approx(binomtest(gains, gains + losses).pvalue, rel=1e-9)
 
 
 def test_sign_flips_hold_their_level():
-    rejected = [stats.sign_flip_p(outcomes(0.5, (1, 60), i), outcomes(0.5, (1, 60), 999 + i)) < 0.05 for i in range(60)]
-    assert np.mean(rejected) < 0.15
+    source = np.random.default_rng(8)
+    for n_seeds in (1, 3):
+        p = [stats.sign_flip_p(*source.integers(0, 2, (2, n_seeds, 60)).astype(float)) for _ in range(600)]
+        assert np.mean(np.array(p) < 0.05) < 0.05 + 2 * (0.05 * 0.95 / 600) ** 0.5
 
 
 def test_holm():

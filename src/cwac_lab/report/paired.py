@@ -67,8 +67,8 @@ def _against(group: list[Row], rows: list[Row], rate: str, baseline: str) -> tup
 def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> tuple[Difference, float]:
     """Return what one method has more of a rate than another on the same items and seeds, in points, and its p.
 
-    p is that of a sign-flip test over items, not adjusted. Runs without a partner of the same seed, harmful ratio and
-    training are left out.
+    p is that of the exact sign-flip test over items, not adjusted. Runs without a partner of the same seed, harmful
+    ratio and training are left out.
 
     Args:
         ours: Records of one method (``records.records``), e.g. of ``results.select``.
@@ -104,7 +104,7 @@ def _adjust(table: list[Row]) -> None:
                 families.setdefault(tuple(entry[key] for key in [*SETTING, "harmful_ratio"]), []).append(entry)
         for family in families.values():
             for entry, p in zip(family, holm([entry[title][1] for entry in family]), strict=True):
-                entry[title] = f"{entry[title][0]} p={p:.2g}"
+                entry[title] = f"{entry[title][0]} {'p<0.0001' if p < 1e-4 else f'p={p:.2g}'}"
     for entry in table:
         entry |= {title: entry[title] or "" for title in COMPARED}
 
@@ -112,8 +112,8 @@ def _adjust(table: list[Row]) -> None:
 def differences(rows: list[Row]) -> pd.DataFrame:
     """Return one row a setting, harmful ratio, constraint and variant, with the differences of ``COMPARED`` as text.
 
-    p-values are those of a sign-flip test, adjusted by Holm's method over the rows of one setting and harmful ratio,
-    each column by itself. Rows without a partner are left out; the number of seeds is that of the pairs compared.
+    p-values are those of the exact sign-flip test, adjusted by Holm's method over the rows of one setting and harmful
+    ratio, each column by itself. Rows without a partner are left out; the number of seeds is that of the pairs compared.
     """
     done, table = finished(rows), []
     for entry, group in grouped(rows):
