@@ -113,7 +113,7 @@ def differences(rows: list[Row]) -> pd.DataFrame:
     """Return one row a setting, harmful ratio, constraint and variant, with the differences of ``COMPARED`` as text.
 
     p-values are those of the exact sign-flip test, adjusted by Holm's method over the rows of one setting and harmful
-    ratio, each column by itself. Rows without a partner are left out; the number of seeds is that of the pairs compared.
+    ratio, each column by itself. Rows without a partner are left out; the number of seeds is that of pairs compared.
     """
     done, table = finished(rows), []
     for entry, group in grouped(rows):
