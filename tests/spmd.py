@@ -85,7 +85,8 @@ def lose(folder, strategy):
 
 
 if __name__ == "__main__":
-    modes, where, chosen = sys.argv[1:]
+    modes, strategies, where = sys.argv[1:]
     with distributed.group(torch.device("cpu")):
-        for mode in modes.split(","):
-            globals()[mode](Path(where), chosen)
+        for strategy in strategies.split(","):
+            for mode in modes.split(","):
+                globals()[mode](Path(where, strategy), strategy)

@@ -24,18 +24,25 @@ from cwac_lab.errors import LabError
 from held import assert_moved_alike, weights
 
 
-def processes(modes, folder, strategy):
+def processes(modes, strategies, folder):
+    for strategy in strategies:
+        (folder / strategy).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        distributed.launch(2, "spmd", [modes, str(folder), strategy])
+        distributed.launch(2, "spmd", [",".join(modes), ",".join(strategies), str(folder)])
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def folder(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """What two processes leave; most of their time goes into their imports, so they do everything that ends well."""
-    where = tmp_path_factory.mktemp(request.param)
-    processes("table,logged,resume", where, request.param)
+    where = tmp_path_factory.mktemp("together")
+    processes(["table", "logged", "resume"], ["ddp", "fsdp"], where)
     return where
+
+
+@pytest.fixture(params=["ddp", "fsdp"])
+def folder(request, folders):
+    return folders / request.param
 
 
 alone = cache(spmd.trained)
@@ -44,7 +51,7 @@ alone = cache(spmd.trained)
 @pytest.mark.parametrize("tuning", spmd.TUNINGS)
 @pytest.mark.parametrize("name", ACTIVE)
 def test_two_processes_end_where_one_does(name, tuning, folder):
-    if name not in spmd.SHARDABLE and folder.name.startswith("fsdp"):
+    if name not in spmd.SHARDABLE and folder.name == "fsdp":
         assert not ACTIVE[name]().shardable
         return
     expected, summary = alone(name, tuning)
@@ -72,7 +79,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
         expected, _ = alone(name, "full", **spmd.LONG)
         assert_moved_alike(load_file(folder / f"{name}.safetensors"), expected, weights(tiny.model()))
         left = folder / f"{name}-there"
-        parts = 2 if folder.name.startswith("fsdp") else 1
+        parts = 2 if folder.name == "fsdp" else 1
         assert len(list(left.glob("weights-*-of-00002.safetensors"))) == parts
         by_one, _ = spmd.trained(name, "full", **spmd.LONG, checkpoint=left)
         assert_moved_alike(by_one, expected, weights(tiny.model()))
@@ -80,7 +87,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
 
 def test_a_lost_process_ends_the_others(tmp_path):
     with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
-        processes("lose", tmp_path, "fsdp")
+        processes(["lose"], ["fsdp"], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 import pytest
 
 import tiny
+from cwac_lab import train
 from cwac_lab.results import load
 
 LAUNCHERS = {
-    "basic": [],
     "joblib": ["hydra.launcher.n_jobs=2"],
     "submitit_local": ["hydra.launcher.timeout_min=10"],
     "ray": ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"],
@@ -34,6 +34,13 @@ def test_runs_of_a_launcher_are_recorded_and_a_failure_shows_in_the_exit_code(la
     assert done.returncode == 2
     if launcher != "submitit_local":  # which writes what its jobs print into files
         assert "error: seed=-1: accepted: a number in [0, inf)" in told.read_text()
+
+
+def test_runs_after_one_that_fails_are_recorded(tiny_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tiny.launch(train.main, ["-m", *tiny.small_run(tiny_folder, tmp_path), "constraint=none", "seed=-1,0"])
+    assert "error: seed=-1: accepted: a number in [0, inf)" in capsys.readouterr().err
+    assert load(tmp_path)["seed"].tolist() == [0]
 
 
 def test_a_launcher_that_is_not_installed_is_one_line(tmp_path):
