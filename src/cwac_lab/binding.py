@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from cwac_lab.errors import ConfigError
 
@@ -37,6 +37,17 @@ def _merged(cls: type, text: str) -> Any:
     return OmegaConf.merge(OmegaConf.structured(cls), json.loads(text))
 
 
+def mapping(key: str, node: Any) -> dict[str, Any]:
+    """Return a node that has settings of its own.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    if not isinstance(node, dict):
+        raise ConfigError(key, node, "a mapping of settings to values")
+    return node
+
+
 def bind(key: str, cls: type[T], node: Any) -> T:
     """Return an instance of a dataclass from plain settings; unknown keys and wrong types are errors.
 
@@ -44,20 +55,19 @@ def bind(key: str, cls: type[T], node: Any) -> T:
         ConfigError: Naming the full key, the value, and what would be accepted.
     """
     try:
-        merged = _merged(cls, json.dumps(node))  # type: ignore[arg-type]  # a class is hashable
-    except ConfigKeyError as error:
-        inner = str(error.full_key).removeprefix("_target_")
-        known = [field.name for field in fields(error.object_type)] if is_dataclass(error.object_type) else []
+        text = json.dumps(mapping(key, node))
+    except TypeError:
+        raise ConfigError(key, node, "text, numbers, lists and mappings") from None
+    try:
+        merged = _merged(cls, text)  # type: ignore[arg-type]  # a class is hashable
+    except OmegaConfBaseException as error:
+        inner = str(error.full_key or "").removeprefix("_target_")
+        accepted = f"a value that fits ({str(error).splitlines()[0]})"
+        if isinstance(error, ConfigKeyError):
+            known = [field.name for field in fields(error.object_type)] if is_dataclass(error.object_type) else []
+            accepted = f"one of the keys {', '.join(known)}"
         seen = OmegaConf.select(OmegaConf.create(node), inner)
-        raise ConfigError(f"{key}.{inner}", seen, f"one of the keys {', '.join(known)}") from None
-    except (ValidationError, OmegaConfBaseException) as error:
-        first = str(error).splitlines()[0]
-        inner = str(error.full_key or "")
-        raise ConfigError(
-            f"{key}.{inner}".rstrip("."),
-            OmegaConf.select(OmegaConf.create(node), inner),
-            f"a value that fits ({first})",
-        ) from None
+        raise ConfigError(f"{key}.{inner}".rstrip("."), seen, accepted) from None
     assert isinstance(merged, DictConfig)
     return _construct(key, cls, merged)
 
@@ -68,13 +78,13 @@ def _without_targets(value: Any) -> Any:
     return {key: _without_targets(each) for key, each in value.items() if key != "_target_"}
 
 
-def bind_target(key: str, base: type[T], node: dict[str, Any]) -> T:
+def bind_target(key: str, base: type[T], node: Any) -> T:
     """Return the object that a node's ``_target_`` names; the class must be one of this package.
 
     Raises:
         ConfigError: If the class is unknown, of another kind, or its fields do not fit.
     """
-    target = str(node.get("_target_", ""))
+    target = str(mapping(key, node).get("_target_", ""))
     accepted = f"the path of a {base.__name__} in cwac_lab"
     if not target.startswith("cwac_lab."):
         raise ConfigError(f"{key}._target_", target, accepted)

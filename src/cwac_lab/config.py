@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from cwac_lab import distributed, judges
-from cwac_lab.binding import bind, bind_target
+from cwac_lab.binding import bind, bind_target, mapping
 from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.mixing import counts
@@ -126,7 +126,8 @@ def read(config: DictConfig) -> Run:
     assert isinstance(resolved, dict)
     settings = _Settings({str(key): value for key, value in resolved.items()})
     plain = _scalars(settings)
-    parts = {name: _part(f"constraint.{name}", node) for name, node in settings["constraint"].items()}
+    nodes = mapping("constraint", settings["constraint"])
+    parts = {str(name): _part(f"constraint.{name}", node) for name, node in nodes.items()}
     constraint_name = str(settings["label"] or _NAMES.get(tuple(sorted(parts))) or "+".join(sorted(parts)))
     run = Run(
         task=bind_target("task", Task, settings["task"]),

@@ -197,8 +197,13 @@ def sign_flip_p(ours: Float[np.ndarray, "S N"], other: Float[np.ndarray, "S N"])
     Args:
         ours: Outcomes in {0, 1}, a row a seed.
         other: Outcomes of what is compared with, in the same order.
+
+    Raises:
+        ValueError: If the outcomes are of other values.
     """
     steps = (ours - other).sum(axis=0)  # S times the items' differences
+    if not np.array_equal(steps, np.rint(steps)):
+        raise ValueError("outcomes must be 0 or 1")
     reached = np.ones(1)  # the probability of each sum of signed steps, from the lowest to the highest
     for size, count in zip(*np.unique(np.abs(steps).astype(int), return_counts=True), strict=True):
         if size:

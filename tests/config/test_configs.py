@@ -249,6 +249,23 @@ def test_what_make_runs_composes(target):
     cli.compose(overrides, module if (conf_dir() / f"{module}.yaml").is_file() else "config")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("trainer", 5, "a mapping of settings"),
+        ("align", None, "a mapping of settings"),
+        ("task", None, "a mapping of settings"),
+        ("constraint", [1], "a mapping of settings"),
+        ("trainer", {"learning_rate": b"ab"}, "text, numbers, lists and mappings"),
+    ],
+)
+def test_a_group_that_is_no_mapping_of_plain_settings_is_one_line(key, value, accepted):
+    config = tiny.config()
+    config[key] = value
+    with pytest.raises(ConfigError, match=rf"{key}=.*: accepted: {accepted}"):
+        read(config)
+
+
 def test_what_is_read_twice_is_not_shared():
     one, other = (read(tiny.config("constraint=activation", "constraint.activation.depths=[0.5]")) for _ in range(2))
     one.constraint.parts["activation"].depths.append(0.9)

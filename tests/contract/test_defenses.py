@@ -149,7 +149,7 @@ def accumulated(name, way, pieces):
 @pytest.mark.parametrize(("way", "pieces"), [("full", 4), ("lora", 6)])
 @pytest.mark.parametrize("name", ACTIVE)
 def test_accumulation_changes_rounding_only(name, way, pieces):
-    """Pieces of unequal size, and in the last step fewer."""
+    """Pieces of unequal size under the one, fewer in the last step under the other."""
     assert_moved_alike(accumulated(name, way, pieces), accumulated(name, way, 1), weights(tiny.model()))
 
 

@@ -30,6 +30,15 @@ def test_two_methods_are_compared_on_the_same_items_and_seeds(tmp_path):
         compare(ours, [*ours, *ours])
 
 
+@pytest.mark.parametrize(("hits", "shown"), [(95, "p<0.0001"), (11, "p=0.031"), (5, "p=1")])
+def test_a_small_p_is_shown_as_such(hits, shown, tmp_path):
+    """Against five prompts that the start answers as well: McNemar's p of 90, 6 and 0 that only the run answers."""
+    record(tmp_path, "start", None, 0, 5)
+    record(tmp_path, "l2", 0.2, 0, hits)
+    (row,) = differences(records(runs(tmp_path))).to_dict("records")
+    assert row["HS - start"].endswith(shown)
+
+
 def test_a_partner_was_asked_alike_and_a_broken_model_is_not_compared(tmp_path):
     for tokens in (48, 32):
         start = record(tmp_path, "start", None, 0, 80 if tokens == 48 else 10, tokens=tokens)

@@ -132,7 +132,13 @@ def test_all_sign_flips_are_counted(n_seeds):
 def test_sign_flips_of_one_seed_are_mcnemars_test(gains, losses):
     ours = np.array([[1.0] * gains + [0.0] * losses + [1.0] * 5])
     other = np.array([[0.0] * gains + [1.0] * losses + [1.0] * 5])
-    assert stats.sign_flip_p(ours, other) == pytest.approx(binomtest(gains, gains + losses).pvalue, rel=1e-9)
+    assert stats.sign_flip_p(ours, other) == pytest.approx(binomtest(gains, gains + losses).pvalue, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("value", [0.75, np.nan])
+def test_sign_flips_are_of_outcomes(value):
+    with pytest.raises(ValueError, match="0 or 1"):
+        stats.sign_flip_p(np.full((1, 10), value), np.full((1, 10), 0.25))
 
 
 def test_sign_flips_hold_their_level():

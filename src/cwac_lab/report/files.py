@@ -13,7 +13,7 @@ from cwac_lab.results.store import RunFolder
 
 NOTE = (
     "Rates in percent: mean over seeds, 95 % interval (Wilson; of several seeds a bootstrap over seeds and items where "
-    "that is wider), n items, range over seeds. p: sign-flip test over items, Holm within a column and harmful ratio."
+    "that is wider), n items, range over seeds. p: exact sign-flip test over items, Holm within a column and ratio."
 )
 _READ = (store.STATUS, store.CONFIG, store.METRICS, store.PROVENANCE, store.VERDICTS)
 
