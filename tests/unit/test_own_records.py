@@ -17,12 +17,14 @@ from cwac_lab.results.store import run_key, runs
 from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
-TUNING, TUNED, ATTACKS, BETWEEN = (
-    OWN.parent / name for name in ("tuning", "sst2_tuned", "sst2_attacks", "sst2_between")
+TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS = (
+    OWN.parent / name for name in ("tuning", "sst2_tuned", "sst2_attacks", "sst2_between", "agnews_drift")
 )
-STORES = (OWN, TUNING, TUNED, ATTACKS, BETWEEN)
-RESULTS = ("ablation", "ratio", "methods", "as_tuned", "best_of_literature", "attacks", "other_forms")
-VIEWS = [(root, name, query) for root in (OWN, TUNED, ATTACKS) for name, query in views(root / "tables.yaml").items()]
+STORES = (OWN, TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS)
+RESULTS = ("ablation", "ratio", "methods", "as_tuned", "best_of_literature", "attacks", "other_forms", "another_task")
+VIEWS = [
+    (root, name, query) for root in (OWN, TUNED, ATTACKS, AGNEWS) for name, query in views(root / "tables.yaml").items()
+]
 
 
 @pytest.mark.parametrize("root", STORES, ids=lambda root: root.name)
