@@ -38,7 +38,7 @@ class _Measurer:
         import torch
 
         from cwac_lab.cache import digest
-        from cwac_lab.experiment import start_key
+        from cwac_lab.identity import start_key
         from cwac_lab.models.loading import load_model
         from cwac_lab.preparation import start
 

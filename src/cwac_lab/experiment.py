@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cwac_lab import distributed, provenance
 from cwac_lab.answering import answered, evaluation_rows, judge
-from cwac_lab.cache import digest
-from cwac_lab.config import INCIDENTAL, Run, check_machine
+from cwac_lab.config import Run, check_machine
 from cwac_lab.data import mixing
 from cwac_lab.data.attacks import identity_rows
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.data.responses import compliance, refusal
+from cwac_lab.data.responses import compliance
 from cwac_lab.data.sources import PromptRow, TaskData
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.defense import Context
@@ -26,9 +24,10 @@ from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.gpus import one_of_several
+from cwac_lab.identity import content_of, folder_of, identity
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.preparation import Start, artefacts, base, start
+from cwac_lab.preparation import Start, artefacts, start
 from cwac_lab.probing import measured_in, probe
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
@@ -36,14 +35,6 @@ from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
 from cwac_lab.training.loop import fit, loggers
 from cwac_lab.training.outliers import closest
-
-
-def folder_of(run: Run, content: dict[str, str]) -> RunFolder:
-    """Return the folder of a run: readable name, and the hash of its configuration, weights and data."""
-    key = store.run_key(run.resolved, INCIDENTAL, content)[:8]
-    mixture = f"-p{run.harmful_ratio:g}-s{run.seed}" if run.finetune else ""
-    name = f"{run.model.name}-{run.task.name}-{run.method}{mixture}-{key}"
-    return RunFolder(Path(run.output_root) / "runs" / name, writes=distributed.rank() == 0)
 
 
 @dataclass
@@ -151,49 +142,6 @@ class _Stage:
             return judge(run, self.folder) if self.folder.writes else {}
 
 
-def _content(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
-    """Return hashes of what a run starts from."""
-    parts = (data.train, data.validation, data.test)
-    before = base(run, begin) if begin.before or run.constraint.requirements.base_weights else None
-    return {
-        "weights_content": begin.folder.content,
-        "base_content": before.content if before is not None else "",
-        "task_data_sha256": digest([[[row.prompt, row.response, row.gold] for row in part] for part in parts]),
-        "pools_sha256": digest(
-            [
-                [[row.prompt, compliance(row), refusal(row)] for row in rows]
-                for pools in begin.pools.rows.values()
-                for rows in pools.values()
-            ]
-        ),
-    }
-
-
-_known: dict[str, dict[str, str]] = {}
-
-
-def start_key(run: Run) -> str:
-    """Return what runs that start alike have in common: the settings that weights and data come of."""
-    groups = ("model", "profile", "task", "data", "align", "cache_root")
-    trainer = (run.trainer.max_length, run.trainer.accelerator)
-    base_named = run.model.align == "none" and run.constraint.requirements.base_weights
-    return digest([{group: run.resolved[group] for group in groups}, trainer, base_named])
-
-
-def known(key: str) -> dict[str, str] | None:
-    """Return the ``identity`` of a ``start_key``, where this process has found it out."""
-    return _known.get(key)
-
-
-def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
-    """Return hashes of what a run starts from, remembered for runs of one process that start alike."""
-    key = start_key(run)
-    if key not in _known:
-        begin = start(run, say)
-        _known[key] = _content(run, begin, begin.pools.task_rows(run.data, run.task))
-    return _known[key]
-
-
 def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
     """Carry a run out here, or by as many processes as it has devices, which read the same command line.
 
@@ -221,7 +169,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     """
     begin = start(run, screen.say)
     data = begin.pools.task_rows(run.data, run.task)
-    content = _content(run, begin, data)
+    content = content_of(run, begin, data)
     folder = folder_of(run, content)
     # A reader that looks whether the run is alive holds it for a moment.
     with folder.claim(wait=1.0) if folder.writes else nullcontext(False) as mine:

@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 import tiny
-from cwac_lab import experiment, results, train
+from cwac_lab import experiment, identity, results, train
 from cwac_lab.report import files
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import runs
@@ -83,7 +83,7 @@ def test_a_sweep_that_is_killed_thirty_times_ends_with_the_same_table(lively_fol
     assert all(outcome.status == "ok" for outcome in sweep(whole))
     span = (time.perf_counter() - begin) / len(whole)
     for cell in broken:  # what every child would spend its life on is in memory when it is forked
-        experiment.identity(runner.composed(cell), print)
+        identity.identity(runner.composed(cell), print)
     source, unfinished, seen = random.Random(0), 0, set()
     for _ in range(30):
         child = FORK.Process(target=sweep, args=(broken,))

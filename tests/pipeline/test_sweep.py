@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import tiny
-from cwac_lab import experiment, results, tables, train
+from cwac_lab import identity, results, tables, train
 from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.results.console import Screen
@@ -111,7 +111,7 @@ def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(
     table = tmp_path / "out" / "tables" / "mine.md"
 
     def again(*more):
-        experiment._known.clear()  # as in a new process
+        identity._known.clear()  # as in a new process
         asked.clear()
         launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=2", *more)
         return len(asked), {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in made}

@@ -8,7 +8,7 @@ from typing import Any
 
 from cwac_lab.cache import digest, read_json, write_json
 from cwac_lab.config import Run
-from cwac_lab.experiment import known, start_key
+from cwac_lab.identity import known, start_key
 from cwac_lab.provenance import sources
 from cwac_lab.results.store import RunFolder
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cwac_lab.cli import compose
 from cwac_lab.config import Run, read
-from cwac_lab.experiment import carry_out, folder_of, identity
+from cwac_lab.experiment import carry_out
+from cwac_lab.identity import folder_of, identity
 from cwac_lab.results.console import Screen
 from cwac_lab.sweep.cells import Cells
 
