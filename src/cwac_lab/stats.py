@@ -72,12 +72,37 @@ def _shares(strata: tuple[int, ...], n_items: int) -> tuple[Float[np.ndarray, "K
     return runs, items
 
 
+def _student(rates: Sequence[Float[np.ndarray, " S"]]) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean over strata of their runs' mean rates, as shares.
+
+    The variance of the mean is the sum of the strata's ``s^2 / S``, its degrees of freedom are Satterthwaite's (1946).
+    A stratum of one run is taken to vary as the others do on average. Without a stratum of two runs nothing is known of
+    how runs vary, and the interval has no width.
+
+    Args:
+        rates: The rates of the S runs of each stratum.
+    """
+    mean = float(np.mean([each.mean() for each in rates]))
+    several = [each for each in rates if len(each) > 1]
+    if not several:
+        return mean, mean
+    typical = float(np.mean([each.var(ddof=1) for each in several]))
+    parts = np.array([(each.var(ddof=1) if len(each) > 1 else typical) / len(each) for each in rates])
+    known = np.array([each.var(ddof=1) / len(each) for each in several])
+    freedom = np.array([len(each) - 1 for each in several])
+    if not known.sum():
+        return mean, mean
+    reach = stats.t.ppf(0.975, known.sum() ** 2 / (known**2 / freedom).sum()) * math.sqrt(parts.sum()) / len(rates)
+    return mean - float(reach), mean + float(reach)
+
+
 def mean_rate(outcomes: Float[np.ndarray, "S N"], strata: Sequence[int] | None = None) -> Rate:
     """Return the mean over S runs of their rates in percent, with a 95 % interval.
 
-    The interval of one run is Wilson's. That of several is a percentile bootstrap over runs and items, or Wilson's of a
-    single run with the mean rate where that is wider: a bootstrap has no width where all outcomes are alike, and is too
-    narrow with a handful of seeds. A run in which no item counts has no rate and is left out.
+    The interval of one run is Wilson's. That of several is the widest span of three: a percentile bootstrap over runs
+    and items; Wilson's of a single run with the mean rate, since a bootstrap has no width where all outcomes are alike;
+    and Student's over the runs' rates, since a bootstrap is too narrow with a handful of seeds. A run in which no item
+    counts has no rate and is left out.
 
     Args:
         outcomes: Outcomes in {0, 1}, a row a run, a column an item; NaN where an item does not count in a run.
@@ -107,9 +132,10 @@ def mean_rate(outcomes: Float[np.ndarray, "S N"], strata: Sequence[int] | None =
     runs, items = _shares(tuple(sizes), outcomes.shape[1])
     hits, counts = items @ values.T, items @ known.T
     drawn = np.divide(hits, counts, out=np.broadcast_to(rates, hits.shape).copy(), where=counts > 0)
-    low, high = 100 * np.quantile((runs * drawn).sum(axis=1), (0.025, 0.975))
-    lowest, highest = (single.low or 0.0), (100.0 if single.high is None else single.high)
-    return Rate(100 * mean, min(float(low), lowest), min(100.0, max(float(high), highest)), n)
+    spans = [np.quantile((runs * drawn).sum(axis=1), (0.025, 0.975)), _student(np.split(rates, bounds))]
+    low = min(single.low or 0.0, *(100 * float(low) for low, _ in spans))
+    high = max(100.0 if single.high is None else single.high, *(100 * float(high) for _, high in spans))
+    return Rate(100 * mean, max(0.0, low), min(100.0, high), n)
 
 
 @dataclass(frozen=True)
