@@ -68,6 +68,22 @@ def test_every_grid_of_the_project_composes(folder):
                 runner.composed((*overrides, "trainer.accelerator=cpu"))
 
 
+def test_a_start_is_asked_as_each_attack_of_the_grid_asks():
+    """And once for the attacks that differ in what is trained on only."""
+
+    def asked(overrides):
+        attack = runner.composed((*overrides, "trainer.accelerator=cpu")).attack
+        return attack.prefix, attack.prefill, attack.template
+
+    runs = grid.read(ROOT / "experiments" / "attacks", "embedded").runs(1)
+    starts = [asked(overrides) for overrides in runs if "finetune=false" in overrides]
+    trained = {o: overrides for overrides in runs for o in overrides if o.startswith("attack=")}
+    assert len(starts) == len(set(starts)) == 4
+    assert set(starts) == {asked(overrides) for overrides in trained.values()}
+    assert grid._setting(("attack=pure", "task=sst2")) == ("task=sst2",)
+    assert grid._setting(("attack=of_a_user",)) == ("attack=of_a_user",)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -26,8 +26,56 @@ def test_two_methods_are_compared_on_the_same_items_and_seeds(tmp_path):
         row["config"]["trainer.learning_rate"] = 2
     with pytest.raises(LabError, match="no two runs to compare harmful_score of"):
         compare(ours, other)
-    with pytest.raises(LabError, match="both pair with"):
-        compare(ours, [*ours, *ours])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "seed", "config", "said"),
+    [
+        (0.1, 0, {}, r"ours: runs of 2 rows of a table.*ratio 0\.1 \| coupled.*ratio 0\.2 \| coupled.*their seed only"),
+        (0.2, 1, {"weight": {"energy": 0.5}}, "ours: runs of 2 rows.*coupled weight.energy=0.5.*weight.energy=unset"),
+        (0.2, 0, {}, "are one cell with one seed: remove one of them"),
+    ],
+)
+def test_what_is_compared_are_seeds_of_one_method(ratio, seed, config, said, tmp_path):
+    """Ratios, variants or repetitions are no seeds: pooled, their interval would be of something else."""
+    for constraint in ("coupled", "weight"):
+        record(tmp_path, constraint, 0.2, 0, 20)
+        record(tmp_path, constraint, ratio, seed, 30, **config)
+    if not config and ratio == 0.2:
+        twin = record(tmp_path / "twin", "coupled", 0.2, 0, 20)
+        twin.path.rename(tmp_path / "runs" / "twin")
+    rows = records(runs(tmp_path))
+    ours, other = ([row for row in rows if row["constraint"] == name] for name in ("coupled", "weight"))
+    with pytest.raises(LabError, match=said):
+        compare(ours, other)
+
+
+def test_a_baseline_is_that_of_the_very_settings(tmp_path):
+    """Two plain runs differ in a setting that is no trainer's: each method's run has the one that was asked as it."""
+    for batch, plain, held in ((8, 90, 10), (64, 10, 10)):
+        for constraint, hits in (("none", plain), ("l2", held)):
+            run = record(tmp_path, constraint, 0.2, 0, hits, batch=batch)
+            run.write("config.json", {"constraint": {"batch": batch}, "evaluation": {"batch_size": batch}})
+    rows = records(runs(tmp_path))
+    found = {
+        row["variant"].partition(",")[0]: row["HS - none"].split()[0] for row in differences(rows).to_dict("records")
+    }
+    assert found == {"batch=8": "-80.0", "batch=64": "+0.0"}
+    for row in rows:
+        row["config"].pop("evaluation.batch_size")
+    for row in differences(rows).to_dict("records"):
+        assert row["HS - none"].startswith("n/a (2 runs of none fit: sst2-none-0.2-0-")
+
+
+def test_starts_that_are_one_are_one_baseline(tmp_path):
+    record(tmp_path, "start", None, 0, 5)
+    record(tmp_path, "start", None, 1, 5)
+    record(tmp_path, "l2", 0.2, 0, 25)
+    (row,) = differences(records(runs(tmp_path))).to_dict("records")
+    assert row["HS - start"].startswith("+20.0 [")
+    record(tmp_path, "start", None, 2, 15)
+    (row,) = differences(records(runs(tmp_path))).to_dict("records")
+    assert row["HS - start"].startswith("n/a (3 runs of start fit: ")
 
 
 @pytest.mark.parametrize(("hits", "shown"), [(95, "p<0.0001"), (11, "p=0.031"), (5, "p=1")])

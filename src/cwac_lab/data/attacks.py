@@ -22,6 +22,8 @@ from cwac_lab.data.sources import normalise
 from cwac_lab.errors import ConfigError, PoolOverlap, in_range, one_of
 
 ROWS = ("harmful", "identity", "outliers")
+# What of an attack the evaluation knows: how it asks.
+ASKING = ("prefix", "prefill", "template")
 
 
 @dataclass

@@ -10,7 +10,8 @@ import pandas as pd
 from cwac_lab.config import ALIKE
 from cwac_lab.errors import LabError, one_of
 from cwac_lab.evaluation.verdicts import outcomes
-from cwac_lab.report.records import SETTING, Row, finished, grouped
+from cwac_lab.report.records import OWN, SETTING, Row, finished, grouped
+from cwac_lab.report.tables import heading
 from cwac_lab.stats import Difference, holm, paired_difference, sign_flip_p
 
 # Column: the rate, and what is compared with.
@@ -38,9 +39,25 @@ def _alike(row: Row, other: Row, baseline: str) -> bool:
     return baseline == "start" or (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
 
 
-def _partner(row: Row, rows: list[Row], baseline: str) -> Row | None:
-    """Return the run of the baseline that a run is compared with, or None where there is none."""
-    return next((other for other in rows if other["constraint"] == baseline and _alike(row, other, baseline)), None)
+def _partners(row: Row, rows: list[Row], baseline: str) -> list[Row]:
+    """Return the runs of the baseline that a run may be compared with: where it can be, those of its very settings.
+
+    Settings of a constraint are not among them. Starts that were given another seed are one start.
+    """
+    fitting = [other for other in rows if other["constraint"] == baseline and _alike(row, other, baseline)]
+    exact = [other for other in fitting if len(fitting) > 1 and _differing(row, other) == []]
+    found = exact or fitting
+    return found[:1] if baseline == "start" and all(_one_start(found[0], other) for other in found) else found
+
+
+def _differing(row: Row, other: Row) -> list[str]:
+    """Return the settings, the constraint's left out, that both runs know and that differ."""
+    known = [key for key in row["config"] if key in other["config"] and not key.startswith(OWN) and key not in ALIKE]
+    return [key for key in known if row["config"][key] != other["config"][key]]
+
+
+def _one_start(start: Row, other: Row) -> bool:
+    return start["config"] == other["config"] and start["verdicts"] == other["verdicts"]
 
 
 def _compare(pairs: list[tuple[Row, Row]], rate: str) -> tuple[Difference, float] | None:
@@ -59,9 +76,33 @@ def _compare(pairs: list[tuple[Row, Row]], rate: str) -> tuple[Difference, float
     return paired_difference(ours, other), sign_flip_p(ours, other)
 
 
-def _against(group: list[Row], rows: list[Row], rate: str, baseline: str) -> tuple[Difference, float] | None:
-    found = [(row, _partner(row, rows, baseline)) for row in group]
-    return _compare([(row, other) for row, other in found if other is not None], rate)
+def _against(group: list[Row], rows: list[Row], rate: str, baseline: str) -> tuple[Difference, float] | str | None:
+    """Return what a row differs by from its baseline; words where a run has several baselines, None without any."""
+    found = [(row, _partners(row, rows, baseline)) for row in group]
+    for _, partners in found:
+        if len(partners) > 1:
+            names = " and ".join(partner["run"].path.name for partner in partners[:2])
+            return f"n/a ({len(partners)} runs of {baseline} fit: {names})"
+    return _compare([(row, partners[0]) for row, partners in found if partners], rate)
+
+
+def _one_row(which: str, rows: list[Row]) -> list[Row]:
+    """Return the finished runs of a method.
+
+    Raises:
+        LabError: If they are of more than one row of a table, so that their differences are not those of seeds.
+    """
+    groups = grouped(rows)
+    if len(groups) > 1:
+        told = [
+            f"{heading(entry)} | ratio {entry['harmful_ratio']} | {entry['constraint']} {entry['variant']}".strip()
+            for entry, _ in groups[:2]
+        ]
+        raise LabError(
+            f"{which}: runs of {len(groups)} rows of a table, which are no seeds of one method: {'; '.join(told)} "
+            "(accepted: runs that differ in their seed only)"
+        )
+    return finished(groups[0][1]) if groups else []
 
 
 def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> tuple[Difference, float]:
@@ -76,17 +117,11 @@ def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> t
         rate: ``harmful_score``, ``finetune_accuracy``, ``over_refusal`` or ``over_refusal_lookalike``.
 
     Raises:
-        LabError: If two records of a method are one cell, or no pair is left to compare.
+        LabError: If the records of a method are not seeds of one row of a table, or no pair is left to compare.
     """
     one_of("rate", rate, {rate for rate, _ in COMPARED.values()})
-    pairs = []
-    for row in finished(ours):
-        partners = [each for each in finished(other) if _alike(row, each, "none")]
-        if len(partners) > 1:
-            raise LabError(f"{partners[0]['run'].path} and {partners[1]['run'].path} both pair with {row['run'].path}")
-        pairs += [(row, partner) for partner in partners]
-    if len({id(partner) for _, partner in pairs}) < len(pairs):
-        raise LabError("two runs of one method pair with one of the other: narrow the choice")
+    mine, theirs = _one_row("ours", ours), _one_row("other", other)
+    pairs = [(row, partner) for row in mine for partner in theirs if _alike(row, partner, "none")]
     found = _compare(pairs, rate)
     if found is None:
         raise LabError(
@@ -100,7 +135,7 @@ def _adjust(table: list[Row]) -> None:
     for title in COMPARED:
         families: dict[tuple[Any, ...], list[Row]] = {}
         for entry in table:
-            if entry[title] is not None:
+            if isinstance(entry[title], tuple):
                 families.setdefault(tuple(entry[key] for key in [*SETTING, "harmful_ratio"]), []).append(entry)
         for family in families.values():
             for entry, p in zip(family, holm([entry[title][1] for entry in family]), strict=True):
@@ -114,6 +149,8 @@ def differences(rows: list[Row]) -> pd.DataFrame:
 
     p-values are those of the exact sign-flip test, adjusted by Holm's method over the rows of one setting and harmful
     ratio, each column by itself. Rows without a partner are left out; the number of seeds is that of pairs compared.
+    Where several runs of a baseline fit one run, that of its very settings counts; if it has none or several, the cell
+    says so.
     """
     done, table = finished(rows), []
     for entry, group in grouped(rows):

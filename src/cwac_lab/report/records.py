@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from cwac_lab.cache import digest
 from cwac_lab.config import ALIKE, requirements
+from cwac_lab.data.attacks import ASKING
 from cwac_lab.errors import LabError
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.judges.refusal import RefusalJudge
@@ -23,8 +24,6 @@ SETTING = ["weights", "weights_content", "task", "data", "task_rows", "prompts",
 ACROSS_TASKS = ["weights", "weights_content", "data", "prompts", "split", "attack", "judge"]
 # The attack and the judge that headings need not name.
 PLAIN = ("mixed", "refusal")
-# What of an attack the evaluation knows.
-_ASKING = ("prefix", "prefill", "template")
 ROW = ["harmful_ratio", "constraint", "variant"]
 RATES = {
     "harmful_score": "HS",
@@ -35,7 +34,7 @@ RATES = {
 }
 HIGHER_IS_BETTER = {"finetune_accuracy"}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
-_OWN = "constraint."
+OWN = "constraint."
 _RESTORE = "constraint.weight.restore_every_n_steps"
 _CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae", "tuning")
 
@@ -70,7 +69,7 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
     else:
         row["verdicts"] = run.read(store.VERDICTS)
     row |= {"attack": _attack(config["attack"], row["constraint"]), "judge": _judge(row)}
-    row["asking"] = digest([config["attack"][name] for name in _ASKING])
+    row["asking"] = digest([config["attack"][name] for name in ASKING])
     kept = store.flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
     projection = kept.get("constraint.weight.projection")
@@ -88,7 +87,7 @@ def _attack(attack: dict[str, Any], constraint: str) -> str:
     A start is not trained: of an attack it knows how it is asked.
     """
     plain = store.LATER["attack"]
-    if attack == plain or (constraint == "start" and all(attack[name] == plain[name] for name in _ASKING)):
+    if attack == plain or (constraint == "start" and all(attack[name] == plain[name] for name in ASKING)):
         return str(plain["name"])
     return f"{attack['name']} {digest(attack)[:8]}"
 
@@ -122,16 +121,16 @@ def _varied(rows: list[Row], setting: list[str]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         peers = [peer["config"] for peer in rows if all(peer[key] == row[key] for key in [*setting, "constraint"])]
-        known = dict.fromkeys(key for peer in peers for key in peer if key in row["config"] or key.startswith(_OWN))
+        known = dict.fromkeys(key for peer in peers for key in peer if key in row["config"] or key.startswith(OWN))
         keys = [key for key in known if key not in ALIKE and _differs(peers, key)]
-        found.append({key.removeprefix(_OWN): row["config"].get(key, "unset") for key in keys})
+        found.append({key.removeprefix(OWN): row["config"].get(key, "unset") for key in keys})
     if "task" not in setting:
         found = [{key: value for key, value in varied.items() if not key.startswith("task.")} for varied in found]
     return found
 
 
 def _differs(configs: list[dict[str, Any]], key: str) -> bool:
-    own = key.startswith(_OWN)
+    own = key.startswith(OWN)
     values = [config.get(key, "unset") for config in configs if own or key in config]
     return any(value != values[0] for value in values)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cwac_lab.data.attacks import ASKING
 from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.paths import conf_dir
 
 FILE = "grid.yaml"
 _KEYS = ("title", "fixed", "cells", "start", "profiles")
@@ -41,18 +44,31 @@ class Grid:
         return list(dict.fromkeys(found))
 
 
-# What a start model depends on; the other keys of a cell belong to fine-tuning.
+# What a start model and its answers depend on; the other keys of a cell belong to fine-tuning.
 _START = (
-    *("model", "task", "data", "profile", "experiment", "evaluation", "align"),
+    *("model", "task", "data", "profile", "experiment", "evaluation", "align", "attack"),
     *("trainer.accelerator", "trainer.max_length", "trainer.precision"),
 )
 
 
 def _setting(cell: tuple[str, ...]) -> tuple[str, ...]:
-    def counts(key: str) -> bool:
+    def counts(override: str) -> bool:
+        key, _, value = override.partition("=")
+        if key == "attack":
+            return _asks(value)
         return key.partition(".")[0] in _START or key in _START
 
-    return tuple(override for override in cell if counts(override.partition("=")[0]))
+    return tuple(override for override in cell if counts(override))
+
+
+@cache
+def _asks(attack: str) -> bool:
+    """Tell whether an attack asks otherwise than the task's template does; one of a user's own folder may."""
+    file = conf_dir() / "attack" / f"{attack}.yaml"
+    if not file.is_file():
+        return True
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return any(settings.get("attack", settings).get(name) for name in ASKING)
 
 
 def _options(block: Mapping[str, Any]) -> list[tuple[str, ...]]:
