@@ -18,6 +18,8 @@ from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.errors import LabError
 from cwac_lab.examples import trainer as example
+from cwac_lab.report import page
+from cwac_lab.results.store import RunFolder
 from file_cases import FILES, LISTS, ROWS, lines, prompts
 
 TASKS = {"sst2": SST2, "agnews": AGNews, "gsm8k": GSM8K, "pubmedqa": PubMedQA, "alpaca": Alpaca}
@@ -119,6 +121,9 @@ def test_a_file_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(LabError, match=r"list\.csv cannot be read \(Permission denied\)"):
         read_rows(tmp_path / "list.csv")
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(LabError, match=r"list cannot be read \(Permission denied\)"):
+        find_file(tmp_path, "list")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,9 @@ def test_records_keep_every_separator(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": ')
     with pytest.raises(LabError, match=r"rows\.jsonl, line 2: no JSON"):
         read_jsonl(tmp_path / "rows.jsonl")
+    said = []
+    assert page._kept(lambda run: run.read("rows.jsonl"), RunFolder(tmp_path), said.append) is None
+    assert "line 2: no JSON" in said[0]
 
 
 # Sizes of the pools, small enough for the files that ``good`` writes.
@@ -213,7 +221,7 @@ def launched(folder, root, output, *more):
         ({"sst2/train.csv": "sentence,label\nx,1\ny,-1\n"}, "sst2/train.csv, line 3: label='-1': accepted: negative"),
         ({"sst2/train.csv": "sentence,label\nwell, no,0\n"}, "sst2/train.csv, line 2: 3 fields, and the header has 2"),
         ({"sst2/validation.csv": "sentence,label\ncaf\u00e9,1\n".encode("latin-1")}, "line 2: byte 0xe9"),
-        ({"harmful/validation.jsonl": '{"prompt": "", "category": 1}'}, "line 1: prompt is empty (data.lists.harmbench."),
+        ({"harmful/validation.jsonl": '{"prompt": "", "category": 1}'}, "prompt is empty (data.lists.harmbench"),
         ({"harmless/instructions.csv": "prompt\nx\n"}, "there are instructions.jsonl and instructions.csv"),
         ({"harmful/reference.jsonl": '{"prompt": "x"'}, "harmful/reference.jsonl, line 1: no JSON or cut off"),
     ],

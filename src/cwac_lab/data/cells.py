@@ -13,7 +13,7 @@ from typing import Any
 
 _TEXT = "text, a whole number, or a list of one message of the user"
 # What a table of messages becomes where somebody writes its cells as plain text.
-_MESSAGES = re.compile(r"\s*\[?\s*\{\s*(['\"](role|content)['\"]\s*:.*){2}[}\]]\s*", re.DOTALL)
+_MESSAGES = re.compile(r"\s*\[?\s*\{\s*(['\"](role|content|from|value)['\"]\s*:.*){2}[}\]]\s*", re.DOTALL)
 _WHOLE = re.compile(r"-?[0-9]{1,9}(\.0*)?")
 _BLANK = ("Cc", "Cf", "Zl", "Zp", "Zs")
 

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,19 @@ def find_file(root: Path, stem: str) -> Path:
         MissingAsset: If there is none.
         LabError: If several differ by their suffix only.
     """
+    with _readable(root / stem):
+        return _find(root, stem)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MissingAsset(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _find(root: Path, stem: str) -> Path:
     named = root / stem
     if named.suffix in SUFFIXES and named.is_file():
         return named
@@ -69,10 +83,8 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         LabError: If it cannot be read, is not what its suffix says, or has no rows; names file and line.
     """
-    try:
+    with _readable(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise MissingAsset(f"{path} cannot be read ({error.strerror})") from None
     if content.startswith(b"version https://git-lfs"):
         raise MissingAsset(f"{path} is a pointer of Git LFS and not the data; git lfs pull fetches it")
     if path.suffix == ".parquet":
