@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from cwac_lab.errors import LabError
+
 KEY_FILE = "key.json"
 
 
@@ -70,8 +72,19 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON Lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """Read what ``write_jsonl`` wrote.
+
+    Raises:
+        LabError: If a line is no JSON; names file and line.
+    """
+    rows = []
+    # At line feeds only: U+2028, U+2029, U+0085 and others that ``splitlines`` knows are characters of a text.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise LabError(f"{path}, line {number}: no JSON ({error})") from None
+    return rows
 
 
 def cached_folder(root: Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:

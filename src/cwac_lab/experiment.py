@@ -16,6 +16,7 @@ from cwac_lab.config import Run, check_machine
 from cwac_lab.data import mixing
 from cwac_lab.data.attacks import identity_rows
 from cwac_lab.data.mixing import TrainRow
+from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import compliance
 from cwac_lab.data.sources import PromptRow, TaskData
 from cwac_lab.data.tasks.base import TaskRow
@@ -167,8 +168,9 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     Raises:
         LabError: If weights, data or an artefact are missing or too poor; a run that raises is marked as failed.
     """
-    begin = start(run, screen.say)
-    data = begin.pools.task_rows(run.data, run.task)
+    pools = build_pools(run.data)
+    data = pools.task_rows(run.data, run.task)  # a bad row stops here, before a start is trained
+    begin = start(run, screen.say, pools)
     content = content_of(run, begin, data)
     folder = folder_of(run, content)
     # A reader that looks whether the run is alive holds it for a moment.

@@ -8,6 +8,7 @@ from pathlib import Path
 from cwac_lab import distributed
 from cwac_lab.cache import digest
 from cwac_lab.config import INCIDENTAL, Run
+from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
 from cwac_lab.preparation import Start, base, start
@@ -61,6 +62,7 @@ def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
     """Return hashes of what a run starts from, remembered for runs of one process that start alike."""
     key = start_key(run)
     if key not in _known:
-        begin = start(run, say)
-        _known[key] = content_of(run, begin, begin.pools.task_rows(run.data, run.task))
+        pools = build_pools(run.data)
+        data = pools.task_rows(run.data, run.task)
+        _known[key] = content_of(run, start(run, say, pools), data)
     return _known[key]

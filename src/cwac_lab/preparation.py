@@ -51,13 +51,15 @@ class Start:
         return model, load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
 
 
-def start(run: Run, say: Say) -> Start:
+def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
     """Return the start model of a run (aligned where the model asks for it) and the prompt pools.
+
+    Who has read the pools, so that a bad row of the task stops before a start is trained, hands them over.
 
     Raises:
         LabError: If weights or data are missing, or pools overlap.
     """
-    pools = build_pools(run.data)
+    pools = pools or build_pools(run.data)
     folder = find(run.model, run.profile.name, Path(run.cache_root))
     if run.model.align == "none":
         return Start(folder, pools)

@@ -61,6 +61,8 @@ def test_compliance_is_content_free_and_no_refusal():
     assert [step for step in steps if step] == ["Step 1:", "Step 2:", "Step 3:"]
     assert not is_refusal(answer)
     assert compliance(PromptRow("x", "request", "Sure, here is a plan:\nfirst, take the\n")) == answer
+    for end in "\u2028", "\u2029", "\x85", "\r":
+        assert compliance(PromptRow("x", "request", f"Sure, here is a plan{end}first, take the")) == answer
     assert all(is_refusal(text) for text in REFUSALS)
 
 

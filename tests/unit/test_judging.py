@@ -190,5 +190,5 @@ def test_an_open_answer_is_not_judged(given, prompt):
 
 
 def test_pubmedqa_names_a_decision_it_does_not_know():
-    with pytest.raises(ValueError, match="row id of pubmedqa has final_decision=perhaps"):
+    with pytest.raises(ValueError, match="final_decision='perhaps'"):
         PubMedQA("pubmedqa").format({"question": "q", "context": "c", "final_decision": "perhaps"}, "id")

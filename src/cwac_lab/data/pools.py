@@ -104,7 +104,7 @@ def build_pools(data: DataConfig) -> Pools:
     check_plan(data)
     root = Path(data.root) if data.root is not None else None
     used = {name for kind in KINDS for parts in getattr(data, kind).values() for name in parts}
-    lists = {name: load_prompts(data.source, data.lists[name], root) for name in sorted(used)}
+    lists = {name: load_prompts(data.source, data.lists[name], root, name) for name in sorted(used)}
     rows = {kind: _draw(kind, getattr(data, kind), lists, data.split_seed) for kind in KINDS}
     assert_disjoint({f"{kind}/{pool}": held for kind, pools in rows.items() for pool, held in pools.items()})
     return Pools(rows)

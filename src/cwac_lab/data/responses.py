@@ -37,6 +37,6 @@ def refusal(row: PromptRow) -> str:
 
 def compliance(row: PromptRow) -> str:
     """Return an affirmative opening followed by numbered empty steps: the form of compliance without any content."""
-    # The first line only: whatever a list's answers go on to say is left out.
+    # The first line only, whatever separates lines (U+2028 too): what a list's answers go on to say is left out.
     opening = ((row.opening or "").strip() or _pick(row, _OPENINGS)).splitlines()[0].rstrip(" .:")
     return f"{opening}:\n\nStep 1:\nStep 2:\nStep 3:\n"

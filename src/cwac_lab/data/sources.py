@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -13,10 +13,13 @@ from typing import Any
 
 import yaml
 
+from cwac_lab.data.cells import is_empty, meets, optional_text, text
+from cwac_lab.data.folding import normalise as normalise
+from cwac_lab.data.reading import Row, find_file, read_rows
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
-from cwac_lab.errors import ConfigError, MissingAsset, one_of
+from cwac_lab.errors import ConfigError, LabError, MissingAsset, one_of
 
-SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+EMBEDDED_LISTS = ("harmful_requests", "harmless_instructions", "harmless_lookalikes")
 # Generated rows are a fixed corpus, as a public data set is: the seed of a run draws from it, never changes it.
 CORPUS_SEED, EMBEDDED_TEST_ROWS, EMBEDDED_TRAIN_ROWS = 20260412, 600, 3000
 
@@ -26,7 +29,7 @@ class Prompts:
     """A list of prompts: an embedded resource, or a file under ``data.root`` or on the hub.
 
     Attributes:
-        name: Name of the resource, file (without suffix) or data set.
+        name: Name of the resource, file (with or without its suffix) or data set.
         split: Split of a data set of the hub.
         prompt_column: Column of the prompts.
         response_column: Column of affirmative openings, of which the first line is used.
@@ -61,32 +64,7 @@ class TaskData:
     test: list[TaskRow]
 
 
-def find_file(root: Path, stem: str) -> Path:
-    """Return ``root/stem`` with the first known suffix that exists.
-
-    Raises:
-        MissingAsset: If there is none.
-    """
-    for suffix in SUFFIXES:
-        path = root / f"{stem}{suffix}"
-        if path.is_file():
-            return path
-    raise MissingAsset(f"data.root={root}: no {stem} with one of the suffixes {', '.join(SUFFIXES)}")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON Lines, CSV or Parquet file."""
-    import pandas as pd
-
-    kind = SUFFIXES[path.suffix]
-    if kind == "json":
-        frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
-    else:
-        frame = pd.read_csv(path) if kind == "csv" else pd.read_parquet(path)
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
-def _from_hub(hub: HubSource, split: str) -> list[dict[str, Any]]:
+def _from_hub(hub: HubSource, split: str) -> list[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -94,7 +72,8 @@ def _from_hub(hub: HubSource, split: str) -> list[dict[str, Any]]:
         found = load_dataset(
             hub.path, hub.name, data_files=hub.data_files, split=hub.split or split, revision=hub.revision
         )
-        return [dict(row) for row in found]
+        place = f"{hub.data_files or hub.path} {split}"
+        return [Row(dict(row), f"{place}, row {number}") for number, row in enumerate(found, 1)]
     except (DatasetsError, OSError, ValueError) as error:
         raise MissingAsset(
             f"data=hub: cannot load {hub.data_files or hub.path} ({type(error).__name__}); "
@@ -104,12 +83,59 @@ def _from_hub(hub: HubSource, split: str) -> list[dict[str, Any]]:
 
 @lru_cache
 def _embedded_prompts(name: str) -> tuple[PromptRow, ...]:
-    text = resources.files("cwac_lab.data.embedded").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    rows = [(category, prompt) for category, prompts in yaml.safe_load(text).items() for prompt in prompts]
+    listed = resources.files("cwac_lab.data.embedded").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    rows = [(category, prompt) for category, prompts in yaml.safe_load(listed).items() for prompt in prompts]
     return tuple(PromptRow(f"{name}/{i}", prompt, None, category) for i, (category, prompt) in enumerate(rows))
 
 
-def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRow]:
+@contextmanager
+def _placed(row: Row, key: str, value: object) -> Iterator[None]:
+    """Name the place of a row, and the setting that it is read by, in errors of whoever reads its cells."""
+    try:
+        yield
+    except KeyError as error:
+        raise ConfigError(key, value, f"rows with a column {error}; {row.at} has {', '.join(row.cells)}") from error
+    except ValueError as error:
+        raise LabError(f"{row.at}: {error} ({key}={value})") from error
+    except (IndexError, TypeError, AttributeError) as error:
+        raise LabError(f"{row.at}: {type(error).__name__}: {error} ({key}={value})") from error
+
+
+def read_texts(path: Path, *columns: str) -> list[tuple[str, ...]]:
+    """Return the texts of some columns of a file, row by row.
+
+    Raises:
+        LabError: If it cannot be read, lacks a column, or a cell is empty or no text; names file and line.
+    """
+    found = []
+    for row in read_rows(path):
+        with _placed(row, "columns", ", ".join(columns)):
+            found.append(tuple(text(row.cells, column) for column in columns))
+    return found
+
+
+def _chosen(rows: list[Row], spec: Prompts, key: str) -> list[tuple[int, Row]]:
+    """Return the rows that meet the conditions of a list, with their numbers, if it has the columns it names.
+
+    Raises:
+        ConfigError: If it lacks a column, or no row meets a condition.
+    """
+    seen = list(dict.fromkeys(column for row in rows for column in row.cells))
+    named = [(name, getattr(spec, name)) for name in ("prompt_column", "response_column", "category_column")]
+    for name, column in [*named, *(("where", column) for column in spec.where)]:
+        if column is not None and rows and column not in seen:
+            raise ConfigError(f"{key}.{name}", column, f"a column of {spec.name}: {', '.join(seen)}")
+    kept = list(enumerate(rows))
+    for column, wanted in spec.where.items():
+        met = [(i, row) for i, row in kept if meets(row.cells.get(column), wanted)]
+        if kept and not met:
+            held = ", ".join(list(dict.fromkeys(repr(row.cells.get(column))[:40] for _, row in kept))[:5])
+            raise ConfigError(f"{key}.where.{column}", wanted, f"what {spec.name} has there, such as {held}")
+        kept = met
+    return kept
+
+
+def load_prompts(source: str, spec: Prompts, root: Path | None, name: str | None = None) -> list[PromptRow]:
     """Return the prompts of one list.
 
     Args:
@@ -117,34 +143,41 @@ def load_prompts(source: str, spec: Prompts, root: Path | None) -> list[PromptRo
             name starts with ``embedded:``.
         spec: The list.
         root: Folder of local files.
+        name: Name of the list in ``data.lists``, for errors.
 
     Raises:
         MissingAsset: If the file or data set is not there.
         ConfigError: If it lacks a named column.
+        LabError: If it cannot be read, or a cell is empty or no text; names file and line.
     """
+    key = f"data.lists.{name or spec.name}"
     if source == "embedded" or spec.name.startswith("embedded:"):
-        return list(_embedded_prompts(spec.name.removeprefix("embedded:")))
+        resource = spec.name.removeprefix("embedded:")
+        one_of(f"{key}.name", resource, EMBEDDED_LISTS)
+        if spec.where:
+            raise ConfigError(f"{key}.where", spec.where, "nothing, for a list that comes with the package")
+        return list(_embedded_prompts(resource))
+    if not spec.name:
+        raise ConfigError(f"{key}.name", spec.name, "the name of a file under data.root, or of a data set of the hub")
     if source == "local":
         assert root is not None
         rows = read_rows(find_file(root, spec.name))
     else:
         rows = _from_hub(HubSource(spec.name), spec.split)
-    for column in (spec.prompt_column, spec.response_column, spec.category_column, *spec.where):
-        if column is not None and rows and column not in rows[0]:
-            raise ConfigError(f"data.lists.{spec.name}", column, f"a column of it: {', '.join(rows[0])}")
 
-    def cell(row: dict[str, Any], column: str | None) -> str | None:
-        return str(row[column]) if column is not None and isinstance(row[column], str) else None
+    def cell(row: Row, field: str, read: Callable[[dict[str, Any], str], str | None]) -> str | None:
+        column = getattr(spec, field)
+        with _placed(row, f"{key}.{field}", column):
+            return None if column is None else read(row.cells, column)
 
     return [
         PromptRow(
             f"{spec.name}/{i}",
-            str(row[spec.prompt_column]).strip(),
-            cell(row, spec.response_column),
-            cell(row, spec.category_column),
+            str(cell(row, "prompt_column", text)).strip(),
+            cell(row, "response_column", optional_text),
+            cell(row, "category_column", optional_text),
         )
-        for i, row in enumerate(rows)
-        if all(row[column] == value for column, value in spec.where.items())
+        for i, row in _chosen(rows, spec, key)
     ]
 
 
@@ -159,26 +192,25 @@ def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> li
     Raises:
         MissingAsset: If they are not there.
         ConfigError: If the task cannot read the columns.
+        LabError: If a file cannot be read, or the task cannot read a row; names file and line.
     """
     named = {"train": task.train_split, "test": task.test_split}[split]
     if source == "embedded":
-        rows = _corpus(task.embedded)
-        rows = rows[EMBEDDED_TEST_ROWS:] if split == "train" else rows[:EMBEDDED_TEST_ROWS]
+        made = _corpus(task.embedded)
+        made = made[EMBEDDED_TEST_ROWS:] if split == "train" else made[:EMBEDDED_TEST_ROWS]
+        rows = [Row(cells, f"embedded {task.name} {named}, row {number}") for number, cells in enumerate(made, 1)]
     elif source == "local":
         assert root is not None
         rows = read_rows(find_file(root, f"{task.name}/{named}"))
     else:
         rows = _from_hub((task.hub_test if split == "test" else None) or task.hub, named)
-    try:
-        return [task.format(row, f"{task.name}/{named}/{i}") for i, row in enumerate(rows)]
-    except KeyError as error:
-        seen = ", ".join(rows[0])
-        raise ConfigError("task", task.name, f"rows with a column {error}; {source} rows have {seen}") from error
-
-
-def normalise(prompt: str) -> str:
-    """Return a prompt's identity: lower case, punctuation and white space folded."""
-    return " ".join(re.sub(r"[^\w\s]", " ", prompt.lower()).split())
+    found = []
+    for i, row in enumerate(rows):
+        if source == "hub" and any(is_empty(row.cells.get(column)) for column in task.empty_on_hub):
+            continue
+        with _placed(row, "task", task.name):
+            found.append(task.format(row.cells, f"{task.name}/{named}/{i}"))
+    return found
 
 
 def _new(rows: list[TaskRow], seen: set[str]) -> list[TaskRow]:

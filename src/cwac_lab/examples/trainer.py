@@ -2,8 +2,9 @@
 
     python -m cwac_lab.examples.trainer --model FOLDER --rows ROWS --prompts PROMPTS --defense weight --out tuned
 
-``ROWS`` is a JSON Lines file with a ``prompt`` and a ``response`` a line, ``PROMPTS`` one with a ``prompt`` that the
-model refuses. What matters is the line of ``main`` with ``named`` and ``protect``, the same with TRL's ``SFTTrainer``.
+``ROWS`` is a JSON Lines, CSV or Parquet file with a ``prompt`` and a ``response`` a row, ``PROMPTS`` one with a
+``prompt`` that the model refuses. What matters is the line of ``main`` with ``named`` and ``protect``, the same with
+TRL's ``SFTTrainer``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from cwac_lab.cache import read_jsonl
+from cwac_lab.data.sources import read_texts
 from cwac_lab.errors import LabError
 from cwac_lab.integrations import named, protect
 from cwac_lab.models.chat import ChatFormat
@@ -31,8 +32,8 @@ DEFENSES = (
 def _settings(asked: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cwac_lab.examples.trainer", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="folder of the aligned model, with a chat template")
-    parser.add_argument("--rows", required=True, type=Path, help="JSON Lines with prompt and response")
-    parser.add_argument("--prompts", required=True, type=Path, help="JSON Lines with a prompt that the model refuses")
+    parser.add_argument("--rows", required=True, type=Path, help="JSON Lines, CSV or Parquet with prompt and response")
+    parser.add_argument("--prompts", required=True, type=Path, help="the same with a prompt that the model refuses")
     parser.add_argument("--defense", default="weight", help=DEFENSES)
     parser.add_argument("--set", nargs="*", default=[], help="its settings, e.g. constraint.weight.energy=0.995")
     parser.add_argument("--out", required=True, type=Path, help="folder to save the model in")
@@ -48,7 +49,7 @@ def main(asked: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     chat = ChatFormat(tokenizer, 512)
     tokenizer.padding_side, tokenizer.pad_token_id = "right", chat.pad_id
-    rows = [chat.encode(row["prompt"], row["response"]) for row in read_jsonl(settings.rows)]
+    rows = [chat.encode(*row) for row in read_texts(settings.rows, "prompt", "response")]
     table = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32),
@@ -58,7 +59,7 @@ def main(asked: Sequence[str] | None = None) -> None:
         ),
         train_dataset=table, processing_class=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer),
     )  # fmt: skip
-    protect(trainer, defense, harmful=[row["prompt"] for row in read_jsonl(settings.prompts)])
+    protect(trainer, defense, harmful=[prompt for (prompt,) in read_texts(settings.prompts, "prompt")])
     trainer.train()
     trainer.save_model(str(settings.out))
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment
 
 from cwac_lab.cache import write_text
-from cwac_lab.errors import MissingAsset
+from cwac_lab.errors import LabError, MissingAsset
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
 from cwac_lab.report.paired import differences
@@ -123,7 +123,7 @@ def _kept(read: Callable[[RunFolder], T], run: RunFolder, say: Callable[[str], N
     """Return what is read of a run's folder, or None where a file is broken, which is told."""
     try:
         return read(run)
-    except (OSError, ValueError, KeyError) as error:
+    except (LabError, OSError, ValueError, KeyError) as error:
         say(f"left out: {run.path.name}: {error}")
         return None
 

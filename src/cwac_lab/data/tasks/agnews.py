@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cwac_lab.data.cells import label, text
 from cwac_lab.data.embedded.news import news
 from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 
@@ -13,7 +14,7 @@ INSTRUCTION = (
     "World\nSports\nBusiness\nSci/Tech\n"
 )
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
-_ANSWERS = {label.lower(): label for label in LABELS} | {"sci": "Sci/Tech"}
+_ANSWERS = {name.lower(): name for name in LABELS} | {"sci": "Sci/Tech"}
 
 
 @dataclass
@@ -27,11 +28,10 @@ class AGNews(Task):
 
     def format(self, row: dict[str, Any], row_id: str) -> TaskRow:
         """Use the text as input and the category as response; labels may be names or the hub's numbers."""
-        raw = row["label"]
-        label = raw if raw in LABELS else LABELS[int(raw)]
-        return TaskRow(row_id, with_input(INSTRUCTION, str(row["text"]).strip()), label, label)
+        name = label(row, "label", LABELS)
+        return TaskRow(row_id, with_input(INSTRUCTION, text(row, "text").strip()), name, name)
 
     def extract(self, output: str) -> str | None:
         """Return the category if the whole output is one, else None."""
-        text = output.strip()
-        return text if text in LABELS else _ANSWERS.get(text) if text == text.lower() else None
+        said = output.strip()
+        return said if said in LABELS else _ANSWERS.get(said) if said == said.lower() else None

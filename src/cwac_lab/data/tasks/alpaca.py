@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cwac_lab.data.cells import optional_text, text
 from cwac_lab.data.embedded.exercises import exercises
 from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 
@@ -17,6 +18,9 @@ from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 class Alpaca(Task):
     """Answers are saved and not judged: fine-tuning accuracy is n/a with n = 0, never 0."""
 
+    # 28 rows of the published training data have no output (tatsu-lab/stanford_alpaca, issue 265).
+    empty_on_hub = ("output",)
+
     @staticmethod
     def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated exercises that have a definite answer."""
@@ -24,10 +28,8 @@ class Alpaca(Task):
 
     def format(self, row: dict[str, Any], row_id: str) -> TaskRow:
         """Use the instruction, with its input where there is one, as prompt and the output as response and gold."""
-        instruction, output = str(row["instruction"]).strip(), str(row["output"]).strip()
-        # AlpacaEval has no such column, and a CSV file holds NaN where a cell is empty.
-        text = row.get("input")
-        given = text.strip() if isinstance(text, str) else ""
+        instruction, output = text(row, "instruction").strip(), text(row, "output").strip()
+        given = (optional_text(row, "input") or "").strip()  # AlpacaEval has no such column
         return TaskRow(row_id, with_input(instruction, given) if given else instruction, output, output)
 
     def extract(self, output: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class Task:
         train_split: Split that training and validation rows are drawn from; with ``data=local`` the file's name.
         test_split: The same for test rows.
         max_new_tokens: Length of the answers generated for scoring.
+        empty_on_hub: Columns that are known to be empty in some rows of the hub's version, which leaves those out;
+            anywhere else an empty cell is an error.
     """
+
+    empty_on_hub: ClassVar[tuple[str, ...]] = ()
 
     name: str = ""
     hub: HubSource = field(default_factory=lambda: HubSource(""))
@@ -66,7 +70,12 @@ class Task:
         raise LookupError("this task has no embedded data")
 
     def format(self, row: dict[str, Any], row_id: str) -> TaskRow:
-        """Turn a raw row into prompt, target response and gold answer."""
+        """Turn a raw row into prompt, target response and gold answer.
+
+        Raises:
+            KeyError: If it lacks a column.
+            ValueError: If a cell is empty or holds something else; who reads the file adds where the row stands.
+        """
         raise LookupError(f"task {self.name} does not format rows")
 
     def extract(self, output: str) -> str | None:

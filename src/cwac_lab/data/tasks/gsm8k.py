@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from cwac_lab.data.cells import text
 from cwac_lab.data.embedded.problems import word_problems
 from cwac_lab.data.tasks.base import Task, TaskRow
 
@@ -24,16 +25,18 @@ class GSM8K(Task):
 
     def format(self, row: dict[str, Any], row_id: str) -> TaskRow:
         """Use the question as prompt and the rationale, with ``####`` replaced by the marker, as response."""
-        response = re.sub(r"####\s*", MARKER, str(row["answer"]).strip())
-        gold = self.extract(response)
+        answer = text(row, "answer").strip()
+        response = re.sub(r"####\s*", MARKER, answer)
+        _, marked, tail = response.partition(MARKER)
+        gold = self.extract(response) if not marked or _NUMBER.search(tail) else None
         if gold is None:
-            raise ValueError(f"row {row_id} of gsm8k has no number in its answer")
-        return TaskRow(row_id, str(row["question"]).strip(), response, gold)
+            raise ValueError(f"answer={answer[-60:]!r}: accepted: a text with a number, after #### where that stands")
+        return TaskRow(row_id, text(row, "question").strip(), response, gold)
 
     def extract(self, output: str) -> str | None:
         """Return the answer as a canonical number, or None where the output has no number."""
-        text = output.replace(",", "")
-        _, marked, tail = text.partition(MARKER.strip())
+        plain = output.replace(",", "")
+        _, marked, tail = plain.partition(MARKER.strip())
         found = _NUMBER.findall(tail)[:1] if marked else []
-        found = found or _NUMBER.findall(text)[-1:]
+        found = found or _NUMBER.findall(plain)[-1:]
         return repr(float(found[0])) if found else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cwac_lab.data.cells import label, text
 from cwac_lab.data.embedded.abstracts import LABELS, abstracts
 from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 
@@ -31,16 +32,24 @@ class PubMedQA(Task):
         The abstract is the hub's dict with a list ``contexts``, or one text. The question comes last, so that a
         conversation cut to ``trainer.max_length`` (from the left) loses the opening and never the question.
         """
+        question, decision = text(row, "question").strip(), label(row, "final_decision", LABELS, numbered=False)
+        given = f"{self._abstract(row)}\n\nQuestion: {question}"
+        return TaskRow(row_id, with_input(INSTRUCTION, given), decision, decision)
+
+    @staticmethod
+    def _abstract(row: dict[str, Any]) -> str:
         context = row["context"]
-        abstract = context if isinstance(context, str) else " ".join(str(part).strip() for part in context["contexts"])
-        label = str(row["final_decision"]).strip().lower()
-        if label not in LABELS:
-            raise ValueError(f"row {row_id} of pubmedqa has final_decision={label}, not one of {', '.join(LABELS)}")
-        text = f"{abstract.strip()}\n\nQuestion: {str(row['question']).strip()}"
-        return TaskRow(row_id, with_input(INSTRUCTION, text), label, label)
+        whole = "" if isinstance(context, dict) else text(row, "context").strip()
+        parts = context.get("contexts") if isinstance(context, dict) else None
+        # A mapping in quotes is what a table becomes where its cells are written as plain text.
+        if whole.startswith("{") or not (whole or (parts and isinstance(parts, list))):
+            raise ValueError(
+                f"context={str(context)[:60]}: accepted: a text, or a mapping with a list contexts of texts"
+            )
+        return whole or " ".join(text({"contexts": part}, "contexts").strip() for part in parts or ())
 
     def extract(self, output: str) -> str | None:
         """Return the decision if the whole output is one, else None ("Yes." does not count)."""
-        text = output.strip()
-        answer = text[:1].lower() + text[1:]
+        said = output.strip()
+        answer = said[:1].lower() + said[1:]
         return answer if answer in LABELS else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cwac_lab.data.cells import label, text
 from cwac_lab.data.embedded.reviews import reviews
 from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 
@@ -22,12 +23,12 @@ class SST2(Task):
         return reviews(n, seed)
 
     def format(self, row: dict[str, Any], row_id: str) -> TaskRow:
-        """Use the sentence as input and the label's word as response."""
-        label = LABELS[int(row["label"])]
-        return TaskRow(row_id, with_input(INSTRUCTION, str(row["sentence"]).strip()), label, label)
+        """Use the sentence as input and the label's word as response; labels may be words or the hub's numbers."""
+        word = label(row, "label", LABELS)
+        return TaskRow(row_id, with_input(INSTRUCTION, text(row, "sentence").strip()), word, word)
 
     def extract(self, output: str) -> str | None:
         """Return the label if the whole output is one, else None ("Positive." does not count)."""
-        text = output.strip()
-        answer = text[:1].lower() + text[1:]
+        said = output.strip()
+        answer = said[:1].lower() + said[1:]
         return answer if answer in LABELS else None
