@@ -82,11 +82,13 @@ class Defense:
 
     ``precedence`` orders the parts of a composition: what freezes (0), what changes weights (1), what runs the model
     (2), what penalises the weights themselves (3; last, so that of a sharded model their gradients are there first).
-    ``shardable`` tells whether it works on a model whose weights are divided among processes.
+    ``shardable`` tells whether it works on a model whose weights are divided among processes, ``settles_once`` whether
+    ``settle`` would change settled weights.
     """
 
     precedence: ClassVar[int] = 2
     shardable: ClassVar[bool] = True
+    settles_once: ClassVar[bool] = False
 
     @property
     def requirements(self) -> Requirements:
@@ -124,8 +126,19 @@ class Defense:
     def after_optimizer_step(self, step: int) -> None:
         """Change weights, once an optimizer step."""
 
+    def settle(self, model: Any) -> None:
+        """Change the trained weights into those that are used: at the end, and for a copy that is saved before it.
+
+        Adapters, where there are any, are merged or not. After such a copy the weights are put back.
+        """
+
+    def release(self, model: Any) -> None:
+        """Undo what only training needs, at the end."""
+
     def after_training(self, model: Any) -> None:
-        """Change the model before export and evaluation."""
+        """Make the model what is exported and evaluated."""
+        self.settle(model)
+        self.release(model)
 
     def step_metrics(self, step: int) -> dict[str, float]:
         """Return figures to log for a finished step."""
@@ -217,10 +230,15 @@ class Composite(Defense):
         for part in self.parts.values():
             part.after_optimizer_step(step)
 
-    def after_training(self, model: Any) -> None:
+    def settle(self, model: Any) -> None:
         """Let the parts act in turn."""
         for part in self.parts.values():
-            part.after_training(model)
+            part.settle(model)
+
+    def release(self, model: Any) -> None:
+        """Let the parts act in turn."""
+        for part in self.parts.values():
+            part.release(model)
 
     def step_metrics(self, step: int) -> dict[str, float]:
         """Return the figures of all parts."""

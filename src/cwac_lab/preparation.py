@@ -219,7 +219,7 @@ class _Workshop:
             "positions": {"harmful": len(x), "benign": len(y)},
             "quality": read_json(autoencoder / sae_train.REPORT),
         }
-        latents.export(folder, layer, encoder, chosen, scores, scale, facts)
+        latents.export(folder, layer, encoder, chosen, scores, scale, facts, latents.signature(model, layer))
 
 
 def autoencoders(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> dict[int, Path]:

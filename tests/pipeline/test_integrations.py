@@ -24,7 +24,7 @@ from cwac_lab.cache import write_jsonl
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.defense import Composite
-from cwac_lab.errors import ConfigError
+from cwac_lab.errors import ConfigError, LabError
 from cwac_lab.examples import trainer as example
 from cwac_lab.integrations import DefenseCallback, named, protect
 from cwac_lab.models.chat import Encoded
@@ -57,11 +57,13 @@ SETTINGS = {"schedule": "constant", "epochs": 1, "batch_size": 4, "learning_rate
 
 
 def arguments(folder, **more):
-    return TrainingArguments(
-        output_dir=str(folder), num_train_epochs=1, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1.0,
-        lr_scheduler_type="constant", train_sampling_strategy="sequential", optim="adamw_torch_fused",
-        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", seed=0, **more,
-    )  # fmt: skip
+    settings = {
+        "num_train_epochs": 1, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "optim": "adamw_torch_fused",
+        "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no",
+        "seed": 0,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **(settings | more))
 
 
 def in_order() -> list[Encoded]:
@@ -120,16 +122,65 @@ def test_protect_prepares_by_itself(tmp_path):
     assert_moved_alike(weights(model), weights(expected), weights(tiny.model()))
 
 
-def test_accumulation_changes_rounding_only(tmp_path):
-    found = {}
-    for size, shares in ((4, 1), (2, 2)):
-        defense, model = L2(strength=3), tiny.model()
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": shares}
-        trainer = other_trainer(model, in_order(), tmp_path, **settings)
-        protect(trainer, defense)
+# Answers of unequal length: a mean of means over two rows is not the mean over four.
+UNEQUAL = [(f"task {i}" + " please" * (i % 3), "yes " * (1 + 7 * (i % 2) + i % 3)) for i in range(10)]
+ACCUMULATED = [
+    *((name, FULL) for name in DEFENSES if name not in ("none", "sppft", "weight_update", "coupled")),
+    ("ldifs", LORA),
+    ("constrained_sft", LORA),
+]
+
+
+@pytest.mark.parametrize(("name", "tuning"), ACCUMULATED)
+def test_accumulation_changes_rounding_only(name, tuning, tmp_path):
+    """Ten rows in steps of four: the last has two, in one piece."""
+    builds = {**DEFENSES, "kl": lambda: KL(strength=20), "ldifs": lambda: LDIFS(strength=30)}
+    chat, found = tiny.chat(), {}
+    for size, shares in ((4, 1), (2, 2), (1, 4)):
+        defense, model = builds[name](), tiny.model()
+        prepared = context(model, defense)
+        if tuning is LORA:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": shares, "learning_rate": 1e-3}
+        trainer = other_trainer(model, [chat.encode(*row) for row in UNEQUAL], tmp_path, **settings)
+        defense.prepare(prepared)
+        callback = DefenseCallback(trainer, defense, prepared.model)
+        trainer.add_callback(callback)
         trainer.train()
-        found[shares] = weights(model)
-    assert_moved_alike(found[2], found[1], weights(tiny.model()))
+        found[shares] = weights(callback.merged())
+    for shares in (2, 4):
+        assert_moved_alike(found[shares], found[1], weights(tiny.model()))
+
+
+@pytest.mark.parametrize("name", ["kl", "constrained_sft"])
+def test_rows_that_an_epoch_leaves_out_are_known_in_the_next(name, tmp_path):
+    """Ten rows in batches of four: the two that one epoch drops are not those that the next does."""
+    chat, defense = tiny.chat(), DEFENSES[name]()
+    more = {"dataloader_drop_last": True, "num_train_epochs": 4, "train_sampling_strategy": "random"}
+    trainer = other_trainer(tiny.model(), [chat.encode(*row) for row in UNEQUAL], tmp_path, **more)
+    protect(trainer, defense)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert trainer.args.dataloader_drop_last
+
+
+def test_rows_that_change_between_epochs_are_one_line(tmp_path):
+    chat, defense = tiny.chat(), KL(strength=1)
+    trainer = other_trainer(tiny.model(), [chat.encode(*row) for row in UNEQUAL], tmp_path)
+    protect(trainer, defense)
+    collate, calls = trainer.data_collator, []
+
+    def changing(rows):
+        calls.append(1)
+        batch = collate(rows)
+        batch["input_ids"][:, 3] = 40 + len(calls)
+        return batch
+
+    trainer.data_collator = changing
+    with pytest.raises(LabError, match=r"4 of 4 rows were not asked of the start \(accepted: rows that never change\)"):
+        trainer.train()
 
 
 def test_sft_trainer_takes_a_defence(tmp_path):
@@ -183,12 +234,6 @@ def test_what_is_missing_is_one_line(defense, given, line, tmp_path):
     trainer = other_trainer(tiny.model(), in_order(), tmp_path)
     with pytest.raises(ConfigError, match=line):
         protect(trainer, defense, **given)
-
-
-def test_accumulated_batches_go_with_what_is_added_only(tmp_path):
-    trainer = other_trainer(tiny.model(), in_order(), tmp_path, gradient_accumulation_steps=2)
-    with pytest.raises(ConfigError, match="gradient_accumulation_steps=2: accepted: 1 with this defence"):
-        protect(trainer, Lisa(), harmful=PROMPTS)
 
 
 def test_half_weights_do_not_go_with_an_exact_projection(tmp_path):

@@ -56,7 +56,7 @@ def test_export_and_load_keep_what_a_penalty_needs(data, folder, tmp_path):
     scores = torch.arange(128.0)
     chosen = scores.topk(5).indices
     scale = torch.full((5,), 2.0)
-    latents.export(tmp_path, 0, encoder, chosen, scores, scale, {})
+    latents.export(tmp_path, 0, encoder, chosen, scores, scale, {}, torch.ones(8, 6))
     (features,) = latents.load(tmp_path)
     full = data[:50] @ encoder[0] + encoder[1]
     torch.testing.assert_close(encode(data[:50], features, "pre"), full[:, chosen])

@@ -13,7 +13,7 @@ the same updates outright, which is the control for that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -44,6 +44,8 @@ class SafeLoRA(Defense):
     rank: int = 64
     control: str = "none"
 
+    settles_once: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Check the fields."""
         in_range("share", self.share, 0, 1)
@@ -65,9 +67,10 @@ class SafeLoRA(Defense):
         self._projected: dict[str, dict[str, float]] = {}
 
     @torch.no_grad()
-    def after_training(self, model: Any) -> None:
-        """Project the chosen updates."""
+    def settle(self, model: Any) -> None:
+        """Project the chosen updates; those of adapters by their factor B."""
         found = []
+        self._projected = {}
         for layer in self._layers:
             update = layer.update
             if not update.any():  # frozen: nothing to project
@@ -81,8 +84,12 @@ class SafeLoRA(Defense):
         else:
             found = [entry for entry in found if entry[0] <= self.threshold]
         for cosine, layer, ratio in found:
-            kept = torch.zeros_like(layer.start) if self.control == "zero" else layer.matrix @ layer.update
-            layer.linear.module.weight.copy_(layer.start + kept)
+            matrix = torch.zeros_like(layer.matrix) if self.control == "zero" else layer.matrix
+            factor = layer.linear.left
+            if factor is None:
+                layer.linear.module.weight.copy_(layer.start + matrix @ layer.update)
+            else:
+                factor.copy_(matrix @ factor)
             self._projected[layer.linear.name] = {"cosine": cosine, "norm_kept": ratio}
 
     def summary(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cwac_lab.data.batches import collate
+from cwac_lab.errors import LabError
 from cwac_lab.models.adapters import has_adapters, without_adapters
 from cwac_lab.models.answers import Batch, answer_states, logits_of, to_device
 from cwac_lab.models.chat import IGNORED, Encoded
@@ -61,8 +62,18 @@ class StartValues:
             self._values.update(zip(_keys(batch), (value.clone() for value in values), strict=True))
 
     def of(self, batch: Batch) -> Float[Tensor, "N ..."]:
-        """Return the values at the N answer tokens of a batch of known rows."""
-        return torch.cat([self._values[key] for key in _keys(batch)]).to(batch["input_ids"].device)
+        """Return the values at the N answer tokens of a batch of known rows.
+
+        Raises:
+            LabError: If one is not known: it was changed between the epochs.
+        """
+        keys = _keys(batch)
+        unknown = sum(key not in self._values for key in keys)
+        if unknown:
+            raise LabError(
+                f"{unknown} of {len(keys)} rows were not asked of the start (accepted: rows that never change)"
+            )
+        return torch.cat([self._values[key] for key in keys]).to(batch["input_ids"].device)
 
 
 class StartLogits:

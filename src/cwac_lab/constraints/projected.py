@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from cwac_lab import linalg
+from cwac_lab.errors import LabError
 from cwac_lab.models.shards import whole
 
 
@@ -125,10 +126,42 @@ class _WithoutSpan(torch.nn.Module):
             return linalg.remove_span(factor, self.basis)
 
 
+# What a parametrised factor is called among a model's parameters, and in a plain adapter.
+_AS_TRAINED, _AS_USED = "parametrizations.weight.original", "weight"
+
+
+def _saved_as_used(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put the projected factor in the place of the trained one, in what is saved: it is a plain adapter's."""
+    if state.pop(prefix + _AS_TRAINED, None) is not None:
+        state[prefix + _AS_USED] = module.weight.detach()
+
+
+def _loaded_as_used(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take a plain adapter's factor."""
+    if is_parametrized(module) and prefix + _AS_USED in state:
+        state[prefix + _AS_TRAINED] = state.pop(prefix + _AS_USED)
+
+
 def project_factor(adapter: Any, basis: Float[Tensor, "d k"]) -> None:
     """Project the factor A of a LoRA layer, in place and for good: ``B A (I - V V^T) x`` is what the layer adds to W x.
 
-    So the update has no part in the span of V under any optimizer, and PEFT merges the projected factor.
+    So the update has no part in the span of V under any optimizer, PEFT merges the projected factor, and a state that
+    is saved at any time holds it under the name that a plain adapter gives it.
+
+    Raises:
+        LabError: If it is projected already.
     """
     (key,) = adapter.active_adapters
-    register_parametrization(adapter.lora_A[key], "weight", _WithoutSpan(basis))
+    factor = adapter.lora_A[key]
+    if is_parametrized(factor):
+        raise LabError("an adapter is under a constraint already (accepted: a new one)")
+    register_parametrization(factor, "weight", _WithoutSpan(basis))
+    factor.register_state_dict_post_hook(_saved_as_used)
+    factor.register_load_state_dict_pre_hook(_loaded_as_used)
+
+
+def release_factor(adapter: Any) -> None:
+    """Make the projected factor a plain one, with the values that it has."""
+    (key,) = adapter.active_adapters
+    if is_parametrized(adapter.lora_A[key]):
+        remove_parametrizations(adapter.lora_A[key], "weight")

@@ -22,9 +22,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab import linalg
-from cwac_lab.constraints.projected import ProjectedLinear, project_factor, project_gradients, release
+from cwac_lab.constraints.projected import (
+    ProjectedLinear,
+    project_factor,
+    project_gradients,
+    release,
+    release_factor,
+)
 from cwac_lab.defense import HELD_ON, Context, Defense, Requirements
 from cwac_lab.errors import ConfigError, in_range, one_of
+from cwac_lab.models.adapters import when_merged
 from cwac_lab.models.shards import is_sharded, local, rows, total
 from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 from cwac_lab.subspace.basis import SubspaceSpec
@@ -34,11 +41,19 @@ PROJECTIONS = ("gradient", "update", "both")
 
 @dataclass
 class _Constrained:
-    """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k); none with adapters."""
+    """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k); none with adapters.
+
+    ``merged`` are the squares of what merged adapters moved, along V and in all.
+    """
 
     linear: Matrix
     basis: Float[Tensor, "d k"]
     anchor: Float[Tensor, "m k"] | None
+    merged: tuple[float, float] | None = None
+
+    def note(self, before: Float[Tensor, "m d"], after: Float[Tensor, "m d"]) -> None:
+        """Take the weight before and after its adapter is merged: what is added is rounded to what the sum can hold."""
+        self.merged = linalg.leak(after - before, self.basis.float())
 
 
 @dataclass
@@ -114,6 +129,7 @@ class WeightConstraint(Defense):
             basis = context.subspace.bases[linear.site.name].to(context.model.device)
             if linear.adapter is not None:
                 self._held.append(_Constrained(linear, basis, None))
+                when_merged(linear.adapter, self._held[-1].note)
                 if basis.shape[1]:
                     project_factor(linear.adapter, basis)
                 continue
@@ -153,23 +169,31 @@ class WeightConstraint(Defense):
                 squares.append(removed.square().sum())
             self._removed = float(total(torch.stack(squares).sum(), sharded=is_sharded(weight)).sqrt())
 
-    def after_training(self, model: Any) -> None:
-        """Leave plain linear layers, with nothing moved along V."""
+    def settle(self, model: Any) -> None:
+        """Take out what was moved along V."""
         if self.projection != "gradient" and self._moving:
             self._restore()
+
+    def release(self, model: Any) -> None:
+        """Leave plain linear layers, and plain factors."""
         for held in self._held:
-            if isinstance(held.linear.module, ProjectedLinear):
+            if held.linear.adapter is not None:
+                release_factor(held.linear.adapter)
+            elif isinstance(held.linear.module, ProjectedLinear):
                 release(held.linear.module)
 
     @torch.no_grad()
     def leak(self) -> float:
         """Return ``||(W - W0) V||_F / ||W - W0||_F`` over all constrained matrices; 0 where nothing moved.
 
-        With adapters ``W - W0`` is what they add.
+        With adapters ``W - W0`` is what they add, and once they are merged, what that left of it in float32.
         """
         sums = torch.zeros(2, dtype=torch.float64)
         weight: Tensor | None = None
         for held in self._held:
+            if held.merged is not None:
+                sums += torch.tensor(held.merged, dtype=torch.float64)
+                continue
             factors = held.linear.factors()
             if factors is not None:
                 delta = factors[0] @ factors[1]

@@ -99,17 +99,58 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
         if config.base == "nf4":
             layer.base_layer = _quantized(layer.base_layer)
 
-    def merge() -> None:
-        for layer in _layers(model):
-            weight = dense(layer.base_layer)
-            plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-            plain.bias = layer.base_layer.bias
-            layer.base_layer = plain
-        model.float()
-        adapted.merge_and_unload()
+    return lambda: merge(adapted)
 
-    return merge if config.base != "float32" else adapted.merge_and_unload
+
+def merge(adapted: Any) -> Any:
+    """Add ``alpha / r B A`` to the weights in float32, in place, whatever they are held in.
+
+    bfloat16 or 4 bits would round the update, and with it a constraint on it.
+
+    Args:
+        adapted: PEFT's ``LoraModel``.
+
+    Returns:
+        The plain model in float32.
+    """
+    from peft.tuners.lora import Linear
+
+    model = adapted.model
+    for layer in _layers(model):
+        if in_few_bits(layer.base_layer):
+            layer.__class__ = Linear  # PEFT's own for few bits would round the sum to them
+    for name, module in list(model.named_modules()):
+        if in_few_bits(module):
+            model.set_submodule(name, _plain(module))
+    if getattr(model, "hf_quantizer", None) is not None:  # as transformers loaded it
+        model.hf_quantizer.remove_quantization_config(model)
+    model.float()
+    for layer in _layers(model):
+        told = vars(layer).get("when_merged")
+        before = dense(layer.base_layer) if told else None
+        layer.merge()
+        if told:
+            told(before, layer.base_layer.weight.detach())
+    return adapted.unload()
+
+
+def when_merged(layer: Any, told: Callable[[Float[Tensor, "m d"], Float[Tensor, "m d"]], None]) -> None:
+    """Have a call told a PEFT layer's weight before and after it is merged, both in float32."""
+    layer.when_merged = told
+
+
+def in_few_bits(module: torch.nn.Module) -> bool:
+    """Tell whether bitsandbytes holds a linear layer's weight in 4 or 8 bits."""
+    return isinstance(module, torch.nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def _plain(linear: Any) -> torch.nn.Linear:
+    """Return a plain linear layer in float32 with the weight that another stands for."""
+    weight = dense(linear)
+    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    plain.bias = linear.bias
+    return plain
 
 
 def _quantized(linear: torch.nn.Linear) -> torch.nn.Linear:
@@ -133,13 +174,12 @@ def _quantized(linear: torch.nn.Linear) -> torch.nn.Linear:
 
 def dense(linear: torch.nn.Linear) -> Float[Tensor, "m d"]:
     """Return a new copy of a layer's weight in float32, whatever it is held in."""
-    weight = linear.weight.detach()
-    state = getattr(linear.weight, "quant_state", None)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
+    weight: Tensor = linear.weight
+    if in_few_bits(linear):
+        from peft.utils.integrations import dequantize_bnb_weight
 
-        weight = dequantize_4bit(weight, state)
-    return weight.to(torch.float32, copy=True)
+        weight = dequantize_bnb_weight(weight, getattr(linear, "state", None))
+    return weight.detach().to(torch.float32, copy=True)
 
 
 def _layers(model: Any) -> list[Any]:

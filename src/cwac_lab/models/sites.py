@@ -88,6 +88,15 @@ class Matrix:
         parts = self.adapter if self.adapter is not None else self.module
         return [p for name, p in parts.named_parameters() if p.requires_grad and name != "bias"]
 
+    @property
+    def left(self) -> Float[Tensor, "m r"] | None:
+        """The factor B of an adapter that is not merged, or None."""
+        if self.adapter is None or self.adapter.merged:
+            return None
+        (key,) = self.adapter.active_adapters
+        factor: Tensor = self.adapter.lora_B[key].weight
+        return factor
+
     def factors(self) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r d"]] | None:
         """Return ``alpha / r B`` and ``A``, whose product is the trained update; None without them."""
         if self.adapter is None:

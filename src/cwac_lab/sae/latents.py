@@ -51,6 +51,7 @@ class LayerFeatures:
         k: Latents that TopK keeps per token.
         latents: Chosen latents, shape (S,).
         scale: Standard deviation of their pre-activations before fine-tuning, shape (S,).
+        signature: What ``signature`` returns for the model they were made for; None in folders that lack it.
     """
 
     layer: int
@@ -59,6 +60,7 @@ class LayerFeatures:
     k: int
     latents: Int[Tensor, " S"]
     scale: Float[Tensor, " S"]
+    signature: Float[Tensor, "8 D"] | None = None
 
     def to(self, device: torch.device) -> LayerFeatures:
         """Return a copy whose tensors are on a device."""
@@ -87,6 +89,13 @@ def residuals(
             x = layer_outputs(model, [layer], ids, mask)[layer]
             rows.append(x[penalty_positions(x, mask, spec.positions, spec.n_last)].float().cpu())
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def signature(model: Any, layer: int) -> Float[Tensor, "8 D"]:
+    """Return what tells models apart: residuals after a layer at the end of one row of tokens, (8, D), on the CPU."""
+    ids = torch.arange(8, 40, device=model.device)[None]  # in any vocabulary
+    return layer_outputs(model, [layer], ids, torch.ones_like(ids))[layer][0, -8:].float().cpu()
 
 
 def attribution(
@@ -172,10 +181,12 @@ def export(
     scores: Float[Tensor, " F"],
     scale: Float[Tensor, " S"],
     facts: dict[str, Any],
+    signature: Float[Tensor, "8 D"],
 ) -> None:
-    """Save what fine-tuning needs of one layer: encoder, chosen latents (S,), their scale (S,), and a report."""
+    """Save what fine-tuning needs of one layer: encoder, chosen latents (S,), their scale (S,), report, signature."""
     weight, bias, k = encoder
     tensors = {"weight": weight, "bias": bias, "latents": chosen, "scale": scale, "scores": scores[chosen]}
+    tensors["signature"] = signature
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"layer{layer}.safetensors")
     write_json(folder / f"layer{layer}.json", {"layer": layer, "k": k, **facts})
 
@@ -186,5 +197,5 @@ def load(folder: Path) -> tuple[LayerFeatures, ...]:
     for path in sorted(folder.glob("layer*.json")):
         facts, tensors = read_json(path), load_file(path.with_suffix(".safetensors"))
         parts = {name: tensors[name] for name in ("weight", "bias", "latents", "scale")}
-        found.append(LayerFeatures(layer=facts["layer"], k=facts["k"], **parts))
+        found.append(LayerFeatures(layer=facts["layer"], k=facts["k"], signature=tensors.get("signature"), **parts))
     return tuple(sorted(found, key=lambda features: features.layer))
