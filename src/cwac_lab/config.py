@@ -113,8 +113,12 @@ def _scalars(config: _Settings) -> dict[str, Any]:
     return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config["finetune"], "force": config["force"]}
 
 
-def read(config: DictConfig) -> Run:
+def read(config: DictConfig, *, recorded: bool = False) -> Run:
     """Check a composed configuration and return it typed; loads no data and no weights.
+
+    Args:
+        config: The configuration.
+        recorded: Whether it is that of a record, which may have been made under a rule that no new run is.
 
     Raises:
         ConfigError: One line that names the key, the value and what is accepted.
@@ -150,6 +154,8 @@ def read(config: DictConfig) -> Run:
         cache_root=str(settings["cache_root"]),
         resolved={**settings, **plain},
     )
+    if run.data.near == "exact" and not recorded:
+        raise ConfigError("data.near", "exact", "ngram | embedding (exact is the rule of earlier records only)")
     _cross_check(run)
     return run
 

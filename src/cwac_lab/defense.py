@@ -34,6 +34,11 @@ class Requirements:
     features: FeatureSpec | None = None
     base_weights: bool = False
 
+    @property
+    def alignment_refusals(self) -> bool:
+        """Whether refusals of the alignment pool are used: an autoencoder is trained on them, nothing else is."""
+        return self.features is not None
+
     def merge(self, other: Requirements) -> Requirements:
         """Return what two defences need together (each artefact is asked for by at most one of them)."""
         return Requirements(

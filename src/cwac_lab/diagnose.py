@@ -93,7 +93,7 @@ def _of_run(folder: RunFolder, config: DictConfig, measure: _Measurer) -> dict[s
     composed = cli.compose([f"constraint={config.measured_in}"])
     # All runs are told in the same directions and latents, whatever forms they held refusals in.
     asked.constraint, asked.forms = composed.constraint, composed.forms
-    run = read(asked)
+    run = read(asked, recorded=True)
     run.diagnostics = replace(run.diagnostics, n_prompts=config.n_prompts)
     found = measure(run, folder.path / store.MODEL, folder.facts()["weights_content"])
     folder.write(store.DRIFT, found)

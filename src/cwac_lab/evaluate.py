@@ -23,7 +23,7 @@ def main(config: DictConfig) -> None:
     asked = OmegaConf.create(folder.config())
     if config.judges is not None:
         asked.evaluation.judges = config.judges
-    run = read(asked)
+    run = read(asked, recorded=True)
     check(run.evaluation.judges)
     from cwac_lab.experiment import rejudge
 

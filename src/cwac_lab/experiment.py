@@ -63,7 +63,8 @@ class _Stage:
             merge = adapters.attach(self.model, run.tuning, run.seed)
             defense.prepare(context)
         rows = defense.wrap_dataset(rows)
-        manifest = {"mixture": mixing.manifest(rows), "pools": self.begin.pools.manifest()}
+        pools = self.begin.pools
+        manifest = {"mixture": mixing.manifest(rows), "pools": pools.manifest(), "cut": pools.cut}
         self.folder.write(store.MANIFEST, manifest)
         bad = sum(row.harmful for row in rows)
         self.screen.say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from cwac_lab import distributed
 from cwac_lab.cache import cached_folder, digest, read_json
 from cwac_lab.config import Run
-from cwac_lab.data.mixing import TrainRow
+from cwac_lab.data.mixing import TrainRow, counts
 from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.data.responses import REFUSALS, refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defense import Context
-from cwac_lab.errors import QualityError
+from cwac_lab.errors import ConfigError, QualityError
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import ModelFolder, find, find_base, load_chat, load_model
 from cwac_lab.models.sites import depth_to_layer
@@ -57,13 +57,25 @@ def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
     Who has read the pools, so that a bad row of the task stops before a start is trained, hands them over.
 
     Raises:
-        LabError: If weights or data are missing, or pools overlap.
+        LabError: If weights or data are missing, pools overlap, or near-duplicates leave too few harmful rows.
     """
     pools = pools or build_pools(run.data)
+    for line in pools.told():
+        say(line)
+    _check_finetune(run, len(pools.get("harmful", "finetune")))
     folder = find(run.model, run.profile.name, Path(run.cache_root))
     if run.model.align == "none":
         return Start(folder, pools)
     return Start(aligned(folder, pools, run, say), pools, before=folder)
+
+
+def _check_finetune(run: Run, held: int) -> None:
+    """Check that as many harmful rows were dealt as the mixture has (the plan of the pools had them)."""
+    _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
+    if run.finetune and run.attack.rows == "harmful" and harmful > held:
+        most = f"at most {held / run.data.n_train:g} with data.n_train={run.data.n_train}"
+        left = f"data.near={run.data.near} leaves {held} harmful rows"
+        raise ConfigError("harmful_ratio", run.harmful_ratio, f"{most} ({left})")
 
 
 def base(run: Run, begin: Start) -> ModelFolder:

@@ -28,6 +28,7 @@ class References:
         harmful: Reference prompts of the harmful kind.
         benign: Reference prompts of the harmless kind.
         refusals: Harmful prompts with the start model's refusal, as token ids; one that was cut has no end of turn.
+            Those of the alignment pool are among them where the constraint needs them.
         asked: Harmful reference prompts that were asked, of which ``harmful`` are kept.
         harmful_ids: The harmful prompts as token ids, up to where the answer starts; first in the model's own form.
         benign_ids: The harmless ones, likewise.
@@ -73,28 +74,32 @@ def _kept(
     run: Run, pools: Pools, content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
 ) -> tuple[list[PromptRow], list[list[int]]]:
     """Return the harmful reference prompts that are held, and refusals as token ids."""
-    asked, taught = pools.get("harmful", "reference"), pools.get("harmful", "alignment")
+    asked = pools.get("harmful", "reference")
+    taught = pools.get("harmful", "alignment") if run.constraint.requirements.alignment_refusals else []
 
     def canned(rows: list[PromptRow]) -> list[list[int]]:
         return [chat.encode(row.prompt, refusal(row)).input_ids for row in rows]
 
     if run.data.reference == "all":
         return asked, canned(asked + taught)
-    own = asked if run.model.align != "none" else asked + taught
-    given = _answers(run, own, content, model, chat, say)
-    refused = [is_refusal(answer.text) for answer in given]
-    kept = [row for row, holds in zip(asked, refused, strict=False) if holds]  # the asked ones come first
+    given = _answers(run, asked, content, model, chat, say)
+    kept = [row for row, answer in zip(asked, given, strict=True) if is_refusal(answer.text)]
     if not kept:
         raise QualityError(
             f"the start model refuses none of the {len(asked)} harmful reference prompts: there is nothing to hold "
             "(accepted: model.align=refusals, or data.reference=all)"
         )
-    refusals = [
-        chat.encode_own(row.prompt, answer.text, ended=answer.ended).input_ids
-        for row, answer, holds in zip(own, given, refused, strict=True)
-        if holds
-    ]
-    return kept, refusals + (canned(taught) if run.model.align != "none" else [])
+
+    def own(rows: list[PromptRow], given: list[Answer]) -> list[list[int]]:
+        return [
+            chat.encode_own(row.prompt, answer.text, ended=answer.ended).input_ids
+            for row, answer in zip(rows, given, strict=True)
+            if is_refusal(answer.text)
+        ]
+
+    if not taught or run.model.align != "none":
+        return kept, own(asked, given) + canned(taught)
+    return kept, own(asked + taught, given + _answers(run, taught, content, model, chat, say))
 
 
 def _ids(chat: ChatFormat, rows: list[PromptRow]) -> list[list[int]]:
@@ -108,8 +113,9 @@ def references(
 
     With ``data.reference=refused`` (the paper's) a harmful prompt that the start model answers is left out: there is
     no refusal to hold. A model aligned here was taught the project's refusals to the alignment pool; one that was not
-    is asked for its own. In every form of ``forms`` (this project's, not the paper's) all prompts are
-    asked again, and those held that are refused in that form.
+    is asked for its own, where the constraint needs them (``Requirements.alignment_refusals``). In every form of
+    ``forms`` (this project's, not the paper's) all prompts are asked again, and those held that are refused in that
+    form.
 
     Args:
         run: The run.

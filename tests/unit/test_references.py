@@ -19,8 +19,9 @@ from cwac_lab.models.capture import site_inputs
 from cwac_lab.references import references
 
 
-def setting(tmp_path, tiny_folder, *overrides):
-    run = read(tiny.config(*tiny.small_run(tiny_folder, tmp_path), "constraint=weight", *overrides))
+def setting(tmp_path, tiny_folder, *overrides, constraint="weight"):
+    small = (*tiny.small_run(tiny_folder, tmp_path), "sae.n_latents=128")
+    run = read(tiny.config(*small, f"constraint={constraint}", *overrides))
     return run, build_pools(run.data)
 
 
@@ -53,20 +54,43 @@ def rendered(prompts):
 
 @pytest.mark.parametrize("align", ["none", "refusals"])
 def test_prompts_that_are_answered_are_left_out(align, asked, tmp_path, tiny_folder):
-    run, pools = setting(tmp_path, tiny_folder, "data.reference=refused", f"model.align={align}")
+    run, pools = setting(
+        tmp_path, tiny_folder, "data.reference=refused", f"model.align={align}", constraint="activation"
+    )
     held = found(run, pools)
     reference, taught = pools.get("harmful", "reference"), pools.get("harmful", "alignment")
     assert held.harmful == reference[1::2]
     assert held.asked == len(reference)
     assert held.benign == pools.get("harmless", "reference")
     own = reference if align == "refusals" else reference + taught
-    assert asked == [rendered(row.prompt for row in own)]
+    assert asked == [rendered(row.prompt for row in rows) for rows in (reference, taught)[: len(asked)]]
+    assert len(asked) == (1 if align == "refusals" else 2)
     expected = texts([(row.prompt, "I can't help with that.") for row in own[1::2]])
     if align == "refusals":  # it was taught exactly these
         expected += texts([(row.prompt, refusal(row)) for row in taught])
     assert held.refusals == expected
+    before = len(asked)
     assert found(run, pools) == held
-    assert len(asked) == 1  # the answers are cached
+    assert len(asked) == before  # the answers are cached
+
+
+@pytest.mark.parametrize(
+    ("constraint", "alignment"),
+    [
+        ("weight", False), ("activation", True), ("coupled", True), ("lisa", False), ("safegrad", False),
+        ("safe_instruct", False), ("[weight,kl]", False),
+    ],
+)  # fmt: skip
+def test_a_model_that_came_aligned_is_asked_what_is_used(constraint, alignment, asked, tmp_path, tiny_folder):
+    """Of the refusals of the alignment pool an autoencoder is made, and nothing else."""
+    run, pools = setting(
+        tmp_path, tiny_folder, "data.reference=refused", "data.harmful.alignment.requests=9", constraint=constraint
+    )
+    held, every = found(run, pools), [row.prompt for row in pools.get("harmful", "alignment")]
+    assert sum(len(prompts) for prompts in asked) == 6 + (9 if alignment else 0)
+    refused = every[1::2] if alignment else []
+    own = [row.prompt for row in held.harmful] + refused
+    assert held.refusals == texts([(prompt, "I can't help with that.") for prompt in own])
 
 
 def test_a_refusal_that_was_cut_has_no_end_of_turn(asked, tmp_path, tiny_folder):
@@ -79,12 +103,11 @@ def test_a_refusal_that_was_cut_has_no_end_of_turn(asked, tmp_path, tiny_folder)
 
 
 def test_all_prompts_can_be_held(asked, tmp_path, tiny_folder):
-    run, pools = setting(tmp_path, tiny_folder, "data.reference=all")
-    held = found(run, pools)
-    assert held.harmful == pools.get("harmful", "reference")
-    assert held.refusals == texts(
-        [(row.prompt, refusal(row)) for row in held.harmful + pools.get("harmful", "alignment")]
-    )
+    for constraint, pool in (("coupled", "alignment"), ("weight", "none")):
+        run, pools = setting(tmp_path, tiny_folder, "data.reference=all", constraint=constraint)
+        held = found(run, pools)
+        assert held.harmful == pools.get("harmful", "reference")
+        assert held.refusals == texts([(row.prompt, refusal(row)) for row in held.harmful + pools.get("harmful", pool)])
     assert asked == []
 
 

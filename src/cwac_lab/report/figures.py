@@ -144,7 +144,9 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
     written = []
     for key, cells in settings.items():
         title = heading(cells[0][0]).replace(" | ", "\n")
-        stem = f"{name}-{cells[0][0]['task']}-{digest(list(key))[:8]}"
+        # Prompts were dealt by exact text before there was another rule: figures of then keep their names.
+        named = [value for part, value in zip(SETTING, key, strict=True) if (part, value) != ("dealt", "exact")]
+        stem = f"{name}-{cells[0][0]['task']}-{digest(named)[:8]}"
         with rc_context(_STYLE):
             for ratio in sorted({entry["harmful_ratio"] for entry, _ in cells}):
                 alike = [cell for cell in cells if cell[0]["harmful_ratio"] == ratio]

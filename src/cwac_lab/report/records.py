@@ -18,10 +18,12 @@ from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
 Row = dict[str, Any]
-# What the runs of a table share: weights, task, source of data, its rows and prompts by content, split, attack, judge.
-SETTING = ["weights", "weights_content", "task", "data", "task_rows", "prompts", "split", "attack", "judge"]
+# What the runs of a table share: weights, task, source of data, its rows and prompts by content, by which rule prompts
+# were dealt to pools, split, attack, judge.
+SETTING = ["weights", "weights_content", "task", "data", "task_rows", "prompts", "dealt", "split", "attack", "judge"]
 # What the runs of a mean over tasks share.
-ACROSS_TASKS = ["weights", "weights_content", "data", "prompts", "split", "attack", "judge"]
+ACROSS_TASKS = ["weights", "weights_content", "data", "prompts", "dealt", "split", "attack", "judge"]
+_NEAR = "data.near"
 # The attack and the judge that headings need not name.
 PLAIN = ("mixed", "refusal")
 ROW = ["harmful_ratio", "constraint", "variant"]
@@ -75,6 +77,7 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
     projection = kept.get("constraint.weight.projection")
     if projection is not None:  # before it could be set, and with update, weights are restored after every step
         kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept.get(_RESTORE, 1))
+    row["dealt"] = kept.pop(_NEAR, store.LATER[_NEAR])
     forms = config["forms"]
     kept["forms"] = forms["name"] if forms == store.LATER["forms"] else f"{forms['name']} {digest(forms)[:8]}"
     row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}

@@ -22,6 +22,13 @@ from cwac_lab.stats import Rate, mean_rate
 
 TITLES = {name: f"{title} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name, title in RATES.items()}
 
+# What no two pools of prompts share, by the rule that they were dealt by (``data.near``).
+DEALT = {
+    "exact": "prompts dealt by exact text",
+    "ngram": "prompts dealt by 5-gram groups",
+    "embedding": "prompts dealt by 5-gram and embedding groups",
+}
+
 
 def rate_of(group: list[Row], name: str) -> Rate:
     """Return the mean of a rate over the finished runs of a row, with its interval (see ``stats.mean_rate``)."""
@@ -105,13 +112,13 @@ def _average(tasks: dict[str, list[Row]], name: str) -> str:
 
 
 def heading(entry: Any) -> str:
-    """Return one line that says what really ran: weights, task, data and prompts by content, split."""
+    """Return one line that says what really ran: weights, task, data and prompts by content, how dealt, split."""
     rows = f"{entry['task_rows']}, " if "task_rows" in entry else ""
     data = f"{entry['data']} data ({rows}{entry['prompts']})"
     told = (("attack", entry["attack"]), ("judged by", entry["judge"]))
     more = "".join(f", {words} {name}" for (words, name), plain in zip(told, PLAIN, strict=True) if name != plain)
     weights = f"{entry['weights']} ({str(entry['weights_content'])[:8]})"
-    return f"{weights} | {entry['task']}, {data}, {entry['split']} split{more}"
+    return f"{weights} | {entry['task']}, {data}, {entry['split']} split, {DEALT[entry['dealt']]}{more}"
 
 
 def markdown(table: pd.DataFrame, title: str = "") -> str:

@@ -30,6 +30,7 @@ SCHEMA = 2
 LATER: dict[str, Any] = {
     "tuning": {"method": "full"},
     "evaluation.engine": "hf",
+    "data.near": "exact",
     "attack": {
         **{"name": "mixed", "rows": "harmful", "ratio": None, "candidates": 4, "prefix": "", "prefill": ""},
         "template": None,

@@ -1,0 +1,85 @@
+"""Near-duplicate prompts: which prompts count as one when they are dealt out to pools.
+
+Two prompts are near if the sets of five consecutive characters (blanks among them) of their normalised texts have a
+Jaccard index above 0.6 (shingles of Broder 1997), and by the rule ``embedding`` also if the cosine of their sentence
+embeddings is above 0.85. What is near in steps is one group: the connected components of near pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from cwac_lab.data.sources import normalise
+from cwac_lab.embedding import embed
+from cwac_lab.errors import one_of
+
+RULES = ("exact", "ngram", "embedding")
+# Length of a shingle in characters, and what a near pair is above.
+LENGTH, JACCARD, COSINE = 5, 0.6, 0.85
+# Prompts that are compared with all others at once, which bounds the memory.
+BLOCK = 256
+
+_vectors: dict[str, Tensor] = {}
+
+
+def shingles(text: str) -> set[str]:
+    """Return all runs of five characters of a text; a shorter text is its own only one."""
+    return {text[at : at + LENGTH] for at in range(max(1, len(text) - LENGTH + 1))}
+
+
+def _by_shingles(texts: Sequence[str]) -> Iterator[Int[np.ndarray, "2 P"]]:
+    """Yield the pairs of texts with a Jaccard index of shingles above ``JACCARD``, by blocks of rows."""
+    sets = [shingles(text) for text in texts]
+    columns: dict[str, int] = {}
+    flat = [columns.setdefault(shingle, len(columns)) for each in sets for shingle in each]
+    sizes = np.array([len(each) for each in sets])
+    shape = (len(sets), len(columns))
+    holds = sparse.csr_matrix((np.ones(len(flat), np.int32), flat, np.append(0, sizes.cumsum())), shape)
+    for at in range(0, len(sets), BLOCK):
+        shared = (holds[at : at + BLOCK] @ holds.T).tocoo()
+        row, union = shared.row + at, sizes[shared.row + at] + sizes[shared.col] - shared.data
+        near = shared.data / union > JACCARD
+        yield np.stack([row[near], shared.col[near]])
+
+
+def _by_embeddings(prompts: Sequence[str]) -> Iterator[Int[np.ndarray, "2 P"]]:
+    """Yield the pairs of prompts with a cosine of embeddings above ``COSINE``, by blocks of rows."""
+    new = [prompt for prompt in prompts if prompt not in _vectors]
+    if new:  # the runs of a sweep ask for the same ones again
+        _vectors.update(zip(new, embed(new, "data.near=embedding"), strict=True))
+    x = torch.stack([_vectors[prompt] for prompt in prompts])
+    for at in range(0, len(x), BLOCK):
+        near: Bool[Tensor, "B N"] = x[at : at + BLOCK] @ x.T > COSINE
+        row, column = near.nonzero(as_tuple=True)
+        yield np.stack([row.numpy() + at, column.numpy()])
+
+
+def groups(prompts: Sequence[str], rule: str) -> dict[str, int]:
+    """Return the group of every prompt; those of one group go to one pool.
+
+    Args:
+        prompts: All prompts that may be dealt.
+        rule: ``exact`` (equal when normalised), ``ngram`` (shingles too) or ``embedding`` (embeddings too).
+
+    Raises:
+        ConfigError: If there is no such rule.
+        MissingAsset: If the package with the weights of the embeddings is not installed.
+    """
+    one_of("near", rule, RULES)
+    known = list(dict.fromkeys(prompts))
+    texts = [normalise(prompt) for prompt in known]
+    if rule == "exact" or not known:
+        numbers: dict[str, int] = {}
+        return {prompt: numbers.setdefault(text, len(numbers)) for prompt, text in zip(known, texts, strict=True)}
+    pairs = [*_by_shingles(texts), *(_by_embeddings(known) if rule == "embedding" else ())]
+    row, column = np.concatenate(pairs, 1)
+    graph = sparse.coo_matrix((np.ones(len(row), bool), (row, column)), (len(known), len(known)))
+    _, labels = connected_components(graph, directed=False)
+    return dict(zip(known, labels.tolist(), strict=True))
