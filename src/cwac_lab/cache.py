@@ -7,16 +7,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from cwac_lab.errors import LabError
+from cwac_lab.errors import ConfigError, LabError
 
 KEY_FILE = "key.json"
+# A folder is filled under this name and its own, which has so many letters.
+_SCRATCH, _NAME = ".building-", 16
 
 
 def digest(value: object) -> str:
@@ -91,16 +95,21 @@ def cached_folder(root: Path, kind: str, key: dict[str, Any], build: Callable[[P
     """Return ``root/kind/<hash of key>``, built first by ``build(folder)`` where it is absent.
 
     The folder is filled under a temporary name and renamed when complete, so a killed build leaves nothing that a
-    later run could mistake for a result. Of processes that need it at once one builds and the others wait.
+    later run could mistake for a result. Of processes that need it at once one builds and the others wait. A folder
+    that does not hold this key (a copy that was broken off, say) is put aside as ``<hash>.incomplete``.
+
+    Raises:
+        ConfigError: If it has to be built and ``root`` cannot be written.
     """
-    target = root / kind / digest(key)[:16]
-    if (target / KEY_FILE).is_file():
+    target = root / kind / digest(key)[:_NAME]
+    if _made_of(target, key):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        if (target / KEY_FILE).is_file():
+    with _building(target, root):
+        if _made_of(target, key):
             return target
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+        _put_aside(target)
+        _clear(target)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{_SCRATCH}{target.name}-"))
         try:
             build(scratch)
             write_json(scratch / KEY_FILE, key)
@@ -109,3 +118,66 @@ def cached_folder(root: Path, kind: str, key: dict[str, Any], build: Callable[[P
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _lock(target: Path) -> FileLock:
+    """Return the lock that who builds a folder holds."""
+    return FileLock(target.with_name(f".{target.name}.lock"))
+
+
+@contextmanager
+def _building(target: Path, root: Path) -> Iterator[None]:
+    """Hold the lock of a folder while the block runs."""
+    lock = _lock(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise ConfigError("cache_root", root, f"a folder that can be written ({error.strerror or error})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _made_of(folder: Path, key: dict[str, Any]) -> bool:
+    """Tell whether a folder was completed, of this key."""
+    try:
+        return digest(read_json(folder / KEY_FILE)) == digest(key)
+    except (OSError, ValueError):
+        return False
+
+
+def _put_aside(folder: Path) -> None:
+    """Move away what stands where a folder is to be built, in the place of what was moved away before."""
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}.incomplete")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+def _clear(target: Path) -> None:
+    """Remove what killed builds of this kind left; who calls holds the lock of ``target``."""
+    for left in target.parent.glob(f"{_SCRATCH}*-*"):
+        built = left.with_name(left.name.removeprefix(_SCRATCH)[:_NAME])
+        if built == target:
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with suppress(Timeout), _lock(built).acquire(timeout=0):  # who builds holds it
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Say in one line that a file of a folder that this program made is damaged, and how to mend it.
+
+    Raises:
+        LabError: If the block finds a file missing or unreadable.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise LabError(
+            f"{folder}: a file in it is missing or damaged ({said}); remove this folder to have it made anew"
+        ) from error

@@ -37,13 +37,11 @@ class _Measurer:
         """
         import torch
 
-        from cwac_lab.cache import digest
-        from cwac_lab.identity import start_key
+        from cwac_lab.identity import probe_key
         from cwac_lab.models.loading import load_model
         from cwac_lab.preparation import start
 
-        told_in = {group: run.resolved[group] for group in ("constraint", "sae")}
-        key = digest([start_key(run), run.evaluation.split, run.diagnostics.n_prompts, told_in])
+        key = probe_key(run)
         if key != self.key or self.probe is None:
             self.probe = None  # the last one's inputs are not held while others are taken
             begin = start(run, self.say)

@@ -8,6 +8,7 @@ from pathlib import Path
 from cwac_lab import distributed
 from cwac_lab.cache import digest
 from cwac_lab.config import INCIDENTAL, Run
+from cwac_lab.data.attacks import identity_rows
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
@@ -25,7 +26,7 @@ def folder_of(run: Run, content: dict[str, str]) -> RunFolder:
 
 
 def content_of(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
-    """Return hashes of what a run starts from."""
+    """Return hashes of what a run starts from and is trained on."""
     parts = (data.train, data.validation, data.test)
     before = base(run, begin) if begin.before or run.constraint.requirements.base_weights else None
     return {
@@ -39,7 +40,15 @@ def content_of(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
                 for rows in pools.values()
             ]
         ),
+        **_attack(run),
     }
+
+
+def _attack(run: Run) -> dict[str, str]:
+    """Return the hash of the rows that an attack brings with it, where the run uses them; its prefix is a setting."""
+    if run.attack.rows != "identity":
+        return {}
+    return {store.ATTACK_ROWS: digest([[row.prompt, row.response] for row in identity_rows("")])}
 
 
 _known: dict[str, dict[str, str]] = {}
@@ -50,7 +59,14 @@ def start_key(run: Run) -> str:
     groups = ("model", "profile", "task", "data", "align", "cache_root")
     trainer = (run.trainer.max_length, run.trainer.accelerator)
     base_named = run.model.align == "none" and run.constraint.requirements.base_weights
-    return digest([{group: run.resolved[group] for group in groups}, trainer, base_named])
+    return digest([{group: run.resolved[group] for group in groups}, trainer, base_named, _attack(run)])
+
+
+def probe_key(run: Run) -> str:
+    """Return what runs have in common whose start computes the same on the prompts of diagnostics."""
+    groups = ("constraint", "sae", "forms")
+    asked = (run.evaluation.split, run.diagnostics.n_prompts)
+    return digest([start_key(run), asked, str(run.dtype), {group: run.resolved.get(group) for group in groups}])
 
 
 def known(key: str) -> dict[str, str] | None:

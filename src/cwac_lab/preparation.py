@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cwac_lab import distributed
-from cwac_lab.cache import cached_folder, digest, read_json
+from cwac_lab import artefact, distributed
+from cwac_lab.artefact import Recipe
+from cwac_lab.cache import KEY_FILE, cached_folder, digest, read_json, reading
 from cwac_lab.config import Run
 from cwac_lab.data.mixing import TrainRow, counts
 from cwac_lab.data.pools import Pools, build_pools
@@ -47,7 +50,9 @@ class Start:
 
     def load(self, run: Run) -> tuple[Any, ChatFormat]:
         """Return the model, on the run's device and in evaluation mode, and its chat format."""
-        model = load_model(self.folder.path, run.dtype, run.trainer.device)
+        path = self.folder.path
+        with reading(path) if (path / KEY_FILE).is_file() else nullcontext():
+            model = load_model(path, run.dtype, run.trainer.device)
         return model, load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
 
 
@@ -143,10 +148,10 @@ class _Workshop:
         """Return prompts as token ids, up to where the answer starts."""
         return [self.chat.prompt_ids(row.prompt) for row in rows]
 
-    def cached(self, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
-        """Return the folder of an artefact of this start model."""
-        identity = {"model": self.begin.folder.content, "dtype": str(self.model.dtype)}
-        return together(Path(self.run.cache_root), kind, identity | key, build)
+    def cached(self, recipe: Recipe, build: Callable[[Path], None], **inputs: Any) -> Path:
+        """Return the folder of an artefact of this start model and other inputs."""
+        key = recipe.key(model=self.begin.folder.content, dtype=str(self.model.dtype), **inputs)
+        return together(Path(self.run.cache_root), recipe.kind, key, build)
 
     def subspace(self, spec: SubspaceSpec) -> Path:
         """Return the folder with the bases of the weight constraint."""
@@ -156,9 +161,7 @@ class _Workshop:
             self.say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
             basis.build(self.model, prompts, spec, self.chat.pad_id, folder)
 
-        # Of a fixed rank the directions may be an approximation, since there is more than one way to find them.
-        way = {} if spec.rank is None else {"recipe": 2}
-        return self.cached("subspace", {"prompts": digest(prompts), **asdict(spec), **way}, build)
+        return self.cached(artefact.SUBSPACE, build, prompts=digest(prompts), spec=asdict(spec))
 
     def texts(self) -> list[Sequence[int]]:
         """Return what an autoencoder is trained on: refused harmful prompts and benign text, at the set shares."""
@@ -180,9 +183,11 @@ class _Workshop:
             if distributed.rank():  # the rest is work for one
                 return
             self.say(f"training the autoencoder: layer {layer}, {len(x)} activations, {config.n_latents} latents")
-            sae_train.train(x, y, config, f"model.layers.{layer}", folder)
+            facts = {"n_train": len(x), "copies_share": activations.copies(data)}
+            sae_train.train(x, y, config, f"model.layers.{layer}", folder, facts)
 
-        return self.cached("sae", {"layer": layer, "texts": digest(texts), **asdict(config)}, build)
+        made_of = {"layer": layer, "texts": digest(texts), "settings": asdict(config)}
+        return self.cached(artefact.AUTOENCODER, build, **made_of, library=importlib.metadata.version("sae-lens"))
 
     def autoencoders(self, spec: FeatureSpec) -> dict[int, Path]:
         """Return the folders of the autoencoders of all hooked layers."""
@@ -193,20 +198,28 @@ class _Workshop:
     def features(self, spec: FeatureSpec) -> Path:
         """Return the folder with encoders and chosen latents of all hooked layers."""
         autoencoders = self.autoencoders(spec)
-        key = {
-            "autoencoders": {str(layer): path.name for layer, path in autoencoders.items()},
-            "prompts": digest([self.ids(self.held.harmful), self.ids(self.held.benign)]),
-            **asdict(replace(spec, depths=tuple(spec.depths))),
-        }
+        openings = self.openings() if spec.selection == "attribution" else []
 
         def build(folder: Path) -> None:
             for layer, path in autoencoders.items() if distributed.rank() == 0 else ():
                 self.say(f"choosing {spec.n_latents} safety latents: layer {layer}, {spec.selection}")
-                self._choose(spec, layer, path, folder)
+                self._choose(spec, layer, path, openings, folder)
 
-        return self.cached("features", key, build)
+        return self.cached(
+            artefact.LATENTS,
+            build,
+            autoencoders={str(layer): path.name for layer, path in autoencoders.items()},
+            prompts=digest([self.ids(self.held.harmful), self.ids(self.held.benign)]),
+            openings=openings,
+            spec=asdict(spec),
+        )
 
-    def _choose(self, spec: FeatureSpec, layer: int, autoencoder: Path, folder: Path) -> None:
+    def openings(self) -> list[int]:
+        """Return the tokens that refusals begin with."""
+        at = len(self.chat.prompt_ids(""))
+        return sorted({self.chat.encode("", text).input_ids[at] for text in REFUSALS})
+
+    def _choose(self, spec: FeatureSpec, layer: int, autoencoder: Path, openings: Sequence[int], folder: Path) -> None:
         model, pad_id = self.model, self.chat.pad_id
         harmful, benign = self.ids(self.held.harmful), self.ids(self.held.benign)
         encoder = sae_train.encoder(autoencoder)
@@ -214,8 +227,6 @@ class _Workshop:
         y = latents.residuals(model, layer, benign, spec, pad_id)
         attributed = None
         if spec.selection == "attribution":
-            opening = len(self.chat.prompt_ids(""))
-            openings = sorted({self.chat.encode("", text).input_ids[opening] for text in REFUSALS})
             directions = sae_train.decoder_directions(autoencoder)
             attributed = latents.attribution(model, layer, harmful, spec, pad_id, openings, encoder, directions)
         on_harmful, on_benign = latents.topk_codes(x, *encoder), latents.topk_codes(y, *encoder)
@@ -282,6 +293,7 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
     if needs.features is not None:
         folder = shop.features(needs.features)
         context = replace(context, features=latents.load(folder))
-        reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
+        with reading(folder):
+            reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
         facts["features"] = {"folder": folder.name, **reports}
     return context, facts

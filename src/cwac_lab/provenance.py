@@ -49,8 +49,9 @@ def _version(package: str) -> str | None:
 
 def sources() -> str:
     """Return the SHA-256 (hex) of this package and its configuration, names of files included, as they are now."""
-    found = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.csv"), *conf_dir().rglob("*.yaml")]
-    return digest([[str(path) for path in sorted(found)], file_digest(sorted(found))])
+    mine = [path for kind in ("py", "csv", "yaml") for path in PACKAGE.rglob(f"*.{kind}")]
+    found = sorted({*mine, *conf_dir().rglob("*.yaml")})
+    return digest([[str(path) for path in found], file_digest(found)])
 
 
 def describe() -> dict[str, Any]:

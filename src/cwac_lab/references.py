@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.cache import cached_folder, digest, read_jsonl, write_jsonl
+from cwac_lab import artefact
+from cwac_lab.cache import cached_folder, digest, read_jsonl, reading, write_jsonl
 from cwac_lab.config import Run
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
@@ -50,14 +51,13 @@ def _answers(
     """Return the start model's greedy answers, opening only; cached by weights and prompts."""
     longest = run.align.answer_tokens
     prompts = [row.prompt for row in rows]
-    key = {
-        "model": content,
-        "dtype": str(model.dtype),
-        "prompts": digest([chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]),
-        "tokens": longest,
-        "end": chat.end_id,
-        "columns": ["text", "ended", "first"],
-    }
+    key = artefact.ANSWERS.key(
+        model=content,
+        dtype=str(model.dtype),
+        prompts=digest([chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]),
+        tokens=longest,
+        end=chat.end_id,
+    )
 
     def build(folder: Path) -> None:
         say(f"asking the start model {len(prompts)} harmful prompts, to keep those it refuses")
@@ -66,8 +66,12 @@ def _answers(
             folder / ANSWERS, ({"id": row.id, **asdict(answer)} for row, answer in zip(rows, given, strict=True))
         )
 
-    folder = cached_folder(Path(run.cache_root), "answers", key, build)
-    return [Answer(row["text"], row["ended"], row["first"]) for row in read_jsonl(folder / ANSWERS)]
+    folder = cached_folder(Path(run.cache_root), artefact.ANSWERS.kind, key, build)
+    with reading(folder):
+        given = [Answer(row["text"], row["ended"], row["first"]) for row in read_jsonl(folder / ANSWERS)]
+        if len(given) != len(rows):
+            raise ValueError(f"{len(given)} answers to {len(rows)} prompts")
+    return given
 
 
 def _kept(

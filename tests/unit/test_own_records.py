@@ -13,7 +13,7 @@ from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results import select
-from cwac_lab.results.store import run_key, runs
+from cwac_lab.results.store import ATTACK_ROWS, run_key, runs
 from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
@@ -38,7 +38,8 @@ def test_every_record_is_read(root):
 def test_a_record_keeps_its_key(run):
     """Settings that came later must not set records of before apart from the same runs of today."""
     told = run.read("provenance.json")
-    content = {name: told[name] for name in ("weights_content", "base_content", "task_data_sha256", "pools_sha256")}
+    names = ("weights_content", "base_content", "task_data_sha256", "pools_sha256", ATTACK_ROWS)
+    content = {name: told[name] for name in names if name in told}
     assert run.path.name.endswith(run_key(run.read("config.json"), INCIDENTAL, content)[:8])
 
 

@@ -1,9 +1,12 @@
+import shutil
+
 import pytest
 import torch
 
 import tiny
+from cwac_lab.cache import read_json
 from cwac_lab.constraints.activation import encode
-from cwac_lab.errors import QualityError
+from cwac_lab.errors import LabError, QualityError
 from cwac_lab.sae import activations, latents
 from cwac_lab.sae import train as sae_train
 from cwac_lab.sae.latents import FeatureSpec
@@ -32,6 +35,25 @@ def test_affine_encoder_equals_the_librarys(data, folder):
     expected = sae_train.load(folder).encode(data[:200])
     torch.testing.assert_close(codes, expected, atol=1e-4, rtol=1e-4)
     assert sae_train.decoder_directions(folder).shape == (128, 32)
+
+
+def test_the_report_tells_of_copies_that_were_dropped(data, tmp_path):
+    few = sae_train.SAEConfig(n_latents=16, k=2, steps=2, batch_size=64, min_explained_variance=-1e9)
+    told = sae_train.train(data[800:], data[:800], few, "model.layers.0", tmp_path, {"copies_share": 0.25})
+    assert told["copies_share"] == 0.25
+    assert read_json(tmp_path / sae_train.REPORT) == told
+
+
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "cfg.json"])
+def test_a_damaged_autoencoder_is_one_line(name, folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "sae")
+    sae_train.load(copied)
+    whole = (copied / name).read_bytes()
+    for left in (whole[: len(whole) // 2], b""):
+        (copied / name).write_bytes(left)
+        with pytest.raises(LabError, match=r"sae: a file in it is missing or damaged .* remove this folder") as raised:
+            sae_train.load(copied)
+        assert "\n" not in str(raised.value)
 
 
 def test_quality_is_that_of_the_definition(data, folder):
@@ -110,18 +132,71 @@ def test_attribution_equals_a_finite_difference():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def texts(kind, n, opening=()):
+    """Return ``n`` conversations of ten tokens after an opening, alike in nothing else."""
+    return [[*opening, 1000 * kind + i, *[kind] * 9] for i in range(n)]
+
+
 def test_collected_activations_leave_sinks_out_and_blend_keeps_shares():
     model = tiny.model()
     conversations = [[3, 4, 5, 6], [7, 8, 9]]
     assert activations.collect(model, 1, conversations, 0).shape == (5, 32)
-    chosen = activations.blend([[1] * 10] * 50, [[2] * 10] * 50, 200, 0.7, 0)
-    assert sum(len(c) for c in chosen if c[0] == 1) == 140
-    assert sum(len(c) for c in chosen if c[0] == 2) == 60
+    chosen = activations.blend(texts(1, 50), texts(2, 50), 200, 0.7, 0)
+    assert sum(len(c) for c in chosen if c[-1] == 1) == 140
+    assert sum(len(c) for c in chosen if c[-1] == 2) == 60
 
 
 def test_a_kind_that_is_used_up_shrinks_the_total():
-    chosen = activations.blend([[1] * 10] * 7, [[2] * 10] * 50, 200, 0.7, 0)
-    assert [sum(len(c) for c in chosen if c[0] == kind) for kind in (1, 2)] == [70, 30]
+    chosen = activations.blend(texts(1, 7), texts(2, 50), 200, 0.7, 0)
+    assert [sum(len(c) for c in chosen if c[-1] == kind) for kind in (1, 2)] == [70, 30]
+
+
+def test_copies_are_not_counted_among_the_tokens_to_draw():
+    opening = [7] * 30
+    chosen = activations.blend(texts(1, 50, opening), texts(2, 50, opening), 230, 0.7, 0)
+    # 161 harmful tokens are the opening, once, and those of 14 texts; 69 benign ones are those of 7 without it.
+    assert [sum(c[-1] == kind for c in chosen) for kind in (1, 2)] == [14, 7]
+    twice = activations.blend(texts(1, 20) * 2, texts(2, 20) * 2, 10**6, 0.5, 0)
+    assert len(twice) == len(set(map(tuple, twice))) == 40
+
+
+@pytest.mark.parametrize(
+    ("conversations", "share"),
+    [
+        ([[3, 4, 5], [6, 7]], 0),
+        ([[3, 4, 5], [3, 4, 6]], 2 / 6),
+        ([[3, 4, 5], [3, 4, 5], [3, 4]], 5 / 8),
+        ([[3, 4, 5], [9, 4, 5]], 0),  # the same tokens after another one are others
+    ],
+)
+def test_the_share_of_copies(conversations, share):
+    assert activations.copies(conversations) == pytest.approx(share)
+
+
+def test_an_opening_that_texts_share_is_collected_once():
+    model, batch = tiny.model(), 3
+    opening = [9, 4, 17, 5, 8, 6, 30, 12, 11]
+    different = [[20 + i, 40 + i, 60 + i][: 1 + i % 3] for i in range(8)]
+    conversations = [opening + tail for tail in different]
+    x = activations.collect(model, 1, conversations, 0, batch_size=batch)
+    assert len(x) == len(opening) - 1 + sum(map(len, different))  # the first token is a sink
+    near = torch.cdist(x, x) + 10 * torch.eye(len(x))
+    assert near.min() > 1e-3  # no two are the same
+    with torch.no_grad():
+        every = torch.cat([model.model(torch.tensor([ids])).last_hidden_state[0, 1:] for ids in conversations])
+        found = model.model.norm(x)  # of two layers the second is the last
+    apart = torch.cdist(every.double(), found.double())
+    assert apart.amin(1).max() < 1e-4  # each is there
+    assert apart.amin(0).max() < 1e-4
+
+
+def test_texts_without_a_context_of_their_own_are_one_line():
+    with pytest.raises(QualityError, match=r"sae\.n_tokens"):
+        activations.collect(tiny.model(), 0, [[3, 4]], 0, unlike=[[3, 4, 5]])
+    few = torch.zeros(1, 32)
+    for data, held_out in ((few, torch.randn(9, 32)), (torch.randn(9, 32), few)):
+        with pytest.raises(QualityError, match="accepted: >= 2"):
+            sae_train.train(data, held_out, CONFIG, "model.layers.0", None)
 
 
 def test_held_out_tokens_share_no_context_with_training():

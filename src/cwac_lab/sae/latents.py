@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cwac_lab.cache import read_json, write_json
+from cwac_lab.cache import read_json, reading, write_json
 from cwac_lab.data.batches import pad
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 
@@ -192,10 +192,16 @@ def export(
 
 
 def load(folder: Path) -> tuple[LayerFeatures, ...]:
-    """Load what ``export`` saved, for all layers, without importing sae_lens."""
+    """Load what ``export`` saved, for all layers, without importing sae_lens.
+
+    Raises:
+        LabError: If it is damaged.
+    """
     found = []
-    for path in sorted(folder.glob("layer*.json")):
-        facts, tensors = read_json(path), load_file(path.with_suffix(".safetensors"))
-        parts = {name: tensors[name] for name in ("weight", "bias", "latents", "scale")}
-        found.append(LayerFeatures(layer=facts["layer"], k=facts["k"], signature=tensors.get("signature"), **parts))
+    with reading(folder):
+        for path in sorted(folder.glob("layer*.json")):
+            facts, tensors = read_json(path), load_file(path.with_suffix(".safetensors"))
+            parts = {name: tensors[name] for name in ("weight", "bias", "latents", "scale")}
+            known = tensors.get("signature")
+            found.append(LayerFeatures(layer=facts["layer"], k=facts["k"], signature=known, **parts))
     return tuple(sorted(found, key=lambda features: features.layer))

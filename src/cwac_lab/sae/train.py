@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cwac_lab.cache import write_json
+from cwac_lab.cache import reading, write_json
 from cwac_lab.errors import QualityError, in_range
 
 REPORT = "quality.json"
@@ -32,7 +32,7 @@ class SAEConfig:
     Attributes:
         n_latents: Dictionary size F.
         k: Latents active per token.
-        n_tokens: Tokens of activations to collect.
+        n_tokens: Tokens of activations to collect; one whose whole context was met before is not counted.
         harmful_share: Share of them from refused harmful prompts (the paper: 0.7).
         steps: Optimizer steps.
         batch_size: Activations per step.
@@ -113,8 +113,9 @@ def _settings(config: SAEConfig, batch_size: int) -> Any:
 
 
 def train(
-    data: Float[Tensor, "N D"], held_out: Float[Tensor, "M D"], config: SAEConfig, hook_name: str, folder: Path
-) -> dict[str, float]:
+    data: Float[Tensor, "N D"], held_out: Float[Tensor, "M D"], config: SAEConfig, hook_name: str, folder: Path,
+    facts: dict[str, float] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Train a TopK autoencoder on activations and save it for inference.
 
     Args:
@@ -122,14 +123,19 @@ def train(
         held_out: Activations of shape (M, D) of other conversations.
         config: Settings.
         hook_name: Name of the hooked module, for the file's metadata.
-        folder: Where sae-lens writes ``cfg.json`` and ``sae_weights.safetensors``.
+        folder: Where sae-lens writes ``cfg.json`` and ``sae_weights.safetensors``, and ``REPORT`` is written.
+        facts: About the activations, for the report.
 
     Returns:
-        Quality on the held-out activations.
+        The report: quality on the held-out activations, and the facts.
 
     Raises:
-        QualityError: If the held-out explained variance is below ``config.min_explained_variance``.
+        QualityError: If the held-out explained variance is below ``config.min_explained_variance``, or there are too
+            few activations to tell.
     """
+    for name, x in (("training", data), ("held-out", held_out)):
+        if len(x) < 2:
+            raise QualityError(f"{len(x)} {name} activations at {hook_name}; accepted: >= 2 (raise sae.n_tokens)")
     with _quiet():
         from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.saes.sae import SAEMetadata
@@ -154,7 +160,7 @@ def train(
                 cfg=_settings(config, batch_size), sae=sae, data_provider=_endless(data, batch_size, config.seed)
             ).fit()
     sae.save_inference_model(str(folder))
-    report = quality(load(folder), held_out)
+    report = quality(load(folder), held_out) | (facts or {})
     write_json(folder / REPORT, report)
     if report["explained_variance"] < config.min_explained_variance:
         raise QualityError(
@@ -165,10 +171,14 @@ def train(
 
 
 def load(folder: Path) -> Any:
-    """Load an autoencoder from a folder, frozen."""
+    """Load an autoencoder from a folder, frozen.
+
+    Raises:
+        LabError: If it is damaged.
+    """
     with _quiet():
         from sae_lens import SAE
-
+    with _quiet(), reading(folder):
         return SAE.load_from_disk(str(folder), device="cpu").eval().requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cwac_lab import distributed
-from cwac_lab.cache import read_json, write_json
+from cwac_lab.cache import read_json, reading, write_json
 from cwac_lab.data.batches import pad
 from cwac_lab.models.capture import site_inputs, truncated, without_sinks
 from cwac_lab.models.sites import Site, decoder, linears
@@ -187,6 +187,12 @@ def covered(
 
 
 def load(folder: Path) -> Subspace:
-    """Load what ``build`` saved."""
-    report = read_json(folder / "report.json")
-    return Subspace(load_file(folder / "bases.safetensors"), {name: entry["kept"] for name, entry in report.items()})
+    """Load what ``build`` saved.
+
+    Raises:
+        LabError: If it is damaged.
+    """
+    with reading(folder):
+        report = read_json(folder / "report.json")
+        bases = load_file(folder / "bases.safetensors")
+        return Subspace(bases, {name: report[name]["kept"] for name in bases})

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.cache import cached_folder, digest, read_json, write_json
+from cwac_lab import artefact
+from cwac_lab.cache import cached_folder, digest, read_json, reading, write_json
 from cwac_lab.config import Run
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
@@ -27,8 +28,6 @@ from cwac_lab.training.settings import INCIDENTAL_TRAINER, TrainerConfig
 REPORT = "alignment.json"
 # The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.
 ALIGNMENT_SEED = 0
-# Raised when this file changes what an aligned start is, so that none of before is taken from a cache.
-RECIPE = 4
 # Length of the answers that an aligned start is measured by: one for all, as runs with other lengths share the start.
 MEASURED_TOKENS = 48
 
@@ -108,20 +107,19 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         for kind in ("harmful", "harmless", "lookalike")
     }
     chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
-    key = {
-        "recipe": RECIPE,
-        "judge": JUDGED_BY,
-        "start": start.content,
-        "end": chat.end_id,
-        "prompts": digest(prompts),
-        "refusals": digest([refusal(row) for row in pools.get("harmful", "alignment")]),
-        "answer_tokens": run.align.answer_tokens,
-        "trainer": {name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
-        "chat_template": run.model.chat_template,
-        "measured_on": MEASURED_TOKENS,
-    }
+    key = artefact.ALIGNED.key(
+        judge=JUDGED_BY,
+        start=start.content,
+        end=chat.end_id,
+        prompts=digest(prompts),
+        refusals=digest([refusal(row) for row in pools.get("harmful", "alignment")]),
+        answer_tokens=run.align.answer_tokens,
+        trainer={name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
+        chat_template=run.model.chat_template,
+        measured_on=MEASURED_TOKENS,
+    )
     folder = cached_folder(
-        Path(run.cache_root), "aligned", key, lambda path: _build(path, start, chat, pools, run, say)
+        Path(run.cache_root), artefact.ALIGNED.kind, key, lambda path: _build(path, start, chat, pools, run, say)
     )
     return ModelFolder(folder, f"{start.description}, aligned here", content_digest(folder))
 
@@ -129,4 +127,8 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
 def alignment_report(folder: Path) -> dict[str, Any] | None:
     """Return the rates before and after alignment, or None for a model that was not aligned here."""
     file = folder / REPORT
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with reading(folder):
+        report: dict[str, Any] = read_json(file)
+    return report

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cwac_lab import distributed
-from cwac_lab.cache import read_json, write_json
+from cwac_lab.cache import read_json, reading, write_json
 from cwac_lab.defense import Defense
 from cwac_lab.models.shards import is_sharded, like, local
 from cwac_lab.training.module import FineTuning
+
+_SCRATCH = ".checkpoint-"
 
 
 def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -26,11 +28,31 @@ def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
 def save(folder: Path, module: FineTuning, identity: str) -> None:
     """Write weights, optimizer, schedule and the defence's state after a step; replaces an older checkpoint.
 
-    Of a sharded model every process writes its rows, the first one all else.
+    Of a sharded model every process writes its rows, the first one all else. A save that fails leaves the older one.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    lead = distributed.rank() == 0
+    if lead:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+    scratch = distributed.told(Path(tempfile.mkdtemp(dir=folder.parent, prefix=_SCRATCH)) if lead else folder)
+    try:
+        _write(scratch, module, identity)
+        if lead:
+            _replace(folder, scratch)
+    finally:
+        if lead:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed processes left of saves beside a checkpoint's folder; who calls has the run to itself."""
+    for left in folder.parent.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _write(scratch: Path, module: FineTuning, identity: str) -> None:
+    """Write this process's part of a checkpoint; the first one's is complete when all have written theirs."""
     lead, number = distributed.rank() == 0, f"{distributed.rank():05d}-of-{distributed.world():05d}"
-    scratch = distributed.told(Path(tempfile.mkdtemp(dir=folder.parent, prefix=".checkpoint-")) if lead else folder)
     parameters = _trainable(module.model)
     moments = {
         f"{name}/{key}": value
@@ -44,11 +66,14 @@ def save(folder: Path, module: FineTuning, identity: str) -> None:
     distributed.wait()
     if not lead:
         return
-    save_file(
-        {key: value.contiguous() for key, value in module.defense.state_dict().items()}, scratch / "defense.safetensors"
-    )
+    state = {key: value.contiguous() for key, value in module.defense.state_dict().items()}
+    save_file(state, scratch / "defense.safetensors")
     schedule = {k: v for k, v in module.schedule.state_dict().items() if k != "lr_lambdas"}
     write_json(scratch / "state.json", {"identity": identity, "step": module.step, "schedule": schedule})
+
+
+def _replace(folder: Path, scratch: Path) -> None:
+    """Put a complete checkpoint in the place of an older one, of which one is there at any time."""
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -60,9 +85,10 @@ def save(folder: Path, module: FineTuning, identity: str) -> None:
 def _stored(folder: Path, kind: str) -> dict[str, Tensor]:
     """Return what the processes wrote, whole."""
     parts: dict[str, list[Tensor]] = {}
-    for file in sorted(folder.glob(f"{kind}-*.safetensors")):
-        for name, value in load_file(file).items():
-            parts.setdefault(name, []).append(value)
+    with reading(folder):
+        for file in sorted(folder.glob(f"{kind}-*.safetensors")):
+            for name, value in load_file(file).items():
+                parts.setdefault(name, []).append(value)
     return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
 
 
@@ -71,19 +97,25 @@ class Resume:
 
     def __init__(self, folder: Path) -> None:
         """Read the small part of a checkpoint."""
-        self.folder, state = folder, read_json(folder / "state.json")
-        self.step, self._schedule = int(state["step"]), state["schedule"]
+        with reading(folder):
+            self.folder, state = folder, read_json(folder / "state.json")
+            self.step, self._schedule, self.identity = int(state["step"]), state["schedule"], str(state["identity"])
 
     @staticmethod
     def find(folder: Path, identity: str) -> Resume | None:
         """Return the checkpoint in a folder, or the one it was about to replace.
 
-        None where there is none, or where it was made with other settings or rows.
+        None where there is none, or where it was made with other settings or rows. What a killed process left of a
+        save is removed.
+
+        Raises:
+            LabError: If it is damaged.
         """
+        if distributed.rank() == 0:
+            clear(folder)
         for candidate in (folder, folder.with_name(folder.name + ".old")):
-            state = candidate / "state.json"
-            if state.is_file() and read_json(state)["identity"] == identity:
-                return Resume(candidate)
+            if (candidate / "state.json").is_file() and (found := Resume(candidate)).identity == identity:
+                return found
         return None
 
     def weights(self, model: Any, defense: Defense) -> None:
@@ -92,7 +124,9 @@ class Resume:
         with torch.no_grad():
             for name, parameter in _trainable(model).items():
                 parameter.copy_(stored[name])
-        defense.load_state_dict(load_file(self.folder / "defense.safetensors"))
+        with reading(self.folder):
+            state = load_file(self.folder / "defense.safetensors")
+        defense.load_state_dict(state)
 
     def optimizer(self, model: Any) -> Any:
         """Return the function that fills a new optimizer and schedule."""

