@@ -5,13 +5,19 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import tiny
+from cwac_lab import provenance
 from cwac_lab.cache import KEY_FILE, cached_folder, digest, read_json, reading, write_json
+from cwac_lab.data.pools import Pools
 from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.models.loading import ModelFolder
+from cwac_lab.preparation import Start
 from cwac_lab.sae import latents
 from cwac_lab.subspace import basis
 from cwac_lab.training.checkpoint import Resume
@@ -211,3 +217,28 @@ def test_an_error_of_ours_stays_as_it_is(tmp_path):
         raise ConfigError("k", 1, "2")
     with pytest.raises(ZeroDivisionError), reading(tmp_path):
         _ = 1 / 0
+
+
+def test_a_damaged_start_in_the_cache_is_one_line(tmp_path):
+    asked = SimpleNamespace(
+        dtype=torch.float32,
+        trainer=SimpleNamespace(device="cpu", max_length=64),
+        model=SimpleNamespace(chat_template=None),
+    )
+    folder = cached_folder(tmp_path, "aligned", {"a": 1}, tiny.save)
+    begin = Start(ModelFolder(folder, "words", "content"), Pools({}))
+    begin.load(asked)
+    cut(folder / "model.safetensors")
+    with pytest.raises(LabError, match=r"missing or damaged .* remove this folder to have it made anew"):
+        begin.load(asked)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("a.py", 1), ("data/b.yaml", 1), ("c.csv", 1), ("d.pyc", 0)])
+def test_all_that_rows_and_tables_are_made_of_is_among_the_sources(name, counts, tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    (tmp_path / "data").mkdir()
+    before = provenance.sources()
+    (tmp_path / name).write_text("x: 1")
+    there = provenance.sources()
+    (tmp_path / name).write_text("x: 22")
+    assert len({before, there, provenance.sources()}) == 1 + 2 * counts
