@@ -47,8 +47,8 @@ class Start:
 
     def load(self, run: Run) -> tuple[Any, ChatFormat]:
         """Return the model, on the run's device and in evaluation mode, and its chat format."""
-        model = load_model(self.folder.path, run.dtype, run.trainer.device)
-        return model, load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
+        chat = load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
+        return load_model(self.folder.path, run.dtype, run.trainer.device), chat
 
 
 def start(run: Run, say: Say) -> Start:
