@@ -123,7 +123,9 @@ def references(
         QualityError: If the start model refuses none of the reference prompts.
     """
     asked, benign = pools.get("harmful", "reference"), pools.get("harmless", "reference")
-    for line in chat.told_cut(chat.n_cut(row.prompt for row in [*asked, *benign]), len(asked + benign), "reference prompts"):
+    for line in chat.told_cut(
+        chat.n_cut(row.prompt for row in [*asked, *benign]), len(asked + benign), "reference prompts"
+    ):
         say(line)
     kept, refusals = _kept(run, pools, content, model, chat, say)
     harmful_ids, benign_ids, forms = _ids(chat, kept), _ids(chat, benign), {}

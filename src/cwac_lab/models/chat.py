@@ -98,10 +98,10 @@ class ChatFormat:
 
     def _end_of_turn(self) -> int:
         """Return the special token with which the template closes an answer (EOS where it has none of its own)."""
-        after, added = self.tokens(self._after), self.tokenizer.added_tokens_decoder
-        special = [token for token in after if token in self._control]
+        added = self.tokenizer.added_tokens_decoder  # line breaks are among them in some tokenizers
+        after = [i for i in self.tokens(self._after) if i in added and self.tokenizer.decode([i]).strip()]
         # Some tokenizers do not call the token special that their template ends turns with.
-        special += [token for token in after if token in added and str(added[token]).strip()]
+        special = [i for i in after if i in self._control] or after
         if special:
             self._after = ""  # what stands before the end is part of the turn
             return special[0]

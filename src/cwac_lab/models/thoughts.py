@@ -45,5 +45,6 @@ def closing_of(text: str) -> str:
     for opening, closing, words in _PATTERNS:
         opened = list(opening.finditer(text))
         if opened and not closing.search(text, opened[-1].end()):
+            words = words.upper() if opened[-1].group().isupper() else words
             return ("\n" if text.endswith("\n") else "\n\n") + f"{words}\n\n"
     return ""
