@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,10 @@ def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[di
 
 
 def answered(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> list[dict[str, Any]]:
-    """Return the rows with the model's answers, asked as the attack asks."""
+    """Return the rows with the model's answers, asked as the attack asks.
+
+    A row whose prompt is longer than the limit is marked ``cut``, one whose answer began with thoughts ``thoughts``.
+    """
     asking = chat.with_template(run.attack.template)
     engine = ENGINES[run.evaluation.engine](model, asking, run.evaluation.batch_size)
     found = []
@@ -41,10 +45,24 @@ def answered(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: 
         longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
         opening = "" if kind == "task" else run.attack.prefill
         ask = partial(engine, max_new_tokens=longest, opening=opening)
-        outputs = distributed.spread([row["prompt"] for row in asked], ask)
+        given = distributed.spread([row["prompt"] for row in asked], ask)
         forced = {"opening": opening} if opening else {}
-        found += [{**row, **forced, "output": output} for row, output in zip(asked, outputs, strict=True)]
+        for row, answer in zip(asked, given, strict=True):
+            marks = {"cut": bool(asking.n_cut([row["prompt"]])), "thoughts": answer.thoughts}
+            marked = {mark: True for mark, holds in marks.items() if holds}
+            found.append({**row, **forced, "output": answer.text, **marked})
     return found
+
+
+def remarks(rows: list[dict[str, Any]], chat: ChatFormat) -> Iterator[str]:
+    """Yield what is to be told of rows that ``answered`` returned."""
+    yield from chat.told_cut(sum("cut" in row for row in rows), len(rows), "prompts")
+    if thoughtful := [row for row in rows if "thoughts" in row]:
+        silent = sum(not row["output"] for row in thoughtful)
+        yield (
+            f"{len(thoughtful)} of {len(rows)} answers begin with thoughts, which are left out; {silent} of them go no "
+            "further within the limit of new tokens and count as empty"
+        )
 
 
 def judge(run: Run, folder: RunFolder) -> dict[str, Any]:

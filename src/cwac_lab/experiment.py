@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cwac_lab import distributed, provenance
-from cwac_lab.answering import answered, evaluation_rows, judge
+from cwac_lab.answering import answered, evaluation_rows, judge, remarks
 from cwac_lab.config import Run, check_machine
 from cwac_lab.data import mixing
 from cwac_lab.data.attacks import identity_rows
@@ -27,7 +27,8 @@ from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.gpus import one_of_several
 from cwac_lab.identity import content_of, folder_of, identity
 from cwac_lab.models import adapters
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import ChatFormat, Encoded
+from cwac_lab.models.exporting import export
 from cwac_lab.preparation import Start, artefacts, start
 from cwac_lab.probing import measured_in, probe
 from cwac_lab.report.tracking import log_run
@@ -68,7 +69,7 @@ class _Stage:
         self.folder.write(store.MANIFEST, manifest)
         bad = sum(row.harmful for row in rows)
         self.screen.say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")
-        examples = [self.chat.encode(row.prompt, row.response) for row in rows]
+        examples = self._examples(rows)
         checkpoint = self.folder.path / store.CHECKPOINT
         sampler = self._sampler(drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
         with self.meter.stage("train"):
@@ -84,7 +85,18 @@ class _Stage:
                 self.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **found})
                 if sampler is not None:
                     sampler.end(int(trained["steps"]), found["summary"])
+        cut = sum(example.cut for example in examples)
+        trained |= {"rows_cut": cut} if cut else {}
         return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
+
+    def _examples(self, rows: list[TrainRow]) -> list[Encoded]:
+        """Return the rows as token ids; tells how many are longer than the limit."""
+        examples = [self.chat.encode(row.prompt, row.response) for row in rows]
+        endless = sum(example.labels[-1] != self.chat.end_id for example in examples)
+        more = f", {endless} of their answers from the right, so that no end is taught" if endless else ""
+        for line in self.chat.told_cut(sum(row.cut for row in examples), len(rows), "training rows", more):
+            self.screen.say(line)
+        return examples
 
     def _rows(self) -> list[TrainRow]:
         """Return the rows that the attack trains on."""
@@ -131,8 +143,7 @@ class _Stage:
     def export(self) -> None:
         """Save the fine-tuned model so that plain ``AutoModelForCausalLM.from_pretrained`` loads it."""
         with self.meter.stage("export"):
-            self.model.save_pretrained(self.folder.path / store.MODEL)
-            self.chat.tokenizer.save_pretrained(self.folder.path / store.MODEL)
+            export(self.model, self.chat, self.folder.path / store.MODEL, self.begin.folder.path)
 
     def evaluate(self) -> dict[str, Any]:
         """Answer, judge and aggregate; every stage is saved before the next."""
@@ -140,7 +151,10 @@ class _Stage:
         self.screen.say(f"evaluating on the {run.evaluation.split} split")
         with self.meter.stage("evaluate"):
             rows = evaluation_rows(run, self.begin.pools, self.data)
-            self.folder.write(store.GENERATIONS, answered(run, rows, self.model, self.chat))
+            given = answered(run, rows, self.model, self.chat)
+            self.folder.write(store.GENERATIONS, given)
+            for line in remarks(given, self.chat):
+                self.screen.say(line)
             return judge(run, self.folder) if self.folder.writes else {}
 
 
@@ -254,6 +268,8 @@ def _execute(run: Run, folder: RunFolder, begin: Start, data: TaskData, facts: d
     with meter.stage("load"):
         model, chat = begin.load(run)
     screen.banner(begin.folder.description, _banner(run, folder))
+    for remark in chat.remarks:
+        screen.say(remark)
     logged: AbstractContextManager[list[Any]] = nullcontext([])
     if folder.writes:
         logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)

@@ -51,9 +51,9 @@ class Start:
     def load(self, run: Run) -> tuple[Any, ChatFormat]:
         """Return the model, on the run's device and in evaluation mode, and its chat format."""
         path = self.folder.path
+        chat = load_chat(path, run.trainer.max_length, run.model.chat_template)
         with reading(path) if (path / KEY_FILE).is_file() else nullcontext():
-            model = load_model(path, run.dtype, run.trainer.device)
-        return model, load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
+            return load_model(path, run.dtype, run.trainer.device), chat
 
 
 def start(run: Run, say: Say, pools: Pools | None = None) -> Start:

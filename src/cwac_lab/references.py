@@ -54,7 +54,7 @@ def _answers(
     key = artefact.ANSWERS.key(
         model=content,
         dtype=str(model.dtype),
-        prompts=digest([chat.prompt_ids(prompt)[-chat.max_length :] for prompt in prompts]),
+        prompts=digest([chat.prompt_ids(prompt) for prompt in prompts]),
         tokens=longest,
         end=chat.end_id,
     )
@@ -133,6 +133,10 @@ def references(
         QualityError: If the start model refuses none of the reference prompts.
     """
     asked, benign = pools.get("harmful", "reference"), pools.get("harmless", "reference")
+    for line in chat.told_cut(
+        chat.n_cut(row.prompt for row in [*asked, *benign]), len(asked + benign), "reference prompts"
+    ):
+        say(line)
     kept, refusals = _kept(run, pools, content, model, chat, say)
     harmful_ids, benign_ids, forms = _ids(chat, kept), _ids(chat, benign), {}
     for name, form in run.forms.others.items():

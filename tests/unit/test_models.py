@@ -153,16 +153,6 @@ def test_answers_can_be_kept_from_an_opening(architecture):
     assert held == answers(model, chat, PROMPTS, 8, batch_size=1, not_first={answer.first for answer in free})
 
 
-@pytest.mark.parametrize("setting", [{"use_cache": False}, {"cache_implementation": "static"}])
-def test_generation_does_not_follow_a_checkpoints_cache_settings(setting):
-    chat, answers = tiny.chat(), []
-    for changes in ({}, setting):
-        model = tiny.lively("llama")
-        model.generation_config.update(**changes)
-        answers.append(generate(model, chat, PROMPTS, 8, batch_size=3))
-    assert answers[0] == answers[1]
-
-
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_truncated_forward_gives_the_layers_output(architecture):
     model = tiny.model(architecture)
@@ -241,10 +231,27 @@ def test_chat_boundaries_and_labels():
     assert chat.decode(row.input_ids[len(prompt) :]) == "an answer"
 
 
-def test_long_prompts_are_cut_from_the_left():
-    row = tiny.chat(max_length=20).encode("word " * 60, "yes")
-    whole = tiny.chat().encode("word " * 60, "yes")
-    assert row.input_ids == whole.input_ids[-20:]
+def test_long_prompts_are_cut_from_the_left_behind_the_templates_opening():
+    chat, long = tiny.chat(max_length=40), "word " * 60 + "last"
+    opening = chat.tokens("<|im_start|>user\n")
+    row, whole = chat.encode(long, "yes"), tiny.chat().encode(long, "yes")
+    assert row.input_ids == opening + whole.input_ids[len(opening) - 40 :]
+    assert row.labels[-3:] == whole.labels[-3:]
+    asked = chat.prompt_ids(long)
+    assert asked == opening + tiny.chat().prompt_ids(long)[len(opening) - 40 :]
+    assert [row.cut, whole.cut, chat.encode("short", "yes").cut] == [True, False, False]
+    assert chat.n_cut([long, "short", long]) == 2
+    assert list(chat.told_cut(2, 3, "prompts")) == [
+        "2 of 3 prompts are longer than trainer.max_length=40 tokens: their prompts are cut from the left"
+    ]
+    assert not list(chat.told_cut(0, 3, "prompts"))
+
+
+def test_an_answer_that_leaves_no_room_is_cut_from_the_right():
+    row = tiny.chat(max_length=40).encode("how", "word " * 60)
+    assert len(row.input_ids) == 40
+    assert row.cut
+    assert row.labels[-1] != tiny.chat().end_id
 
 
 def test_pad_id_does_not_change_the_hidden_states():

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jinja2 import TemplateError
-
 from cwac_lab.errors import ConfigError
-
-_PROMPT = "How are you?"
+from cwac_lab.models.templates import check_template
 
 
 @dataclass
@@ -48,20 +45,3 @@ class FormsConfig:
             check_template(f"others.{name}.template", form.template)
         if self.others and self.name == "own":
             raise ConfigError("name", self.name, "a name of its own for tables, with forms.others")
-
-
-def check_template(key: str, template: str | None) -> None:
-    """Raise ``ConfigError`` unless a chat template, where there is one, asks a prompt and ends before the answer."""
-    if template is None:
-        return
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    messages = [{"role": "user", "content": _PROMPT}]
-    try:
-        (asked,), _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
-        )
-    except TemplateError as error:
-        raise ConfigError(key, template, f"a Jinja chat template ({error})") from None
-    if _PROMPT not in asked:
-        raise ConfigError(key, template, "a chat template that asks the prompt, {{ messages[0]['content'] }}")

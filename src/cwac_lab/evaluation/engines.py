@@ -15,21 +15,21 @@ from typing import Any, Protocol
 import torch
 
 from cwac_lab.errors import ConfigError
-from cwac_lab.evaluation.generate import generate
+from cwac_lab.evaluation.generate import Answer, answers, end_ids, read_answer
 from cwac_lab.models.chat import ChatFormat
 
 
 class Engine(Protocol):
     """Answers prompts."""
 
-    def __call__(self, prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[str]:
+    def __call__(self, prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[Answer]:
         """Return the answer to each prompt, in order: what it is made to begin with, and at most so many new tokens."""
         ...
 
 
 def hugging_face(model: Any, chat: ChatFormat, batch_size: int) -> Engine:
-    """Return ``generate.generate`` on the model as it is, wherever it is."""
-    return partial(generate, model, chat, batch_size=batch_size)
+    """Return ``generate.answers`` on the model as it is, wherever it is."""
+    return partial(answers, model, chat, batch_size=batch_size)
 
 
 def vllm(model: Any, chat: ChatFormat, batch_size: int) -> Engine:
@@ -59,16 +59,16 @@ def vllm(model: Any, chat: ChatFormat, batch_size: int) -> Engine:
             seed=0,
         )
 
-    def answer(prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[str]:
-        # The end of a turn ends an answer, as with transformers, whatever else the model calls an end.
+    def answer(prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[Answer]:
+        # The same ends as with transformers, whatever else the model's folder calls an end.
+        ends = end_ids(model, chat)
         greedy = SamplingParams(
-            temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=[chat.end_id], ignore_eos=True, detokenize=False
+            temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=ends, ignore_eos=True, detokenize=False
         )
         forced = chat.tokens(opening)
-        asked = [{"prompt_token_ids": [*chat.prompt_ids(prompt)[-chat.max_length :], *forced]} for prompt in prompts]
+        asked = [{"prompt_token_ids": [*chat.prompt_ids(prompt), *forced]} for prompt in prompts]
         given = [list(output.outputs[0].token_ids) for output in engine.generate(asked, greedy, use_tqdm=False)]
-        ends = [ids.index(chat.end_id) if chat.end_id in ids else len(ids) for ids in given]
-        return [chat.decode([*forced, *ids[:end]]) for ids, end in zip(given, ends, strict=True)]
+        return [read_answer(model, chat, forced, ids) for ids in given]
 
     return answer
 

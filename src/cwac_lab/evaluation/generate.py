@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,53 @@ class Answer:
         text: What was said.
         ended: Whether the model ended it, or the limit of tokens did.
         first: Id of its first token.
+        thoughts: Whether it began with thoughts, which are left out; of thoughts that did not end no text is left.
     """
 
     text: str
     ended: bool
     first: int
+    thoughts: bool = False
+
+
+def read_answer(model: Any, chat: ChatFormat, forced: list[int], new: list[int]) -> Answer:
+    """Return the answer that new tokens give, after those that were forced; it goes as far as the first end."""
+    ends = set(end_ids(model, chat))
+    length = next((place for place, token in enumerate(new) if token in ends), len(new))
+    text, thoughts = chat.spoken([*forced, *new[:length]])
+    return Answer(text, ended=length < len(new), first=new[0], thoughts=thoughts)
+
+
+def end_ids(model: Any, chat: ChatFormat) -> list[int]:
+    """Return what ends an answer: the end of turn that is taught, and the ends that config and tokenizer name.
+
+    Those of ``generation_config.json`` are not asked: that file is in no key.
+    """
+    own = model.config.get_text_config().eos_token_id
+    return chat.ends([] if own is None else [own] if isinstance(own, int) else own)
+
+
+@contextmanager
+def _greedy(model: Any, chat: ChatFormat, max_new_tokens: int, not_first: Collection[int]) -> Iterator[Any]:
+    """Yield the settings of greedy answers, which are for the while the model's own too.
+
+    What a setting leaves open, transformers would take from the model's ``generation_config.json``.
+    """
+    from transformers import GenerationConfig
+
+    settings, own = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        begin_suppress_tokens=sorted(not_first) or None,
+        pad_token_id=chat.pad_id,
+        eos_token_id=end_ids(model, chat),
+    ), model.generation_config  # fmt: skip
+    model.generation_config = settings
+    try:
+        yield settings
+    finally:
+        model.generation_config = own
 
 
 def generate(
@@ -61,7 +104,7 @@ def answers(
     model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32,
     *, not_first: Collection[int] = (), opening: str = "",
 ) -> list[Answer]:  # fmt: skip
-    """Return the greedy answer to each prompt, in order.
+    """Return the greedy answer to each prompt, in order, whatever the model's ``generation_config.json`` says.
 
     Prompts of similar length share a batch, and the opening that all of a batch share is computed once. What follows it
     is padded on the left, with position ids that count real tokens only, which gives the outputs of batch size 1 (up to
@@ -77,30 +120,16 @@ def answers(
         opening: What every answer is made to begin with; part of its text, not of ``max_new_tokens``.
     """
     forced = chat.tokens(opening)
-    encoded = [[*chat.prompt_ids(prompt)[-chat.max_length :], *forced] for prompt in prompts]
+    encoded = [[*chat.prompt_ids(prompt), *forced] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
     found = [Answer("", ended=False, first=chat.end_id)] * len(prompts)
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         ids, mask, cache = _opened(model, [encoded[row] for row in rows], chat.pad_id, max_new_tokens)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            cache_implementation=None,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            begin_suppress_tokens=sorted(not_first) or None,
-            pad_token_id=chat.pad_id,
-            eos_token_id=chat.end_id,
-        )
+        with _greedy(model, chat, max_new_tokens, not_first) as settings:
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=settings
+            )
         for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            end = new.index(chat.end_id) if chat.end_id in new else len(new)
-            found[row] = Answer(chat.decode([*forced, *new[:end]]), ended=end < len(new), first=new[0])
+            found[row] = read_answer(model, chat, forced, new)
     return found

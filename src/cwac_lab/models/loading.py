@@ -12,7 +12,9 @@ import torch
 from cwac_lab.cache import file_digest
 from cwac_lab.errors import ConfigError, MissingAsset, one_of
 from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.context import check_context
 from cwac_lab.models.packaged import PACKAGES, auto_classes, installed_folder
+from cwac_lab.models.templates import check_template
 
 _IDENTITY = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 ARCHITECTURE_NAMES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma3_text": "Gemma 3"}
@@ -45,6 +47,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("align", self.align, ("refusals", "none"))
+        check_template("chat_template", self.chat_template, answers=True)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,9 @@ def load_chat(folder: Path, max_length: int, chat_template: str | None = None) -
 
     Raises:
         MissingAsset: If neither the tokenizer nor the configuration has a chat template.
+        ConfigError: If the template is of no use, or the model takes in fewer tokens than ``max_length``.
     """
+    check_context(folder, max_length)
     tokenizer = auto_classes()[1].from_pretrained(folder, local_files_only=True)
     if chat_template is not None:
         tokenizer.chat_template = chat_template

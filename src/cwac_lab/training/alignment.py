@@ -91,6 +91,8 @@ def _build(
     say(f"aligning: {len(harmful)} refusals, {len(harmless)} harmless prompts (own answers, generated now)")
     examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
     examples += own_answers(model, chat, harmless, run)
+    for line in chat.told_cut(sum(example.cut for example in examples), len(examples), "rows of alignment"):
+        say(line)
     # Which words mean what need not change; a tenth of a step saved (the table is also the head in small models).
     model.get_input_embeddings().requires_grad_(False)
     fit(model, examples, chat.pad_id, Defense(), _trainer(run), ALIGNMENT_SEED, alone=True)
