@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.errors import ConfigError, LabError, in_range, one_of
+from cwac_lab.linalg import full_float32
 from cwac_lab.models.sites import PROJECTIONS, SCOPES
 
 METHODS = ("full", "lora")
@@ -100,16 +101,17 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
             layer.base_layer = _quantized(layer.base_layer)
 
     def merge() -> None:
-        for layer in _layers(model):
+        for layer in _layers(model) if config.base != "float32" else ():
             weight = dense(layer.base_layer)
             plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             plain.weight = torch.nn.Parameter(weight, requires_grad=False)
             plain.bias = layer.base_layer.bias
             layer.base_layer = plain
         model.float()
-        adapted.merge_and_unload()
+        with full_float32(model.device):  # a rounded B A would have a part in what a projected A has none in
+            adapted.merge_and_unload()
 
-    return merge if config.base != "float32" else adapted.merge_and_unload
+    return merge
 
 
 def _quantized(linear: torch.nn.Linear) -> torch.nn.Linear:
