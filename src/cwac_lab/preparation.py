@@ -23,6 +23,7 @@ from cwac_lab.errors import QualityError
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import ModelFolder, find, find_base, load_chat, load_model
 from cwac_lab.models.sites import depth_to_layer
+from cwac_lab.outputs import check_cache
 from cwac_lab.references import References, references
 from cwac_lab.sae import activations, latents
 from cwac_lab.sae import train as sae_train
@@ -55,8 +56,9 @@ def start(run: Run, say: Say) -> Start:
     """Return the start model of a run (aligned where the model asks for it) and the prompt pools.
 
     Raises:
-        LabError: If weights or data are missing, or pools overlap.
+        LabError: If weights or data are missing, pools overlap, or there is no place for the cache.
     """
+    check_cache(run.cache_root, say)
     pools = build_pools(run.data)
     folder = find(run.model, run.profile.name, Path(run.cache_root))
     if run.model.align == "none":

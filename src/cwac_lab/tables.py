@@ -45,6 +45,7 @@ def views(file: str | None) -> dict[str, str | None]:
 def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.errors import ConfigError, MissingAsset, in_range
+    from cwac_lab.outputs import writable
     from cwac_lab.report.files import write
     from cwac_lab.results import select
     from cwac_lab.results.console import Screen
@@ -52,6 +53,7 @@ def main(config: DictConfig) -> None:
     from cwac_lab.sweep import grid
 
     root = Path(config.output_root)
+    writable("output_root", root)
     if config.exp is None:
         for name, query in views(config.views).items():
             print(write(root, name, list(runs(root)) if query is None else select(root, f"views: {name}", query)))

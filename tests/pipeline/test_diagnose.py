@@ -11,6 +11,7 @@ from cwac_lab import diagnose, train
 from cwac_lab.cache import read_json, read_jsonl, write_json
 from cwac_lab.diagnostics import evidence
 from cwac_lab.diagnostics.callback import DriftSampler
+from cwac_lab.probing import Measurer
 
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 
@@ -116,13 +117,13 @@ def test_runs_that_start_alike_share_a_probe_and_others_do_not(tmp_path, monkeyp
             forms = "varied" if seed == "1" else "own"  # which makes no difference to how drift is told
             tiny.launch(train.main, [*shared, *SHARED, f"seed={seed}", f"forms={forms}"])
     tiny.save(tmp_path / "replaced", seed=9)  # no longer what its run started from
-    of_start, built = diagnose._Measurer._of_start, []
+    of_start, built = Measurer._of_start, []
 
     def counted(self, run, begin):
         built.append(run.model.path)
         return of_start(self, run, begin)
 
-    monkeypatch.setattr(diagnose._Measurer, "_of_start", counted)
+    monkeypatch.setattr(Measurer, "_of_start", counted)
     tiny.launch(diagnose.main, [f"output_root={tmp_path / 'output'}", "measured_in=weight"], "diagnose")
     assert sorted(Path(path).name for path in built) == ["one", "two"]
     assert capsys.readouterr().out.count("left out: ") == 1
