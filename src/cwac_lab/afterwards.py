@@ -8,6 +8,7 @@ from typing import Any
 from cwac_lab import distributed
 from cwac_lab.config import Run
 from cwac_lab.errors import LabError
+from cwac_lab.overrides import typed
 from cwac_lab.preparation import Start
 from cwac_lab.probing import POOLS, Measurer
 from cwac_lab.report.tracking import log_run
@@ -47,7 +48,7 @@ def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> N
     judges = list(metrics.get("judges", {"refusal": {}}))
     asked = run.evaluation.judges
     if judges[0] != asked[0] or not set(asked) <= set(judges):
-        command = f"python -m cwac_lab.evaluate run={folder.path} judges=[{','.join(asked)}]"
+        command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(asked)}]"
         say(f"judged by {' and '.join(judges)}: {command}")
 
 
@@ -63,12 +64,12 @@ def _drift(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:
         asked = {kind: len(begin.pools.get(pool, run.evaluation.split)[:most]) for kind, pool in POOLS.items()}
         held = folder.read(store.DRIFT)["prompts"]
         if held != asked:
-            command = f"python -m cwac_lab.diagnose run={folder.path} n_prompts={most}"
+            command = f"python -m cwac_lab.diagnose {typed('run', folder.path)} n_prompts={most}"
             say(f"{store.DRIFT} is of {held['harmful']} harmful and {held['benign']} benign prompts: {command}")
     elif not folder.has(store.MODEL):
         lacking.append(f"{store.DRIFT} (diagnostics.enabled=true) nor a model to measure")
     elif distributed.world() > 1:
-        lacking.append(f"{store.DRIFT} (python -m cwac_lab.diagnose run={folder.path} makes it, in one process)")
+        lacking.append(f"{store.DRIFT} (made in one process: python -m cwac_lab.diagnose {typed('run', folder.path)})")
     else:
         say(f"measuring the saved model: {store.DRIFT}")
         Measurer(say).of_run(folder, run.resolved)

@@ -62,11 +62,19 @@ _PLAIN = ("seed", "harmful_ratio", "force", "finetune", "output_root")
 
 
 def compose(arguments: Iterable[str], config_name: str = "config") -> DictConfig:
-    """Return the composed configuration, as on the command line; what differs in plain keys only is composed once."""
+    """Return the composed configuration, as on the command line; what differs in plain keys only is composed once.
+
+    Raises:
+        LabError: If Hydra cannot read an argument.
+    """
     meant = [overrides.as_meant(argument) for argument in arguments]
     plain = [override for override in meant if override.partition("=")[0] in _PLAIN]
-    config = _frame(tuple(override for override in meant if override not in plain), config_name).copy()
-    for override in OverridesParser.create().parse_overrides(plain):
+    try:
+        config = _frame(tuple(override for override in meant if override not in plain), config_name).copy()
+        read = OverridesParser.create().parse_overrides(plain)
+    except OverrideParseException as error:
+        raise LabError(overrides.unreadable(error.override, error.message)) from None
+    for override in read:
         config[override.key_or_group] = override.value()
     return config
 

@@ -54,11 +54,12 @@ def _of_folders(config: DictConfig, measure: Measurer, say: Callable[[str], None
     """
     from cwac_lab.config import read
     from cwac_lab.errors import ConfigError
+    from cwac_lab.overrides import text
 
     for key in ("before", "after"):
         if config[key] is None or not (Path(config[key]) / "config.json").is_file():
             raise ConfigError(key, config[key], "a folder that transformers loads a model from")
-    given = [f"model.path={config.before}", "model.align=none", f"constraint={config.measured_in}"]
+    given = [text("model.path", config.before), "model.align=none", f"constraint={config.measured_in}"]
     run = read(cli.compose([*given, f"diagnostics.n_prompts={config.n_prompts}", *config.overrides]))
     from cwac_lab.diagnostics.alike import check_alike
     from cwac_lab.models.adapters import TuningConfig

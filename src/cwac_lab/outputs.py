@@ -45,7 +45,8 @@ def writable(key: str, root: str | Path, inside: str = "") -> None:
     """
     folder = Path(root, inside)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for each in (Path(root), folder):
+            each.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
             probe.write(b"0")
             probe.flush()

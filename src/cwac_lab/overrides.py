@@ -48,6 +48,18 @@ def as_meant(argument: str) -> str:
     return argument
 
 
+def text(key: str, value: object) -> str:
+    """Return the argument that gives a key a text, quoted for Hydra where it has to be."""
+    plain = re.fullmatch(r"[A-Za-z0-9_./-]+", str(value)) and isinstance(_read(f"{key}={value}"), str)
+    return f"{key}={value}" if plain else f"{key}={_quoted(str(value))}"
+
+
+def typed(key: str, value: object) -> str:
+    """Return the same as it is typed into a shell."""
+    argument = text(key, value)
+    return argument if argument == f"{key}={value}" else hint(f"{key}={value}")
+
+
 def hint(argument: str) -> str:
     """Return an argument quoted for Hydra and, around that, for the shell."""
     key, _, value = argument.partition("=")

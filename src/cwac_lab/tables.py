@@ -46,6 +46,7 @@ def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.errors import ConfigError, MissingAsset, in_range
     from cwac_lab.outputs import writable
+    from cwac_lab.overrides import text
     from cwac_lab.report.files import write
     from cwac_lab.results import select
     from cwac_lab.results.console import Screen
@@ -73,7 +74,7 @@ def main(config: DictConfig) -> None:
     screen, cells, failed = Screen(), Cells(root), []
     for each in grids:
         screen.say(f"{each.name}: {each.title}")
-        wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]
+        wanted = [(*run, *config.overrides, text("output_root", root)) for run in each.runs(config.seeds)]
         found = sweep(wanted, config.jobs, screen, screen.say, cells)
         failed += [outcome for outcome in found if outcome.status == "failed"]
         elsewhere = sum(outcome.status == "running" for outcome in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from cwac_lab.subspace.basis import Subspace
 KINDS = ("harmful", "benign")
 # Tokens of an answer whose distributions are compared: refusals are decided there (Qi et al. 2025).
 FIRST_TOKENS = 5
+_NO_NUMBERS = "what the model computes is not finite: there is no drift to measure"
 
 
 @contextmanager
@@ -86,7 +88,7 @@ class Probe:
         with evaluating(model):
             now = {kind: reader.read(model) for kind, reader in self._readers.items()}
         if not all(seen.finite() for seen in now.values()):
-            raise Diverged("what the model computes is not finite: there is no drift to measure")
+            raise Diverged(_NO_NUMBERS)
         layers = {
             kind: probe.measure(model, now[kind].inputs, self._bases, bounds=bounds)
             for kind, probe in self._linear.items()
@@ -99,7 +101,10 @@ class Probe:
             for kind in KINDS
         }
         found["layers"] = {kind: [asdict(drift) for drift in drifts] for kind, drifts in layers.items()}
-        return {**found, "summary": _summary(found, layers)}
+        found["summary"] = _summary(found, layers)
+        if not all(math.isfinite(value) for means in found["summary"].values() for value in means.values()):
+            raise Diverged(_NO_NUMBERS)
+        return found
 
 
 def _summary(found: dict[str, Any], layers: dict[str, list[Drift]]) -> dict[str, dict[str, float]]:

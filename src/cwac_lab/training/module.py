@@ -35,9 +35,9 @@ class Watch:
         """Start without any."""
         self._seen: list[tuple[int, Float[Tensor, " 2"]]] = []
 
-    def note(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""] | None, *, together: bool) -> None:
+    def note(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""], *, together: bool) -> None:
         """Take loss and gradient norm of a step; ``together`` shares them with the processes that train along."""
-        figures = torch.stack([loss.detach().float(), (loss if norm is None else norm).detach().float()])
+        figures = torch.stack([loss.detach().float(), norm.float()])
         zeros = figures * 0  # NaN where a figure is not finite
         self._seen.append((step, distributed.summed(zeros) if together else zeros))
 
@@ -48,7 +48,7 @@ class Watch:
         self._seen.clear()
         for step, (loss, norm) in zip(told, sums, strict=True):
             if math.isnan(loss) or math.isnan(norm):
-                return step, "loss" if math.isnan(loss) else "gradient norm"
+                return step, "loss" if math.isnan(loss) else "gradient of the loss"
         return None
 
 
@@ -67,7 +67,7 @@ class FineTuning(L.LightningModule):
         self._micro: list[dict[str, Tensor]] = []
         self._sharded: Sharded | None = None
         self._watch = Watch()
-        self._norm: Float[Tensor, ""] | None = None
+        self._norm: Float[Tensor, ""]
         self.optimizer: torch.optim.Optimizer
         self.schedule: Any
 
@@ -104,11 +104,17 @@ class FineTuning(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by norm as Lightning does, which declines to in mixed precision where the optimizer is fused."""
-        if gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            clip = torch.nn.utils.clip_grad_norm_ if self._sharded is None else clip_grad_norm
-            self._norm = clip(parameters, gradient_clip_val)
+        """Clip by norm as Lightning does, which declines to in mixed precision where the optimizer is fused.
+
+        The norm before is remembered, clipped or not.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._sharded is not None:
+            self._norm = clip_grad_norm(parameters, gradient_clip_val or math.inf)
+        elif gradient_clip_val:
+            self._norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then let the defence change weights.
