@@ -99,4 +99,4 @@ def one_line(error: OSError | SafetensorError, settings: Mapping[Any, Any], keys
     # The cache is inside the output folder unless it is set; the longer name is the nearer one.
     told = (" or ".join(inside) if path is None else max(inside, key=len)) if inside else keys
     reason = error.strerror if path is None else _reason(error, path)
-    return LabError(f"{reason}{f' ({told})' if told else ''}: accepted: a place that can be written to")
+    return LabError(f"{reason}{f' ({told})' if told else ''}: accepted: a place that can be read and written")

@@ -84,7 +84,7 @@ def main(config: DictConfig) -> None:
         if any(outcome.status == "ok" for outcome in found):
             print(write(root, each.name, [run for run in runs(root) if run.path in paths]))
     for outcome in failed:
-        screen.say(f"[red]{outcome.status}[/red]: {' '.join(outcome.overrides)}: {outcome.reason}")
+        screen.say(f"{outcome.status}: {' '.join(outcome.overrides)}: {outcome.reason}", "red")
     if failed:
         sys.exit(1)
 
