@@ -47,10 +47,9 @@ def check_alike(before: Path, after: Path) -> list[str]:
     """
     first, second = _config("before", before), _config("after", after)
     for name in _SHAPE:
-        if name in first and name in second and first[name] != second[name]:
-            raise ConfigError(
-                "after", after, f"a model of the shape of {before}: {name}={first[name]}, not {second[name]}"
-            )
+        one, other = first.get(name), second.get(name)
+        if one != other and None not in (one, other):
+            raise ConfigError("after", after, f"a model of the shape of {before}: {name}={one}, not {other}")
     told = []
     rows = first.get("vocab_size"), second.get("vocab_size")
     if rows[0] != rows[1]:

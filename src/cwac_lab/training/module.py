@@ -123,7 +123,6 @@ class FineTuning(L.LightningModule):
             Diverged: If loss or gradients of a step are not finite; on an accelerator of one of the last steps.
         """
         optimizer.step(closure=optimizer_closure)
-        self.defense.after_optimizer_step(self.step)
         losses = {name: torch.stack([each[name] for each in self._micro]).mean() for name in self._micro[0]}
         self._micro.clear()
         self._watch.note(
@@ -131,6 +130,7 @@ class FineTuning(L.LightningModule):
         )
         if self.device.type == "cpu" or (self.step + 1) % LOOK_EVERY == 0:
             self.look()
+        self.defense.after_optimizer_step(self.step)
         self.log("loss/task", losses.pop("loss/task"), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log_figures("loss", losses)
         self.log_figures("step", self.defense.step_metrics(self.step))
