@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,14 @@ def _scalars(config: _Settings) -> dict[str, Any]:
     return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config["finetune"], "force": config["force"]}
 
 
+def _check_finite(key: str, node: Any) -> None:
+    """Check that no number is infinite or NaN, which records, as JSON, could not tell."""
+    if isinstance(node, float) and not math.isfinite(node):
+        raise ConfigError(key, node, "a finite number")
+    for name, child in node.items() if isinstance(node, dict) else ():
+        _check_finite(f"{key}.{name}".lstrip("."), child)
+
+
 def read(config: DictConfig, *, recorded: bool = False) -> Run:
     """Check a composed configuration and return it typed; loads no data and no weights.
 
@@ -129,6 +138,7 @@ def read(config: DictConfig, *, recorded: bool = False) -> Run:
         raise ConfigError(str(error.full_key), "???", "a value (it has no default)") from None
     assert isinstance(resolved, dict)
     settings = _Settings({str(key): value for key, value in resolved.items()})
+    _check_finite("", settings)
     plain = _scalars(settings)
     nodes = mapping("constraint", settings["constraint"])
     parts = {str(name): _part(f"constraint.{name}", node) for name, node in nodes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
@@ -30,6 +31,10 @@ class QualityError(LabError):
     """A prepared artefact (aligned model, autoencoder) that is too poor to build on."""
 
 
+class Diverged(LabError):
+    """A training that no longer computes finite numbers; no model comes of it."""
+
+
 def one_of(key: str, value: object, accepted: Iterable[object]) -> None:
     """Raise ``ConfigError`` unless ``value`` is among the ``accepted`` ones."""
     choices = list(accepted)
@@ -38,8 +43,8 @@ def one_of(key: str, value: object, accepted: Iterable[object]) -> None:
 
 
 def in_range(key: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raise ``ConfigError`` unless ``low <= value <= high`` (``low < value`` with ``open_low``)."""
-    if not (low < value if open_low else low <= value) or not value <= high:
+    """Raise ``ConfigError`` unless ``low <= value <= high`` (``low < value`` with ``open_low``), finite."""
+    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
         bracket = "(" if open_low else "["
         end = "inf)" if high == float("inf") else f"{high:g}]"
         raise ConfigError(key, value, f"a number in {bracket}{low:g}, {end}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cwac_lab import distributed, provenance
+from cwac_lab.afterwards import catch_up
 from cwac_lab.answering import answered, evaluation_rows, judge, remarks
 from cwac_lab.config import Run, check_machine
 from cwac_lab.data import mixing
@@ -23,19 +24,20 @@ from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.defense import Context
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
-from cwac_lab.errors import ConfigError, LabError, MissingAsset
+from cwac_lab.errors import ConfigError, Diverged, LabError, MissingAsset
 from cwac_lab.gpus import one_of_several
 from cwac_lab.identity import content_of, folder_of, identity
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
+from cwac_lab.outputs import writable
 from cwac_lab.preparation import Start, artefacts, start
 from cwac_lab.probing import measured_in, probe
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
-from cwac_lab.training.loop import fit, loggers
+from cwac_lab.training.loop import check_finite, fit, loggers
 from cwac_lab.training.outliers import closest
 
 
@@ -79,6 +81,7 @@ class _Stage:
             )  # fmt: skip
             merge()
             defense.after_training(self.model)
+            check_finite(self.model, examples[0], self.chat.pad_id)
         if drift is not None:
             with self.meter.stage("diagnose"):
                 found = drift.measure(self.model)
@@ -165,6 +168,7 @@ def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
         LabError: As ``execute``; and if one of several processes is lost.
     """
     check_machine(run)
+    writable("output_root", run.output_root, "runs")
     if distributed.launched():
         with distributed.group(run.trainer.device):
             return execute(run, screen)
@@ -191,8 +195,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     # A reader that looks whether the run is alive holds it for a moment.
     with folder.claim(wait=1.0) if folder.writes else nullcontext(False) as mine:
         if mine and run.force:
-            folder.remove(store.CHECKPOINT)
-            folder.remove(f"{store.CHECKPOINT}.old")
+            _forget(folder)
             folder.discard("drift*.json", keep=())
         free, done = distributed.told((mine, mine and folder.done() and not run.force))
         if not free:
@@ -201,20 +204,28 @@ def execute(run: Run, screen: Screen) -> RunFolder:
         if done:
             metrics = folder.read(store.METRICS)
             screen.say(f"already done: {folder.path} (force=true repeats it)")
-            judges = list(metrics.get("judges", {"refusal": {}}))
-            if judges[0] != run.evaluation.judges[0]:
-                given = ",".join(run.evaluation.judges)
-                screen.say(f"judged by {judges[0]}: python -m cwac_lab.evaluate run={folder.path} judges=[{given}]")
             screen.result(title(metrics), metrics)
+            if folder.writes:
+                catch_up(run, folder, begin, metrics, screen.say)
             return folder
         with folder.running():
             folder.write(store.CONFIG, run.resolved)
             facts = _facts(run, begin)
             folder.write(store.PROVENANCE, provenance.describe() | facts | content)
-            with _levers(run):
-                _execute(run, folder, begin, data, facts, screen)
+            try:
+                with _levers(run):
+                    _execute(run, folder, begin, data, facts, screen)
+            except Diverged:
+                _forget(folder)  # nothing can go on from there
+                raise
             folder.remove(store.CHECKPOINT)
     return folder
+
+
+def _forget(folder: RunFolder) -> None:
+    """Remove the checkpoints of a run."""
+    for name in (store.CHECKPOINT, f"{store.CHECKPOINT}.old"):
+        folder.remove(name)
 
 
 def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from cwac_lab.errors import ConfigError, QualityError
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import ModelFolder, find, find_base, load_chat, load_model
 from cwac_lab.models.sites import depth_to_layer
+from cwac_lab.outputs import check_cache
 from cwac_lab.references import References, references
 from cwac_lab.sae import activations, latents
 from cwac_lab.sae import train as sae_train
@@ -62,8 +63,10 @@ def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
     Who has read the pools, so that a bad row of the task stops before a start is trained, hands them over.
 
     Raises:
-        LabError: If weights or data are missing, pools overlap, or near-duplicates leave too few harmful rows.
+        LabError: If weights or data are missing, pools overlap, near-duplicates leave too few harmful rows, or there is
+            no place for the cache.
     """
+    check_cache(run.cache_root, say)
     pools = pools or build_pools(run.data)
     for line in pools.told():
         say(line)

@@ -45,6 +45,8 @@ def views(file: str | None) -> dict[str, str | None]:
 def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.errors import ConfigError, MissingAsset, in_range
+    from cwac_lab.outputs import writable
+    from cwac_lab.overrides import text
     from cwac_lab.report.files import write
     from cwac_lab.results import select
     from cwac_lab.results.console import Screen
@@ -52,6 +54,7 @@ def main(config: DictConfig) -> None:
     from cwac_lab.sweep import grid
 
     root = Path(config.output_root)
+    writable("output_root", root)
     if config.exp is None:
         for name, query in views(config.views).items():
             print(write(root, name, list(runs(root)) if query is None else select(root, f"views: {name}", query)))
@@ -71,7 +74,7 @@ def main(config: DictConfig) -> None:
     screen, cells, failed = Screen(), Cells(root), []
     for each in grids:
         screen.say(f"{each.name}: {each.title}")
-        wanted = [(*run, *config.overrides, f"output_root={root}") for run in each.runs(config.seeds)]
+        wanted = [(*run, *config.overrides, text("output_root", root)) for run in each.runs(config.seeds)]
         found = sweep(wanted, config.jobs, screen, screen.say, cells)
         failed += [outcome for outcome in found if outcome.status == "failed"]
         elsewhere = sum(outcome.status == "running" for outcome in found)
@@ -81,7 +84,7 @@ def main(config: DictConfig) -> None:
         if any(outcome.status == "ok" for outcome in found):
             print(write(root, each.name, [run for run in runs(root) if run.path in paths]))
     for outcome in failed:
-        screen.say(f"[red]{outcome.status}[/red]: {' '.join(outcome.overrides)}: {outcome.reason}")
+        screen.say(f"{outcome.status}: {' '.join(outcome.overrides)}: {outcome.reason}", "red")
     if failed:
         sys.exit(1)
 

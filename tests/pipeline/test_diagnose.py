@@ -1,16 +1,20 @@
 """Drift of whole runs: within a run, of finished runs, and between two folders."""
 
+import copy
+import json
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import tiny
 from cwac_lab import diagnose, train
 from cwac_lab.cache import read_json, read_jsonl, write_json
 from cwac_lab.diagnostics import evidence
 from cwac_lab.diagnostics.callback import DriftSampler
+from cwac_lab.probing import Measurer
 
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 
@@ -116,13 +120,13 @@ def test_runs_that_start_alike_share_a_probe_and_others_do_not(tmp_path, monkeyp
             forms = "varied" if seed == "1" else "own"  # which makes no difference to how drift is told
             tiny.launch(train.main, [*shared, *SHARED, f"seed={seed}", f"forms={forms}"])
     tiny.save(tmp_path / "replaced", seed=9)  # no longer what its run started from
-    of_start, built = diagnose._Measurer._of_start, []
+    of_start, built = Measurer._of_start, []
 
     def counted(self, run, begin):
         built.append(run.model.path)
         return of_start(self, run, begin)
 
-    monkeypatch.setattr(diagnose._Measurer, "_of_start", counted)
+    monkeypatch.setattr(Measurer, "_of_start", counted)
     tiny.launch(diagnose.main, [f"output_root={tmp_path / 'output'}", "measured_in=weight"], "diagnose")
     assert sorted(Path(path).name for path in built) == ["one", "two"]
     assert capsys.readouterr().out.count("left out: ") == 1
@@ -134,6 +138,110 @@ def test_two_folders_are_compared(output, tiny_folder, capsys):
     asked = [f"before={tiny_folder}", f"after={folder(output, 'plain') / 'model'}", "measured_in=none", "n_prompts=4"]
     tiny.launch(diagnose.main, asked, "diagnose")
     assert "harmful (n=4)" in capsys.readouterr().out
+
+
+def changed(folder, **changes):
+    """Save a model of another shape, or with another tokenizer, and return its folder."""
+    tokens, drop = changes.pop("tokenizer", tiny.tokenizer()), changes.pop("drop", ())
+    architecture = changes.pop("architecture", "llama")
+    tiny.model(architecture, 3, **changes).save_pretrained(folder)
+    if tokens is not None:
+        tokens.save_pretrained(folder)
+    for name in drop:
+        (folder / name).unlink()
+    return folder
+
+
+def with_tokens(*more, first=False):
+    """Return the tokenizer with further tokens, at the end or among the first."""
+    found = copy.deepcopy(tiny.tokenizer())
+    if first:  # the letters of its alphabet change places
+        state = json.loads(found.backend_tokenizer.to_str())
+        vocabulary = state["model"]["vocab"]
+        vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+        found._tokenizer = type(found.backend_tokenizer).from_str(json.dumps(state))
+    found.add_tokens(list(more))
+    return found
+
+
+# Other than the start, and what is said of the two before weights are loaded.
+UNLIKE = {
+    "layers": ({"num_hidden_layers": 3}, "num_hidden_layers=2, not 3"),
+    "width": ({"hidden_size": 64, "head_dim": 16}, "hidden_size=32, not 64"),
+    "inner width": ({"intermediate_size": 64}, "intermediate_size=48, not 64"),
+    "heads": ({"num_key_value_heads": 4}, "num_key_value_heads=2, not 4"),
+    "architecture": ({"architecture": "qwen2"}, "model_type=llama, not qwen2"),
+    "tokens moved": ({"tokenizer": with_tokens(first=True)}, "'A' is "),
+    "fewer tokens": ({"vocab_size": 300}, "an embedding of all "),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_models_that_are_no_states_of_one_are_one_line(case, tiny_folder, tmp_path, capsys, monkeypatch):
+    changes, line = UNLIKE[case]
+    after = changed(tmp_path / "after", **changes)
+    for where in ("cwac_lab.preparation.load_model", "cwac_lab.probing.load_model"):
+        monkeypatch.setattr(where, lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        tiny.launch(diagnose.main, [f"before={tiny_folder}", f"after={after}", "measured_in=none"], "diagnose")
+    assert stopped.value.code == 2
+    (found,) = capsys.readouterr().err.strip().splitlines()
+    assert found.startswith(f"error: after={after}: accepted: ")
+    assert line in found
+
+
+# Of another vocabulary or without a tokenizer: what is compared all the same, and what is said.
+ALIKE = {
+    "more rows": ({"vocab_size": 512}, "no KL of first tokens: it needs one vocabulary, these have 384 and 512 rows"),
+    "more tokens": ({"vocab_size": 400, "tokenizer": with_tokens("<extra>")}, "these have 384 and 400 rows"),
+    "no tokenizer": ({"tokenizer": None}, "has no tokenizer: its tokens are taken to be those of"),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_what_can_be_compared_is_and_the_rest_is_named(case, tiny_folder, tmp_path, capsys):
+    changes, words = ALIKE[case]
+    after = changed(tmp_path / "after", **changes)
+    asked = [f"before={tiny_folder}", f"after={after}", "measured_in=weight", "n_prompts=4"]
+    tiny.launch(diagnose.main, [*asked, "overrides=['data.reference=all']"], "diagnose")
+    out = capsys.readouterr().out
+    assert words in " ".join(out.split())
+    for row in ("||dW h0||", "||W0 dh||", "bound of it", "leak", "cosine of the refusal"):
+        assert row in out
+    assert ("KL at the first tokens" in out) is (case == "no tokenizer")
+
+
+def test_one_folder_twice_has_not_moved_and_that_is_told(tiny_folder, capsys):
+    asked = [f"before={tiny_folder}", f"after={tiny_folder}/.", "measured_in=none", "n_prompts=4"]
+    tiny.launch(diagnose.main, asked, "diagnose")
+    out = capsys.readouterr().out
+    assert "before and after are one folder" in out
+    (row,) = [line for line in out.splitlines() if "||dW h0||" in line]
+    assert [cell.strip() for cell in row.split("│")[2:4]] == ["0", "0"]
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "Expecting"), ("[]", "no mapping")])
+def test_a_broken_configuration_is_one_line(text, said, tiny_folder, tmp_path, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "after")
+    (tmp_path / "after" / "config.json").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        tiny.launch(diagnose.main, [f"before={tiny_folder}", f"after={tmp_path / 'after'}"], "diagnose")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(
+        f"error: after={tmp_path / 'after'}: accepted: a folder that transformers loads a model from"
+    )
+    assert said in line
+
+
+def test_a_model_without_numbers_is_one_line(tiny_folder, tmp_path, capsys):
+    model = tiny.model(seed=3)
+    with torch.no_grad():
+        model.get_decoder().layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        tiny.launch(diagnose.main, [f"before={tiny_folder}", f"after={tmp_path}", "measured_in=none"], "diagnose")
+    assert "what the model computes is not finite: there is no drift to measure" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

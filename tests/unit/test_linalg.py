@@ -3,13 +3,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from cwac_lab import linalg
+from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.models.sites import linears
 from cwac_lab.subspace import basis
 from cwac_lab.subspace.basis import SubspaceSpec
 from cwac_lab.subspace.solvers import Covariance, Gram, Randomized, cheapest
+from held import FULL, LORA, ROWS, train
 
 shapes = st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(0, 12), st.integers(0, 10_000))
 
@@ -191,3 +194,126 @@ def test_directions_are_ordered_by_what_they_hold(way):
     for kept in (1, 3, 6):
         cosines = torch.linalg.svdvals(exact[:, :kept].T @ found[:, :kept])
         assert float(cosines.min()) > 0.999
+
+
+class Tensor32(TorchDispatchMode):
+    """Products as on a GPU that may use TF32: operands have 10 bits of mantissa where the flag lets them."""
+
+    PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            args = (*args[:-2], *map(self.rounded, args[-2:]))  # what is added is not rounded
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        if x.dtype != torch.float32:
+            return x
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+# The names under which TF32 is allowed, and what a user may have set for all of torch.
+ALLOWED = {
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "fp32_precision": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "of all torch": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+def flags():
+    """Return all that says how float32 products are made; what the older name cannot tell is None."""
+    found = [torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
+    found.append(torch.backends.mkldnn.matmul.fp32_precision)
+    for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+
+@pytest.fixture(params=ALLOWED)
+def tf32(request):
+    """TF32 is allowed under one of its names, and emulated."""
+    default = ["none", "none", "none", "highest", False]
+    assert flags() == default
+    ALLOWED[request.param]()
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with Tensor32():
+        yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    assert flags() == default
+
+
+def leaked(moved, start, basis):
+    """Return the leak in float64, which no flag concerns."""
+    delta = moved.double() - start.double()
+    return float((delta @ torch.linalg.qr(basis.double()).Q).norm() / delta.norm())
+
+
+def restored(start, moved, basis):
+    return linalg.restore_on_span_(moved, basis, linalg.product(start, basis)), moved
+
+
+def projected(start, moved, basis):
+    return None, start + linalg.remove_span(moved - start, basis)
+
+
+def plain(start, moved, basis):
+    return None, moved - (moved @ basis - start @ basis) @ basis.T
+
+
+@pytest.mark.parametrize(("way", "most"), [(restored, 1e-6), (projected, 1e-6), (plain, None)])
+def test_restoring_and_projecting_are_exact_whatever_the_flags(way, most, tf32):
+    source, before = torch.Generator().manual_seed(0), flags()
+    basis = torch.linalg.qr(torch.randn(96, 16, generator=source)).Q
+    start = torch.randn(64, 96, generator=source)
+    moved = start + 0.2 * torch.randn(64, 96, generator=source)
+    leak = leaked(way(start, moved.clone(), basis)[1], start, basis)
+    assert flags() == before
+    assert leak > 5e-4 if most is None else leak <= most  # the emulation shows where it is not held off
+    told = linalg.leak(way(start, moved.clone(), basis)[1] - start, basis)
+    assert (told[0] / told[1]) ** 0.5 == pytest.approx(leak, rel=0.5)
+
+
+def test_flags_are_restored_after_an_error_and_when_nested():
+    torch.set_float32_matmul_precision("medium")
+    before, cpu = flags(), torch.device("cpu")
+
+    def broken():
+        with linalg.full_float32(cpu):
+            with linalg.full_float32(cpu):
+                pass
+            assert (flags()[1], torch.backends.cuda.matmul.allow_tf32) == ("ieee", False)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert flags() == before
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_projecting_is_exact_under_autocast():
+    basis, matrix = torch.linalg.qr(torch.randn(24, 4)).Q, torch.randn(8, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linalg.remove_span(matrix, basis)
+    assert float((found @ basis).norm() / found.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("tf32", ["allow_tf32", "of all torch"], indirect=True)
+@pytest.mark.parametrize(("tuning", "projection"), [(FULL, "update"), (FULL, "both"), (LORA, "both")])
+def test_a_trained_model_leaks_nothing_under_tf32(tuning, projection, tf32):
+    """With adapters too, whose product is merged into the weights."""
+    defense = WeightConstraint(energy=0.9, projection=projection, restore_every_n_steps=3)
+    model, prepared = train(defense, tuning=tuning, rows=ROWS, learning_rate=0.05)
+    for matrix in linears(model, "all_linear"):
+        basis, start = prepared.subspace.bases[matrix.site.name], prepared.start_weight(matrix.name)
+        assert leaked(matrix.module.weight.detach(), start, basis) < 3e-6
+    assert defense.leak() < 3e-6

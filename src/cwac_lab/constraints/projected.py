@@ -40,7 +40,11 @@ class Projection:
         return projected if same and version == x._version and owner is self else None
 
     def of(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T d"]:
-        """Return the projected tokens of x in float32: most of them lies along V, bfloat16 would leave a hundredth."""
+        """Return the projected tokens of x in full float32: most lies along V, bfloat16 would leave a hundredth of it.
+
+        The product with the gradients that follows is in the precision of training; what its rounding moves along V is
+        taken out where weights are restored.
+        """
         projected = self._kept(x)
         if projected is None:
             projected = linalg.remove_span(x.detach().flatten(0, -2).float(), self.basis.float())
@@ -121,9 +125,7 @@ class _WithoutSpan(torch.nn.Module):
 
     def forward(self, factor: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
         """Return the projected factor."""
-        factor = whole(factor)
-        with torch.autocast(factor.device.type, enabled=False):
-            return linalg.remove_span(factor, self.basis)
+        return linalg.remove_span(whole(factor), self.basis)
 
 
 # What a parametrised factor is called among a model's parameters, and in a plain adapter.

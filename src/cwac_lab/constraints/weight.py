@@ -134,7 +134,7 @@ class WeightConstraint(Defense):
                     project_factor(linear.adapter, basis)
                 continue
             basis = basis.to(linear.module.weight)
-            self._held.append(_Constrained(linear, basis, linear.module.weight.detach() @ basis))
+            self._held.append(_Constrained(linear, basis, linalg.product(linear.module.weight.detach(), basis)))
             if self.projection != "update" and basis.shape[1]:
                 readers.setdefault(linear.site, []).append(self._held[-1])
         for together in readers.values():
@@ -196,7 +196,7 @@ class WeightConstraint(Defense):
                 continue
             factors = held.linear.factors()
             if factors is not None:
-                delta = factors[0] @ factors[1]
+                delta = linalg.product(*factors)
             else:
                 weight = held.linear.module.weight
                 start = rows(weight, self._start_weight(held.linear.name)).to(local(weight))

@@ -135,7 +135,8 @@ class LinearProbe:
             bounds: Compute the bounds too, where there are directions: three spectral norms a layer.
         """
         angles = {site: overlap(self._leading[site], leading(h)) for site, h in seen.items()}
-        return [self._drift(matrix, seen, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
+        with linalg.full_float32(torch.device("cpu")):
+            return [self._drift(matrix, seen, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
 
     def _drift(
         self, matrix: Matrix, now: dict[Site, Float[Tensor, "N d"]], angles: dict[Site, float],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from torch import Tensor
 from cwac_lab.diagnostics.linear import Drift, LinearProbe
 from cwac_lab.diagnostics.seen import Reader
 from cwac_lab.diagnostics.stream import Explains, divergence, stream_drift
+from cwac_lab.errors import Diverged
 from cwac_lab.models.chat import IGNORED, Encoded
 from cwac_lab.sae.latents import LayerFeatures
 from cwac_lab.subspace.basis import Subspace
@@ -21,6 +23,7 @@ from cwac_lab.subspace.basis import Subspace
 KINDS = ("harmful", "benign")
 # Tokens of an answer whose distributions are compared: refusals are decided there (Qi et al. 2025).
 FIRST_TOKENS = 5
+_NO_NUMBERS = "what the model computes is not finite: there is no drift to measure"
 
 
 @contextmanager
@@ -78,19 +81,30 @@ class Probe:
         """Return how far a model is from the start, as JSON-able figures; the model stays as it is.
 
         ``bounds`` adds the bounds of ``diagnostics.linear.bound``.
+
+        Raises:
+            Diverged: If the model no longer computes finite numbers.
         """
         with evaluating(model):
             now = {kind: reader.read(model) for kind, reader in self._readers.items()}
+        if not all(seen.finite() for seen in now.values()):
+            raise Diverged(_NO_NUMBERS)
         layers = {
             kind: probe.measure(model, now[kind].inputs, self._bases, bounds=bounds)
             for kind, probe in self._linear.items()
         }
         found = {**self.facts, **stream_drift(self._start, now, self._features, self._explains)}
-        found["kl_first_tokens"] = {
-            kind: divergence(self._start[kind].log_probs, now[kind].log_probs) for kind in KINDS
+        found["kl_first_tokens"] = {  # None: of other vocabularies
+            kind: divergence(self._start[kind].log_probs, now[kind].log_probs)
+            if self._start[kind].log_probs.shape == now[kind].log_probs.shape
+            else None
+            for kind in KINDS
         }
         found["layers"] = {kind: [asdict(drift) for drift in drifts] for kind, drifts in layers.items()}
-        return {**found, "summary": _summary(found, layers)}
+        found["summary"] = _summary(found, layers)
+        if not all(math.isfinite(value) for means in found["summary"].values() for value in means.values()):
+            raise Diverged(_NO_NUMBERS)
+        return found
 
 
 def _summary(found: dict[str, Any], layers: dict[str, list[Drift]]) -> dict[str, dict[str, float]]:
@@ -100,7 +114,8 @@ def _summary(found: dict[str, Any], layers: dict[str, list[Drift]]) -> dict[str,
         names = ("weight", "activation", "cross", "total", "overlap", "leak", "bound")
         taken = {name: [value for d in drifts if (value := getattr(d, name)) is not None] for name in names}
         means[kind] = {name: fmean(values) for name, values in taken.items() if values}
-        means[kind]["kl"] = found["kl_first_tokens"][kind]
+        if found["kl_first_tokens"][kind] is not None:
+            means[kind]["kl"] = found["kl_first_tokens"][kind]
         for name in ("chosen", "others", "code") if found["latents"][kind] else ():
             means[kind][f"latents_{name}"] = fmean(each[name] for each in found["latents"][kind])
         means[kind]["refusal_cosine"] = fmean(found["refusal_direction"]["cosine"])

@@ -34,6 +34,11 @@ class Seen:
     last: Float[Tensor, "B L D"]
     log_probs: Float[Tensor, "A V"]
 
+    def finite(self) -> bool:
+        """Tell whether all of it is finite."""
+        seen = (*self.inputs.values(), *self.tokens.values(), self.last, self.log_probs)
+        return all(bool(x.isfinite().all()) for x in seen)
+
 
 def _whole(parts: list[Float[Tensor, "_ _ d"]], n_rows: int) -> Float[Tensor, "B T d"]:
     """Return the states of all rows; those of a shared opening, where there is one, come first, of one row."""

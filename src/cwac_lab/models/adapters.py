@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.errors import ConfigError, LabError, in_range, one_of
+from cwac_lab.linalg import full_float32
 from cwac_lab.models.sites import PROJECTIONS, SCOPES
 
 METHODS = ("full", "lora")
@@ -128,7 +129,8 @@ def merge(adapted: Any) -> Any:
     for layer in _layers(model):
         told = vars(layer).get("when_merged")
         before = dense(layer.base_layer) if told else None
-        layer.merge()
+        with full_float32(model.device):  # a rounded B A would have a part in what a projected A has none in
+            layer.merge()
         if told:
             told(before, layer.base_layer.weight.detach())
     return adapted.unload()

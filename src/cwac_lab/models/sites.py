@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.errors import LabError, one_of
+from cwac_lab.linalg import product
 from cwac_lab.models.shards import whole
 
 PROJECTIONS = {
@@ -110,7 +111,7 @@ class Matrix:
         factors = self.factors()
         if factors is None or self.adapter.merged:
             return whole(self.module.weight).float() - start().float()
-        return factors[0].float() @ factors[1].float()
+        return product(factors[0].float(), factors[1].float())
 
 
 def linears(model: Any, scope: str) -> Iterator[Matrix]:

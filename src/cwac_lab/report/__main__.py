@@ -12,6 +12,7 @@ from cwac_lab import cli
 def main(config: DictConfig) -> None:
     """Write ``output_root/report/index.html`` and say where it is; with ``wandb`` tables and figures go there too."""
     from cwac_lab.errors import MissingAsset, one_of
+    from cwac_lab.outputs import writable
     from cwac_lab.report.page import write
     from cwac_lab.results.console import Screen
 
@@ -19,6 +20,7 @@ def main(config: DictConfig) -> None:
     root = Path(config.output_root)
     if not (root / "runs").is_dir():
         raise MissingAsset(f"output_root={root}: no runs there; run `python -m cwac_lab.train` first")
+    writable("output_root", root)
     screen = Screen()
     screen.say(f"written: {write(root, screen.say)}")
     if config.wandb != "off":

@@ -6,8 +6,10 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 _ROWS = (
     ("harmful_score", "harmful score (HS, lower is better)"),
@@ -57,17 +59,17 @@ class Screen:
     def banner(self, weights: str, facts: dict[str, Any]) -> None:
         """Print which weights really run and what with."""
         lines = "\n".join(f"{name}: {value}" for name, value in facts.items())
-        self.console.print(Panel(f"[bold]{weights}[/bold]\n{lines}", title="cwac-lab", expand=False))
+        self.console.print(Panel(Text.assemble((weights, "bold"), "\n", lines), title="cwac-lab", expand=False))
 
-    def say(self, text: str) -> None:
-        """Print one line about a stage."""
-        self.console.print(f"[dim]-[/dim] {text}", soft_wrap=True)
+    def say(self, text: str, style: str = "") -> None:
+        """Print one line about a stage, as it stands: ``[a]`` is part of a path or a list, no mark-up."""
+        self.console.print(Text.assemble(("-", "dim"), " ", (text, style)), soft_wrap=True)
 
     def drift(self, title: str, found: dict[str, Any]) -> None:
         """Print the means over layers of what moved, by kind of prompts."""
         kinds = found["summary"]
         heads = [f"{kind} (n={found['prompts'][kind]})" for kind in kinds]
-        table = Table("", *heads, title=f"{title} | {found['scope']}", title_justify="left")
+        table = Table("", *heads, title=escape(f"{title} | {found['scope']}"), title_justify="left")
         for name, words in _DRIFT.items():
             if any(name in means for means in kinds.values()):
                 table.add_row(words, *(f"{means[name]:.3g}" if name in means else "" for means in kinds.values()))
@@ -90,7 +92,7 @@ class Screen:
 
     def result(self, title: str, metrics: dict[str, Any]) -> None:
         """Print the rates of a run with intervals and n."""
-        table = Table("", "rate", "95 % interval", "n", title=title, title_justify="left")
+        table = Table("", "rate", "95 % interval", "n", title=escape(title), title_justify="left")
         for key, words in _ROWS:
             if key in metrics:
                 table.add_row(words, *_cell(metrics[key]))

@@ -8,7 +8,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,8 +125,11 @@ class RunFolder:
         told = self.told()
         if told["status"] != "running":
             return str(told["status"])
-        with self.claim() as free:
-            return "interrupted" if free else "running"
+        try:
+            with self.claim() as free:
+                return "interrupted" if free else "running"
+        except OSError:  # of a store that can only be read nobody can tell
+            return "running"
 
     def told(self) -> dict[str, Any]:
         """Return what the status file says: status, reason of a failure, host, process and heartbeat.
@@ -180,7 +183,8 @@ class RunFolder:
 
         def beat() -> None:
             while not over.wait(HEARTBEAT_SECONDS):
-                self.mark("running")
+                with suppress(OSError):  # a disk that is full by now is told of by what is written next
+                    self.mark("running")
 
         pulse = threading.Thread(target=beat, daemon=True)
         pulse.start()
@@ -196,7 +200,8 @@ class RunFolder:
         finally:
             over.set()
             pulse.join()
-            self.mark(*end)
+            with suppress(OSError) if end[0] != "ok" else nullcontext():  # what is raised already says more
+                self.mark(*end)
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, or JSON Lines where the name says so; atomic."""

@@ -161,12 +161,13 @@ def train(
             ).fit()
     sae.save_inference_model(str(folder))
     report = quality(load(folder), held_out) | (facts or {})
-    write_json(folder / REPORT, report)
-    if report["explained_variance"] < config.min_explained_variance:
+    if not report["explained_variance"] >= config.min_explained_variance:  # nor is NaN
         raise QualityError(
             f"the autoencoder at {hook_name} explains {report['explained_variance']:.2f} of the held-out variance; "
-            f"accepted: >= sae.min_explained_variance={config.min_explained_variance} (raise sae.steps or sae.n_tokens)"
+            f"accepted: >= sae.min_explained_variance={config.min_explained_variance} (raise sae.steps or sae.n_tokens,"
+            f" or lower sae.learning_rate={config.learning_rate:g})"
         )
+    write_json(folder / REPORT, report)
     return report
 
 

@@ -95,7 +95,7 @@ def _build(
         say(line)
     # Which words mean what need not change; a tenth of a step saved (the table is also the head in small models).
     model.get_input_embeddings().requires_grad_(False)
-    fit(model, examples, chat.pad_id, Defense(), _trainer(run), ALIGNMENT_SEED, alone=True)
+    fit(model, examples, chat.pad_id, Defense(), _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
     after = _measure(model, chat, pools, run)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)

@@ -19,8 +19,10 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from cwac_lab import distributed
 from cwac_lab.cache import digest
+from cwac_lab.data.batches import collate
 from cwac_lab.defense import Defense
-from cwac_lab.errors import LabError, MissingAsset
+from cwac_lab.errors import Diverged, LabError, MissingAsset
+from cwac_lab.models.answers import answer_loss, to_device
 from cwac_lab.models.chat import Encoded
 from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
 from cwac_lab.training.module import FineTuning, TrainData
@@ -85,7 +87,7 @@ class _ProgressBar(RichProgressBar):
 def fit(
     model: Any, examples: Sequence[Encoded], pad_id: int, defense: Defense, config: TrainerConfig, seed: int,
     *, loggers: Sequence[Any] = (), checkpoint: Path | None = None, callbacks: Sequence[L.Callback] = (),
-    alone: bool = False,
+    alone: bool = False, group: str = "trainer",
 ) -> dict[str, float]:  # fmt: skip
     """Train a model in place under a prepared defence; resumes where ``checkpoint`` holds an unfinished run.
 
@@ -100,9 +102,13 @@ def fit(
         checkpoint: Folder of resumable checkpoints.
         callbacks: Further Lightning callbacks.
         alone: Leave the other processes of the run out of it.
+        group: Where the settings stand in the configuration, for errors.
 
     Returns:
         Optimizer steps, answer tokens trained on, and the number of trained parameters.
+
+    Raises:
+        Diverged: If loss or gradients are not finite, from the first such step on.
     """
     _calm()
     device = model.device
@@ -126,12 +132,29 @@ def fit(
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if first < steps:
-        _trainer(config, loggers, called, alone).fit(module, datamodule=data)
-    model.gradient_checkpointing_disable()
-    model.to(device).eval()  # Lightning leaves it on the CPU
+    try:
+        if first < steps:
+            _trainer(config, loggers, called, alone).fit(module, datamodule=data)
+            module.look()
+        model.gradient_checkpointing_disable()
+        model.to(device).eval()  # Lightning leaves it on the CPU
+        check_finite(model, examples[0], pad_id)
+    except Diverged as error:
+        clip = f"gradient_clip={config.gradient_clip:g}"
+        raise Diverged(f"{error} ({group}.learning_rate={config.learning_rate:g}, {clip})") from None
     tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
     return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}
+
+
+@torch.no_grad()
+def check_finite(model: Any, example: Encoded, pad_id: int) -> None:
+    """Check that a model still computes numbers: its last step may have ruined it unseen.
+
+    Raises:
+        Diverged: If its loss on a row is not finite.
+    """
+    if not answer_loss(model, to_device(collate([example], pad_id), model.device)).isfinite():
+        raise Diverged("loss is not finite after the last step")
 
 
 def _trainer(config: TrainerConfig, loggers: Sequence[Any], callbacks: list[L.Callback], alone: bool) -> L.Trainer:

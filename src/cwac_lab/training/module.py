@@ -14,13 +14,42 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from cwac_lab import distributed
 from cwac_lab.data.batches import collate, plan_batches
 from cwac_lab.defense import Defense
+from cwac_lab.errors import Diverged
 from cwac_lab.models.answers import Batch, answer_loss
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.shards import is_sharded
 from cwac_lab.training.settings import TrainerConfig
 from cwac_lab.training.sharding import Sharded, clip_grad_norm
+
+# Steps between two looks at an accelerator, which would have to wait at each.
+LOOK_EVERY = 8
+
+
+class Watch:
+    """Remembers, on the device, what was not finite of the steps."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._seen: list[tuple[int, Float[Tensor, " 2"]]] = []
+
+    def note(self, step: int, loss: Float[Tensor, ""], norm: Float[Tensor, ""], *, together: bool) -> None:
+        """Take loss and gradient norm of a step; ``together`` shares them with the processes that train along."""
+        figures = torch.stack([loss.detach().float(), norm.float()])
+        zeros = figures * 0  # NaN where a figure is not finite
+        self._seen.append((step, distributed.summed(zeros) if together else zeros))
+
+    def first(self) -> tuple[int, str] | None:
+        """Return the first step since the last call that was not finite, and what of it; waits for the device."""
+        told = [step for step, _ in self._seen]
+        sums = torch.stack([zeros for _, zeros in self._seen]).tolist() if told else []
+        self._seen.clear()
+        for step, (loss, norm) in zip(told, sums, strict=True):
+            if math.isnan(loss) or math.isnan(norm):
+                return step, "loss" if math.isnan(loss) else "gradient of the loss"
+        return None
 
 
 class FineTuning(L.LightningModule):
@@ -37,6 +66,8 @@ class FineTuning(L.LightningModule):
         self._logged: dict[str, dict[str, float]] = {}
         self._micro: list[dict[str, Tensor]] = []
         self._sharded: Sharded | None = None
+        self._watch = Watch()
+        self._norm: Float[Tensor, ""]
         self.optimizer: torch.optim.Optimizer
         self.schedule: Any
 
@@ -73,22 +104,49 @@ class FineTuning(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by norm as Lightning does, which declines to in mixed precision where the optimizer is fused."""
-        if gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            clip = torch.nn.utils.clip_grad_norm_ if self._sharded is None else clip_grad_norm
-            clip(parameters, gradient_clip_val)
+        """Clip by norm as Lightning does, which declines to in mixed precision where the optimizer is fused.
+
+        The norm before is remembered, clipped or not.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._sharded is not None:
+            self._norm = clip_grad_norm(parameters, gradient_clip_val or math.inf)
+        elif gradient_clip_val:
+            self._norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then let the defence change weights."""
+        """Step, then let the defence change weights.
+
+        Raises:
+            Diverged: If loss or gradients of a step are not finite; on an accelerator of one of the last steps.
+        """
         optimizer.step(closure=optimizer_closure)
-        self.defense.after_optimizer_step(self.step)
         losses = {name: torch.stack([each[name] for each in self._micro]).mean() for name in self._micro[0]}
         self._micro.clear()
+        self._watch.note(
+            self.step, torch.stack(list(losses.values())).sum(), self._norm, together=self.trainer.world_size > 1
+        )
+        if self.device.type == "cpu" or (self.step + 1) % LOOK_EVERY == 0:
+            self.look()
+        self.defense.after_optimizer_step(self.step)
         self.log("loss/task", losses.pop("loss/task"), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log_figures("loss", losses)
         self.log_figures("step", self.defense.step_metrics(self.step))
         self.step += 1
+
+    def look(self) -> None:
+        """Look whether every step so far was finite.
+
+        Raises:
+            Diverged: If one was not.
+        """
+        found = self._watch.first()
+        if found is not None:
+            step, what = found
+            untrained = "" if step else ", on the start as it is"
+            raise Diverged(f"{what} is not finite since step {step} of {self.total_steps}{untrained}")
 
     def log_figures(self, when: str, values: dict[str, Any]) -> None:
         """Log figures; one that is absent on a step is NaN there, where Lightning would repeat its last value."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, distributed
 from torch.distributed.fsdp import fully_shard
 
@@ -68,14 +69,19 @@ class Sharded:
             vars(layer).update(attributes | held)
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], most: float) -> None:
-    """Scale gradients, sharded or not, so that their joint norm is at most ``most``; as ``torch.nn.utils`` does."""
+def clip_grad_norm(parameters: Iterable[Tensor], most: float) -> Float[Tensor, ""]:
+    """Scale gradients, sharded or not, so that their joint norm is at most ``most``; as ``torch.nn.utils`` does.
+
+    Returns:
+        The norm before, shape ().
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = {}
     for sharded in (True, False):
         norms = [local(g).norm() for g in gradients if is_sharded(g) is sharded]
         part = torch.stack(norms).square().sum() if norms else torch.zeros((), device=gradients[0].device)
         squares[sharded] = total(part, sharded=sharded)
-    factor = (most / ((squares[True] + squares[False]).sqrt() + 1e-6)).clamp(max=1.0)
+    norm = (squares[True] + squares[False]).sqrt()
     for gradient in gradients:
-        local(gradient).mul_(factor)
+        local(gradient).mul_((most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
