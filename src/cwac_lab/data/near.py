@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from cwac_lab.data.sources import normalise
@@ -36,6 +34,8 @@ def shingles(text: str) -> set[str]:
 
 def _by_shingles(texts: Sequence[str]) -> Iterator[Int[np.ndarray, "2 P"]]:
     """Yield the pairs of texts with a Jaccard index of shingles above ``JACCARD``, by blocks of rows."""
+    from scipy import sparse
+
     sets = [shingles(text) for text in texts]
     columns: dict[str, int] = {}
     flat = [columns.setdefault(shingle, len(columns)) for each in sets for shingle in each]
@@ -72,6 +72,9 @@ def groups(prompts: Sequence[str], rule: str) -> dict[str, int]:
         ConfigError: If there is no such rule.
         MissingAsset: If the package with the weights of the embeddings is not installed.
     """
+    from scipy import sparse  # not before it is needed: a configuration is read without
+    from scipy.sparse.csgraph import connected_components
+
     one_of("near", rule, RULES)
     known = list(dict.fromkeys(prompts))
     texts = [normalise(prompt) for prompt in known]
