@@ -154,9 +154,11 @@ def _made_of(folder: Path, key: dict[str, Any]) -> bool:
 
 def _put_aside(folder: Path) -> None:
     """Move away what stands where a folder is to be built, in the place of what was moved away before."""
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         aside = folder.with_name(f"{folder.name}.incomplete")
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside)
+        aside.unlink(missing_ok=True)
         folder.rename(aside)
 
 

@@ -92,13 +92,18 @@ def test_a_folder_that_does_not_hold_its_key_is_put_aside_and_built(damage, tmp_
         assert sorted(path.name for path in aside.rglob("*")) == left
 
 
-def test_a_file_in_the_place_of_a_folder_is_put_aside_and_replaced(tmp_path):
-    target = tmp_path / "kind" / digest({"a": 1})[:16]
+def test_whatever_stands_in_the_place_of_a_folder_is_put_aside(tmp_path):
+    target, elsewhere = tmp_path / "kind" / digest({"a": 1})[:16], tmp_path / "elsewhere"
     target.parent.mkdir()
-    for _ in range(2):
-        target.write_text("x")
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("x")
+    to_file, to_folder = (lambda: target.write_text("x")), (lambda: target.mkdir())
+    to_link, to_nothing = (lambda: target.symlink_to(elsewhere)), (lambda: target.symlink_to(tmp_path / "nothing"))
+    for put in (to_file, to_folder, to_file, to_link, to_folder, to_nothing, to_link, to_file):
+        put()
         assert (cached_folder(tmp_path, "kind", {"a": 1}, one) / "x.json").is_file()
         shutil.rmtree(target)
+    assert (elsewhere / "mine").is_file()
 
 
 def test_a_key_is_found_again_whatever_its_order_and_types(tmp_path):
