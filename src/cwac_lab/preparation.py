@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from cwac_lab import distributed
+from cwac_lab.baselines.l2 import L2
 from cwac_lab.cache import cached_folder, digest, read_json
 from cwac_lab.config import Run
 from cwac_lab.data.mixing import TrainRow
@@ -20,9 +21,11 @@ from cwac_lab.data.responses import REFUSALS, refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defense import Context
 from cwac_lab.errors import QualityError
+from cwac_lab.models.architecture import Scope, Use
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.models.loading import ModelFolder, find, find_base, load_chat, load_model
-from cwac_lab.models.sites import depth_to_layer
+from cwac_lab.models.folder import named_folder, weight_files
+from cwac_lab.models.loading import ModelFolder, examine, find, find_base, load_chat, load_model
+from cwac_lab.models.sites import decoder_layers, depth_to_layer
 from cwac_lab.references import References, references
 from cwac_lab.sae import activations, latents
 from cwac_lab.sae import train as sae_train
@@ -51,14 +54,38 @@ class Start:
         return model, load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
 
 
+def use_of(run: Run) -> Use:
+    """Return what a run does with its model, as far as the model must allow it."""
+    scopes = []
+    adapted = run.tuning.modules if run.finetune and run.tuning.method == "lora" else None
+    for name, part in run.constraint.parts.items() if run.finetune else ():
+        if (modules := getattr(part, "modules", None)) is not None:
+            scopes.append(Scope(f"constraint.{name}.modules", modules))
+        elif isinstance(part, L2) and adapted is not None:
+            scopes.append(Scope("tuning.modules", "all_linear", stored=False))
+    if run.finetune and run.attack.rows == "outliers":
+        scopes.append(Scope("attack", "ffn_out", stored=False))
+    if run.finetune and run.diagnostics.enabled:
+        scopes.append(Scope("diagnostics", "ffn_out"))
+    return Use(
+        tuple(scopes), adapted, run.tuning.base, run.trainer.max_length, run.evaluation.max_new_tokens,
+        run.model.chat_template,
+    )  # fmt: skip
+
+
 def start(run: Run, say: Say) -> Start:
     """Return the start model of a run (aligned where the model asks for it) and the prompt pools.
 
     Raises:
         LabError: If weights or data are missing, or pools overlap.
     """
+    use = use_of(run)
+    if run.model.path is not None:  # before data are read; the hub is asked only after that
+        examine(named_folder(run.model.path).resolve(), use)
     pools = build_pools(run.data)
-    folder = find(run.model, run.profile.name, Path(run.cache_root))
+    folder = find(run.model, run.profile.name, Path(run.cache_root), use)
+    for note in folder.notes:
+        say(note)
     if run.model.align == "none":
         return Start(folder, pools)
     return Start(aligned(folder, pools, run, say), pools, before=folder)
@@ -78,9 +105,8 @@ def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
 
     The reader returns the tensor in its stored type, with the shape of the parameter, e.g. (d_out, d_in).
     """
-    files = sorted(folder.glob("*.safetensors"))
     where = {}
-    for file in files:
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as handle:
             where.update(dict.fromkeys(handle.keys(), file))
 
@@ -172,7 +198,7 @@ class _Workshop:
 
     def autoencoders(self, spec: FeatureSpec) -> dict[int, Path]:
         """Return the folders of the autoencoders of all hooked layers."""
-        n_layers = self.model.config.num_hidden_layers
+        n_layers = len(decoder_layers(self.model))
         layers = sorted({depth_to_layer(depth, n_layers) for depth in spec.depths})
         return {layer: self.autoencoder(layer) for layer in layers}
 

