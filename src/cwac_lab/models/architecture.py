@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from cwac_lab.errors import ConfigError, LabError
 from cwac_lab.models.adapters import TARGETS
+from cwac_lab.models.answers import logits_of
 from cwac_lab.models.sites import FAMILIES, SCOPES, decoder, decoder_layers, linears
 
 # Layers whose keys and values of an opening serve all rows that begin with it; others keep a state of their own.
@@ -57,6 +59,7 @@ def check(model: Any, use: Use) -> tuple[str, ...]:
         LabError: One line that names the architecture, what it lacks, and what is accepted.
     """
     _check_decoder(model)
+    _check_head(model)
     for scope in use.scopes:
         _check_scope(model, scope)
     if use.adapted is not None:
@@ -94,6 +97,31 @@ def _check_decoder(model: Any) -> None:
 def _refused(model: Any, reason: str) -> LabError:
     accepted = f"decoder layers with attention, as in {FAMILIES}"
     return LabError(f"model architecture {_title(model)}: {reason}; accepted: {accepted}")
+
+
+def _check_head(model: Any) -> None:
+    """Check that logits are what the head makes of the last states, by giving both some that are made up.
+
+    Raises:
+        LabError: If they are not (Granite and Cohere scale them).
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    model = copy.deepcopy(model)
+    stack, draw = decoder(model), torch.Generator().manual_seed(0)
+    states = torch.randn(1, 1, stack.config.hidden_size, generator=draw)
+    head = torch.nn.Linear(states.shape[-1], 8, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=draw))
+    model.set_output_embeddings(head)
+    stack.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states)
+    try:
+        with torch.no_grad():
+            wanted = model(input_ids=torch.ones(1, 1, dtype=torch.long)).logits
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return  # more than a stack and a head, told once its weights are there (``loading.load_model``)
+    if not torch.allclose(wanted, logits_of(model, states), rtol=1e-4, atol=1e-5):
+        raise _refused(model, "its logits are not what its head makes of the last states, but scaled or changed")
 
 
 def _lacks(layers: Sequence[torch.nn.Module], paths: Sequence[str]) -> dict[str, int]:
@@ -154,18 +182,21 @@ def _check_factors(model: Any, adapted: str, base: str) -> None:
 def _given_to_experts(model: Any, paths: Sequence[str]) -> set[str]:
     """Return the paths in whose place PEFT gives factors to joined experts, in every layer that lacks these paths.
 
-    It is asked by giving a copy of the model factors.
+    It is asked by giving factors to a copy of the model with one layer of each kind.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.error import NoMatchingPeftModuleError
 
+    kinds = {tuple(name for name, _ in layer.named_modules()): layer for layer in decoder_layers(model)}
     model = copy.deepcopy(model)
+    decoder(model).layers = torch.nn.ModuleList(copy.deepcopy(list(kinds.values())))
     layers = list(decoder_layers(model))
     lacked = [_lacks([layer], paths).keys() for layer in layers]
     try:
-        LoraModel(model, LoraConfig(target_modules=[path.rpartition(".")[2] for path in paths]), "default")
+        with warnings.catch_warnings(action="ignore"):
+            LoraModel(model, LoraConfig(target_modules=[path.rpartition(".")[2] for path in paths]), "default")
     except NoMatchingPeftModuleError:
         return set()
     given = [{m.parameter_name for m in layer.modules() if isinstance(m, ParamWrapper)} for layer in layers]

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.models.packaged import auto_classes
 from cwac_lab.models.sites import FAMILIES
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -26,6 +27,7 @@ _IDENTITY = (CONFIG, "tokenizer.json", "tokenizer.model", "tokenizer_config.json
 _POINTER = b"version https://git-lfs"
 _SHOWN = 3
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ACCEPTED = "a folder with config.json, tokenizer and safetensors"
 _MERGE = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), with the tokenizer"
 
 
@@ -50,7 +52,7 @@ def named_folder(path: str, key: str = "model.path") -> Path:
     folder = Path(path).expanduser()
     if (folder / CONFIG).is_file():
         return folder
-    accepted = "a folder with config.json, tokenizer and safetensors"
+    accepted = _ACCEPTED
     if folder.is_file():
         raise ConfigError(key, path, f"{accepted}, not a file")
     if (folder / ADAPTER).is_file():
@@ -108,8 +110,11 @@ def check_files(folder: Path) -> None:
     Raises:
         MissingAsset: If not.
     """
+    if not (folder / CONFIG).is_file():
+        held = f"; it holds an adapter: {_merging(folder)}" if (folder / ADAPTER).is_file() else ""
+        raise MissingAsset(f"no {CONFIG} in {folder}; accepted: {_ACCEPTED}{held}")
     for name in _JSON:
-        if name == CONFIG or (folder / name).exists():
+        if (folder / name).exists():
             read(folder, name)
     if (folder / ADAPTER).exists():
         raise MissingAsset(
@@ -244,7 +249,7 @@ def skeleton(folder: Path) -> Any:
     Raises:
         MissingAsset: If transformers cannot build one.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     kind = read(folder, CONFIG)["model_type"]
     try:
@@ -252,7 +257,7 @@ def skeleton(folder: Path) -> Any:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             plain = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
             if plain:
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+                return auto_classes()[0].from_config(config, trust_remote_code=False, dtype=torch.float32)
     except Exception as error:
         raise MissingAsset(f"{folder / CONFIG}: no {kind} model can be built of it: {reason(error)}") from error
     named = _some(map(str, config.architectures or [type(config).__name__]))
@@ -273,12 +278,23 @@ def check_weights(folder: Path, model: Any) -> set[str]:
         with _quiet():
             _, matched = type(model).from_pretrained(
                 None, config=model.config, state_dict=found, device_map={"": "meta"}, dtype=torch.float32,
-                ignore_mismatched_sizes=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False,
             )  # fmt: skip
     except Exception as error:
-        raise MissingAsset(f"{folder}: its weights do not fit {type(model).__name__}: {reason(error)}") from error
+        what = _unjoined(model, found) or reason(error)
+        raise MissingAsset(f"{folder}: its weights do not fit {type(model).__name__}: {what}") from error
     check_matched(folder, type(model).__name__, matched)
     return set(found)
+
+
+def _unjoined(model: Any, found: Mapping[str, torch.Tensor]) -> str:
+    """Return what is missing or of another shape among the tensors that transformers joins on loading (experts)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    written = revert_weight_conversion(model, model.state_dict())
+    missing = written.keys() - found.keys() - model.all_tied_weights_keys.keys()
+    shapes = {name for name, tensor in written.items() if name in found and found[name].shape != tensor.shape}
+    return "; ".join(f"{what}: {_some(names)}" for what, names in _kinds(missing, set(), shapes) if names)
 
 
 def check_matched(folder: Path, architecture: str, matched: Mapping[str, Any]) -> None:

@@ -236,8 +236,11 @@ def _check_logits(model: Any) -> None:
     """
     ids = torch.arange(MIN_SHARED + 1, device=model.device)[None] + 1
     mask = torch.ones_like(ids)
-    wanted = model(input_ids=ids, attention_mask=mask).logits[:, -1].float()
-    found = logits_of(model, states_after(model, ids, mask, MIN_SHARED))[:, -1].float()
+    try:
+        wanted = model(input_ids=ids, attention_mask=mask).logits[:, -1].float()
+        found = logits_of(model, states_after(model, ids, mask, MIN_SHARED))[:, -1].float()
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        raise LabError(f"{type(model).__name__} cannot be run as {FAMILIES} are: {folders.reason(error)}") from error
     off = float((found - wanted).norm() / wanted.norm())
     # In few bits a cached opening differs by rounding; what is meant here is another formula.
     if not off <= (0.01 if model.dtype == torch.float32 else 0.25):
