@@ -28,8 +28,9 @@ def _encoder() -> tuple[Any, Any]:
 
     disable_progress_bar()
     folder = str(resources.files(PACKAGE) / "model")
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    return AutoTokenizer.from_pretrained(folder), model
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model = model.eval().requires_grad_(False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from cwac_lab import artefact, distributed
 from cwac_lab.artefact import Recipe
+from cwac_lab.baselines.l2 import L2
 from cwac_lab.cache import KEY_FILE, cached_folder, digest, read_json, reading
 from cwac_lab.config import Run
 from cwac_lab.data.mixing import TrainRow, counts
@@ -23,9 +24,11 @@ from cwac_lab.data.responses import REFUSALS, refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defense import Context
 from cwac_lab.errors import ConfigError, QualityError
+from cwac_lab.models.architecture import Scope, Use
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.models.loading import ModelFolder, find, find_base, load_chat, load_model
-from cwac_lab.models.sites import depth_to_layer
+from cwac_lab.models.folder import named_folder, weight_files
+from cwac_lab.models.loading import ModelFolder, examine, find, find_base, load_chat, load_model
+from cwac_lab.models.sites import decoder_layers, depth_to_layer
 from cwac_lab.outputs import check_cache
 from cwac_lab.references import References, references
 from cwac_lab.sae import activations, latents
@@ -57,6 +60,25 @@ class Start:
             return load_model(path, run.dtype, run.trainer.device), chat
 
 
+def use_of(run: Run) -> Use:
+    """Return what a run does with its model, as far as the model must allow it."""
+    scopes = []
+    adapted = run.tuning.modules if run.finetune and run.tuning.method == "lora" else None
+    for name, part in run.constraint.parts.items() if run.finetune else ():
+        if (modules := getattr(part, "modules", None)) is not None:
+            scopes.append(Scope(f"constraint.{name}.modules", modules, modules, "constraint=none"))
+        elif isinstance(part, L2) and adapted is not None:
+            scopes.append(Scope("constraint", name, "all_linear", "tuning=full", stored=False))
+    if run.finetune and run.attack.rows == "outliers":
+        scopes.append(Scope("attack", run.attack.name, "ffn_out", "attack=benign", stored=False))
+    if run.finetune and run.diagnostics.enabled:
+        scopes.append(Scope("diagnostics.enabled", "true", "ffn_out", "false"))
+    return Use(
+        tuple(scopes), adapted, run.tuning.base, run.trainer.max_length, run.evaluation.max_new_tokens,
+        run.model.chat_template,
+    )  # fmt: skip
+
+
 def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
     """Return the start model of a run (aligned where the model asks for it) and the prompt pools.
 
@@ -66,12 +88,15 @@ def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
         LabError: If weights or data are missing, pools overlap, near-duplicates leave too few harmful rows, or there is
             no place for the cache.
     """
+    use = use_of(run)
+    if run.model.path is not None:  # before data are read, where they are not yet; the hub is asked after that
+        examine(named_folder(run.model.path).resolve(), use)
     check_cache(run.cache_root, say)
     pools = pools or build_pools(run.data)
     for line in pools.told():
         say(line)
     _check_finetune(run, len(pools.get("harmful", "finetune")))
-    folder = find(run.model, run.profile.name, Path(run.cache_root))
+    folder = find(run.model, run.profile.name, Path(run.cache_root), use)
     if run.model.align == "none":
         return Start(folder, pools)
     return Start(aligned(folder, pools, run, say), pools, before=folder)
@@ -100,9 +125,8 @@ def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
 
     The reader returns the tensor in its stored type, with the shape of the parameter, e.g. (d_out, d_in).
     """
-    files = sorted(folder.glob("*.safetensors"))
     where = {}
-    for file in files:
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as handle:
             where.update(dict.fromkeys(handle.keys(), file))
 
@@ -194,7 +218,7 @@ class _Workshop:
 
     def autoencoders(self, spec: FeatureSpec) -> dict[int, Path]:
         """Return the folders of the autoencoders of all hooked layers."""
-        n_layers = self.model.config.num_hidden_layers
+        n_layers = len(decoder_layers(self.model))
         layers = sorted({depth_to_layer(depth, n_layers) for depth in spec.depths})
         return {layer: self.autoencoder(layer) for layer in layers}
 

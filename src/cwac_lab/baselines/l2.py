@@ -17,6 +17,7 @@ from torch import Tensor
 from cwac_lab import linalg
 from cwac_lab.defense import Context, Defense
 from cwac_lab.errors import in_range
+from cwac_lab.models.adapters import has_adapters
 from cwac_lab.models.answers import Batch
 from cwac_lab.models.shards import is_sharded, local, rows, whole, with_local_gradient
 from cwac_lab.models.sites import Matrix, linears
@@ -42,7 +43,9 @@ class L2(Defense):
         """Remember the start."""
         if not self.strength:
             return
-        self._adapted = [linear for linear in linears(context.model, "all_linear") if linear.adapter is not None]
+        self._adapted = []
+        if has_adapters(context.model):
+            self._adapted = [linear for linear in linears(context.model, "all_linear") if linear.adapter is not None]
         self._start = {} if self._adapted else start_copy(context.model)
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:

@@ -93,8 +93,8 @@ def _others(rows: _Rows, kind: str, more: dict[str, Any]) -> list[float]:
             ticks.append(time.perf_counter())
 
     settings = rows.trainer
-    model = AutoModelForCausalLM.from_pretrained(rows.folder, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(rows.folder)
+    model = AutoModelForCausalLM.from_pretrained(rows.folder, dtype="float32", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(rows.folder, trust_remote_code=False)
     common = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": settings["batch_size"],

@@ -32,7 +32,9 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
     """Return the id of every token, or None without a tokenizer."""
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         return None
-    found: dict[str, int] = auto_classes()[1].from_pretrained(folder, local_files_only=True).get_vocab()
+    found: dict[str, int] = (
+        auto_classes()[1].from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
+    )
     return found
 
 

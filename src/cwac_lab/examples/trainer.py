@@ -46,13 +46,13 @@ def main(asked: Sequence[str] | None = None) -> None:
     """Fine-tune a model on some rows under a defence, and save it."""
     settings = _settings(asked)
     defense = named(settings.defense, *settings.set)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     chat = ChatFormat(tokenizer, 512)
     tokenizer.padding_side, tokenizer.pad_token_id = "right", chat.pad_id
     rows = [chat.encode(*row) for row in read_texts(settings.rows, "prompt", "response")]
     table = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     trainer = Trainer(
-        AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32, trust_remote_code=False),
         TrainingArguments(
             str(settings.out), num_train_epochs=settings.epochs, learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine", per_device_train_batch_size=8, save_strategy="no", report_to="none",

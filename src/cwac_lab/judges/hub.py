@@ -63,7 +63,7 @@ class BeaverDam:
         from transformers import AutoConfig
 
         try:
-            AutoConfig.from_pretrained(self.path)
+            AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise self._missing() from error
 
@@ -72,7 +72,9 @@ class BeaverDam:
 
         if not self._loaded:
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right", truncation_side="right")
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.path, padding_side="right", truncation_side="right", trust_remote_code=False
+                )
                 model = AutoModelForSequenceClassification.from_pretrained(
                     self.path, num_labels=14, problem_type="multi_label_classification", trust_remote_code=False
                 )

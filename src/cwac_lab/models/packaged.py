@@ -128,14 +128,19 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
     def build(folder: Path) -> None:
         from transformers import GgufConfig
 
+        from cwac_lab.models.folder import check_matched
+
         models, tokenizers = auto_classes()
         file = known.gguf(folder)
         where = {"gguf_file": file.name}
-        tokenizer = tokenizers.from_pretrained(file.parent, **where)
+        tokenizer = tokenizers.from_pretrained(file.parent, **where, trust_remote_code=False)
         with contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
-            model = models.from_pretrained(
-                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
+            model, matched = models.from_pretrained(
+                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False, output_loading_info=True,
+            )  # fmt: skip
+        # What has no place here is of GGUF itself (tables of angles).
+        check_matched(file, type(model).__name__, {**matched, "unexpected_keys": ()})
         carry(model, architecture).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if file.parent == folder:

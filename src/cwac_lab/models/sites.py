@@ -24,6 +24,8 @@ PROJECTIONS = {
     "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
     "ffn_out": ("mlp.down_proj",),
 }
+# Architectures with these names in every decoder layer, as people call them.
+FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma of text only"
 SCOPES = {
     "ffn_out": ("ffn_out",),
     "ffn": ("ffn_in", "ffn_out"),
