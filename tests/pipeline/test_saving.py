@@ -3,69 +3,22 @@
 Every defence occurs under both trainers, every way of tuning with both; not every combination.
 """
 
-import warnings
-
-import datasets
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tiny
 from cwac_lab import linalg
-from cwac_lab.baselines.asft import AsFT
-from cwac_lab.baselines.constrained_sft import ConstrainedSFT
-from cwac_lab.baselines.kl import KL
-from cwac_lab.baselines.l2 import L2
-from cwac_lab.baselines.ldifs import LDIFS
-from cwac_lab.baselines.lisa import Lisa
-from cwac_lab.baselines.safegrad import SafeGrad
-from cwac_lab.baselines.safelora import SafeLoRA
-from cwac_lab.baselines.sppft import SPPFT
-from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.defense import Composite
 from cwac_lab.errors import LabError
-from cwac_lab.integrations import protect
 from cwac_lab.models.adapters import dense
 from cwac_lab.models.sites import linears
-from cwac_lab.sae import latents
 from cwac_lab.subspace.basis import leading
 from cwac_lab.training.checkpoint import Resume
-from held import FULL, LORA, PROMPTS, QLORA, ROWS, WIDE, Kill, Killed, same, train, weights
+from held import FULL, LORA, PROMPTS, QLORA, ROWS, Kill, Killed, same, train, weights
+from others import ACTIVE, adapted, loaded, logits, put_under, start, start_folder, trainer_of
 
-ACTIVE = {
-    "none": Composite,
-    "weight": lambda: WeightConstraint(energy=0.9, restore_every_n_steps=100),
-    "weight_all": lambda: WeightConstraint(energy=0.9, trainable="all", restore_every_n_steps=2),
-    "weight_update": lambda: WeightConstraint(energy=0.9, projection="update"),
-    "activation": lambda: ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=1),
-    "coupled": lambda: Composite(
-        {
-            "weight": WeightConstraint(energy=0.9, restore_every_n_steps=100),
-            "activation": ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=2),
-        }
-    ),
-    "l2": lambda: L2(strength=3),
-    "kl": lambda: KL(strength=2),
-    "constrained_sft": lambda: ConstrainedSFT(beta=0.5),
-    "ldifs": lambda: LDIFS(strength=3),
-    "lisa": lambda: Lisa(safety_steps=1, user_steps=2, strength=1),
-    "safegrad": lambda: SafeGrad(strength=1),
-    "sppft": lambda: SPPFT(block=[0.0, 0.5]),
-    "safelora": lambda: SafeLoRA(share=0.5, modules="all_linear", mode="exact", rank=4),
-    "weight+safelora": lambda: Composite(
-        {"weight": WeightConstraint(energy=0.9, restore_every_n_steps=100), "safelora": SafeLoRA(share=0.5)}
-    ),
-    "asft": lambda: AsFT(strength=2),
-}
 IN_TRAINER = [
     ("none", "qlora"),
     ("weight", "full"),
@@ -106,89 +59,11 @@ IN_LIGHTNING = [
     ("asft", "full"),
 ]
 TUNING = {"full": FULL, "lora": LORA, "qlora": QLORA}
-IDS = torch.arange(20, 60)[None]
-STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The start, and the features of an activation constraint for it."""
-    made = tmp_path_factory.mktemp("start")
-    model = tiny.model(**WIDE)
-    model.save_pretrained(made)
-    source = torch.Generator().manual_seed(1)
-    encoder = torch.randn(64, 12, generator=source), torch.zeros(12), 6
-    marked = {layer: latents.signature(model, layer) for layer in (0, 1)}
-    for name, layer, n in (("features", 1, 4), ("lower", 0, 4), ("fewer", 1, 3)):
-        (made / name).mkdir()
-        latents.export(
-            made / name, layer, encoder, torch.arange(n), torch.ones(12), torch.ones(n), {}, marked[layer]
-        )  # fmt: skip
-    return made
-
-
-def start(folder, way):
-    if way != "qlora":
-        return AutoModelForCausalLM.from_pretrained(folder)
-    few = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=few, dtype=torch.bfloat16)
-
-
-def adapted(folder, way, **more):
-    model = start(folder, way)
-    if way == "full":
-        return model
-    paths = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=paths, **more))
-
-
-def trainer_of(model, output, rows=ROWS, **more):
-    chat = tiny.chat()
-    encoded = [chat.encode(*row) for row in rows]
-    table = datasets.Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in encoded],
-            "attention_mask": [[1] * len(row.input_ids) for row in encoded],
-            "labels": [row.labels for row in encoded],
-        }
-    )
-    settings = {
-        "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1,
-        "lr_scheduler_type": "constant", "use_cpu": True, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "logging_strategy": "no", "seed": 0,
-    }  # fmt: skip
-    return Trainer(
-        model, TrainingArguments(output_dir=str(output), **(settings | more)), train_dataset=table, eval_dataset=table,
-        processing_class=chat.tokenizer, data_collator=DataCollatorForSeq2Seq(chat.tokenizer, padding=True),
-    )  # fmt: skip
-
-
-def put_under(trainer, defense, folder):
-    held = weights(tiny.model(**WIDE))
-    noise = torch.Generator().manual_seed(2)
-    base = {name: value + 0.02 * torch.randn(value.shape, generator=noise) for name, value in held.items()}
-    needs = defense.requirements
-    return protect(
-        trainer, defense, harmful=PROMPTS, features=folder / "features" if needs.features else None,
-        base_weight=base.__getitem__ if needs.base_weights else None,
-    )  # fmt: skip
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(IDS.to(model.device)).logits.float()
-
-
-def loaded(folder, way, saved):
-    """Return what a user loads, who knows nothing of this project; a word about missing weights is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="(?i).*(missing|unexpected|not initialized|newly initialized).*")
-        if way == "full":
-            return AutoModelForCausalLM.from_pretrained(saved)
-        return PeftModel.from_pretrained(start(folder, way), saved)
+    return start_folder(tmp_path_factory.mktemp("start"))
 
 
 def leak_of(folder, way, model):
@@ -336,72 +211,3 @@ def test_a_second_training_and_a_resumed_one_are_one_line(name, folder, tmp_path
         trainer.train()
     with pytest.raises(LabError, match="protect: the trainer is under a defence"):
         put_under(trainer, ACTIVE[name](), folder)
-
-
-REFUSED = [
-    ("none", "lora", {}, "lively", "protect: lora_B=not zero: accepted: new adapters"),
-    ("none", "lora", {"modules_to_save": ["lm_head"]}, "", "protect: what trains=lm_head.*LoRA's factors alone"),
-    ("none", "lora", {"use_dora": True}, "", "protect: use_dora=True"),
-    ("weight", "lora", {}, "bf16", "protect: dtype of lora_A=torch.bfloat16: accepted: float32 factors"),
-    ("safelora", "qlora", {}, "", "protect: model=quantised: accepted: weights in bfloat16 or float32"),
-    ("safelora", "full", {}, "best", "protect: load_best_model_at_end=True: accepted: False"),
-    ("weight", "full", {}, "trained", "protect: the trainer has trained"),
-    ("weight", "full", {}, "init", "protect: model_init="),
-    ("kl", "full", {}, "stream", "protect: train_dataset=IterableDataset: accepted: one with a length"),
-]
-
-
-@pytest.mark.parametrize(("name", "way", "more", "change", "line"), REFUSED)
-def test_what_cannot_be_held_is_one_line(name, way, more, change, line, folder, tmp_path):
-    model = adapted(folder, way, **more)
-    if change == "lively":
-        next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(0.1)
-    if change == "bf16":
-        model.bfloat16()
-    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "no"} if change == "best" else {}
-    trainer = trainer_of(model, tmp_path)
-    for key, value in best.items():
-        setattr(trainer.args, key, value)
-    if change == "trained":
-        trainer.train()
-    if change == "init":
-        trainer.model_init = tiny.model
-    if change == "stream":
-        trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
-    with pytest.raises(LabError, match=line):
-        put_under(trainer, ACTIVE[name](), folder)
-
-
-FEATURES = [
-    ("lower", WIDE, r"protect: features=.*lower \(layers \[0\]\): accepted: those of layers \[1\]"),
-    ("fewer", WIDE, r"protect: features=.*\(3 latents\): accepted: n_latents=4"),
-    ("features", {"hidden_size": 32}, r"protect: features=.*\(width 64\): accepted: those of a model of width 32"),
-    ("features", {"seed": 5, **WIDE}, r"protect: features=.*residuals are 1\d\d% off this one's\): accepted: those of"),
-]
-
-
-@pytest.mark.parametrize(("made", "changes", "line"), FEATURES)
-def test_features_of_another_layer_size_or_model_are_one_line(made, changes, line, folder, tmp_path):
-    trainer = trainer_of(tiny.model(**changes), tmp_path)
-    with pytest.raises(LabError, match=line):
-        protect(trainer, ACTIVE["activation"](), harmful=PROMPTS, features=folder / made)
-
-
-def test_features_hold_for_their_model_in_few_bits_and_not_without_their_mark(folder, tmp_path):
-    for way in ("full", "qlora"):
-        model = adapted(folder, way)
-        model = model.bfloat16() if way == "full" else model
-        protect(trainer_of(model, tmp_path), ACTIVE["activation"](), harmful=PROMPTS, features=folder / "features")
-    from safetensors.torch import load_file, save_file
-
-    (tmp_path / "old").mkdir()
-    for path in (folder / "features").iterdir():
-        (tmp_path / "old" / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(tmp_path / "old" / "layer1.safetensors")
-    del tensors["signature"]
-    save_file(tensors, tmp_path / "old" / "layer1.safetensors")
-    with pytest.raises(LabError, match="older than the mark of their model"):
-        protect(
-            trainer_of(adapted(folder, "full"), tmp_path), ACTIVE["activation"](), harmful=PROMPTS,
-            features=tmp_path / "old",
-        )  # fmt: skip
