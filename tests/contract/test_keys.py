@@ -76,7 +76,7 @@ def key_of(kind, parts):
     """Return the key by which an artefact of these parts is kept, through the code that asks for it."""
     run, chat, said = parts["run"], parts["chat"], lambda _: None
     versions = {"sae-lens": parts["library"], parts["package"]: parts["version"]}
-    model = SimpleNamespace(dtype=parts["dtype"], config=SimpleNamespace(num_hidden_layers=2))
+    model = SimpleNamespace(dtype=parts["dtype"])
     start = ModelFolder(Path("nowhere"), "words", parts["content"])
     shop = _Workshop(run, Start(start, parts["pools"]), model, chat, parts["held"], said)
     made = {}
@@ -92,6 +92,7 @@ def key_of(kind, parts):
         for module in (packaged, references, alignment):
             patch.setattr(module, "cached_folder", ask)
         patch.setattr(preparation, "together", keep)
+        patch.setattr(preparation, "decoder_layers", lambda _: range(2))
         patch.setattr(alignment, "load_chat", lambda *_: chat)
         patch.setattr(importlib.metadata, "version", versions.__getitem__)
         for module, name, value in parts["patches"]:
@@ -191,7 +192,7 @@ ROWS = [
     ("aligned", "trainer.batch_size", of_run("align", batch_size=3)),
     ("aligned", "trainer.learning_rate", of_run("align", learning_rate=1e-6)),
     ("aligned", "trainer.max_length", of_run("trainer", max_length=99)),
-    ("aligned", "chat_template", of_run("model", chat_template="another")),
+    ("aligned", "chat_template", of_run("model", chat_template=tiny.TEMPLATE + "{# another #}")),
     ("aligned", "measured_on", of_code(alignment, "MEASURED_TOKENS", 5)),
     ("answers", "model", put(content="others")),
     ("answers", "dtype", put(dtype=torch.bfloat16)),
@@ -371,7 +372,7 @@ def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(r
 @pytest.mark.parametrize(
     ("override", "starts", "probed"),
     [
-        ("model.chat_template=x", True, True),
+        ("model.chat_template='{% for m in messages %}{{ m.content }}{% endfor %}'", True, True),
         ("task.max_new_tokens=9", True, True),
         ("data.split_seed=7", True, True),
         ("align.epochs=9", True, True),
