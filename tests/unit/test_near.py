@@ -247,7 +247,7 @@ def test_dealing_that_goes_wrong_is_noticed(tmp_path, monkeypatch):
     """The pools are checked by their prompts, not by how they were dealt."""
     root = folder(tmp_path, mine=THREE)
     real = pools._deal
-    monkeypatch.setattr(pools, "_deal", lambda *_: real(*_[:3], groups(THREE, "exact"), {}))
+    monkeypatch.setattr(pools, "_deal", lambda *given: real(*given[:3], groups(THREE, "exact"), {}))
     with pytest.raises(PoolOverlap, match="near-duplicate"):
         build_pools(data(root, ["mine"], harmful={"reference": {"mine": 1}, "test": {"mine": 1}}))
 
