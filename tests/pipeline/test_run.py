@@ -236,11 +236,11 @@ def test_a_lack_of_memory_names_what_takes_less(tiny_folder, tmp_path, capsys, m
 def test_pools_that_overlap_stop_the_run(tiny_folder, tmp_path, monkeypatch, capsys):
     from cwac_lab.data import pools
 
-    def careless(kind, plan, lists, seed):
-        (rows,) = lists.values() if len(lists) == 1 else (next(iter(lists.values())),)
-        return {pool: rows[: sum(parts.values())] for pool, parts in plan.items()}
+    def careless(plan, lists, seed, group_of, owner):
+        (rows,) = lists.values()
+        return {pool: rows[: sum(parts.values())] for pool, parts in plan.items()}, {}
 
-    monkeypatch.setattr(pools, "_draw", careless)
+    monkeypatch.setattr(pools, "_deal", careless)
     with pytest.raises(SystemExit):
         tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
     error = capsys.readouterr().err

