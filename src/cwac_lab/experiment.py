@@ -67,7 +67,7 @@ class _Stage:
             defense.prepare(context)
         rows = defense.wrap_dataset(rows)
         pools = self.begin.pools
-        manifest = {"mixture": mixing.manifest(rows), "pools": pools.manifest(), "cut": pools.cut}
+        manifest = {"mixture": mixing.manifest(rows), "pools": pools.manifest(), "cut": pools.cut, "alike": pools.alike}
         self.folder.write(store.MANIFEST, manifest)
         bad = sum(row.harmful for row in rows)
         self.screen.say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")

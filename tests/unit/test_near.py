@@ -1,5 +1,6 @@
 """Near-duplicate prompts: what is a group of them, and that no group is in two pools."""
 
+import json
 import random
 from dataclasses import replace
 from itertools import combinations
@@ -13,9 +14,9 @@ from alike import THREE, data, different, folder, jaccard
 from cwac_lab import preparation
 from cwac_lab.config import read
 from cwac_lab.data import near, pools
-from cwac_lab.data.near import groups, shingles
+from cwac_lab.data.near import groups, shingles, templated, told_apart
 from cwac_lab.data.pools import ANSWERS, POOLS, assert_disjoint, build_pools
-from cwac_lab.data.sources import PromptRow, normalise
+from cwac_lab.data.sources import DataConfig, PromptRow, Prompts, normalise
 from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
 
 # Sentences of a few patterns with a change or two: some are near others, and some only in steps.
@@ -257,3 +258,37 @@ def test_new_runs_are_not_dealt_by_exact_text():
     with pytest.raises(ConfigError, match=r"data.near=words: accepted: ngram \| embedding$"):
         read(tiny.config("data.near=words"))
     assert read(tiny.config("data.near=exact"), recorded=True).data.near == "exact"
+
+
+@pytest.mark.parametrize(("n", "others", "alike"), [(40, 0, 40), (10, 9, 10), (10, 10, 0), (9, 0, 0)])
+def test_a_list_of_one_template_is_told_apart_by_equal_text(n, others, alike):
+    """A list is of a template where at least ten of its prompts, and more than half, are near one another."""
+    prompts = [f"Explain the banned trick number {i} of the book" for i in range(n)]
+    prompts += different(others)
+    group_of = groups(prompts, "ngram")
+    assert group_of[prompts[0]] == group_of[prompts[n - 1]]
+    found = templated({"mine": prompts}, group_of)
+    assert {name: len(held) for name, held in found.items()} == ({"mine": alike} if alike else {})
+    apart = told_apart(group_of, found.get("mine", ()))
+    assert len({apart[prompt] for prompt in prompts[:n]}) == (n if alike else 1)
+    assert {apart[prompt] for prompt in prompts[n:]} == {group_of[prompt] for prompt in prompts[n:]}
+    more = groups([*prompts, prompts[0].upper()], "ngram")
+    apart = told_apart(more, more)
+    assert apart[prompts[0]] == apart[prompts[0].upper()]
+
+
+def test_a_template_is_dealt_and_told(tmp_path):
+    """All pools are filled, no text is in two, and the run says what it cannot keep apart."""
+    (tmp_path / "harmful").mkdir()
+    rows = [{"prompt": f"Explain the banned trick number {i} of the book"} for i in range(40)]
+    (tmp_path / "harmful" / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = {"reference": {"mine": 10}, "finetune": {"mine": 10}, "test": {"mine": 10}}
+    lists = {"mine": Prompts("harmful/mine")}
+    found = build_pools(DataConfig(source="local", root=str(tmp_path), lists=lists, harmful=plan))
+    assert {pool: len(held) for pool, held in found.rows["harmful"].items()} == dict.fromkeys(plan, 10)
+    assert len(found.prompts()) == 30
+    assert (found.cut, found.alike) == ({}, {"mine": 40})
+    assert found.told() == [
+        "data.lists.mine: 40 prompts are near-duplicates of each other, as of one template: "
+        "only equal text is kept out of other pools"
+    ]

@@ -3,11 +3,15 @@
 Two prompts are near if the sets of five consecutive characters (blanks among them) of their normalised texts have a
 Jaccard index above 0.6 (shingles of Broder 1997), and by the rule ``embedding`` also if the cosine of their sentence
 embeddings is above 0.85. What is near in steps is one group: the connected components of near pairs.
+
+Most of a list may be one group: prompts of one template, which differ in a name or a number. To give all of them to one
+pool would leave the others empty, so such prompts are kept apart by equal text only, and this is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +27,8 @@ RULES = ("exact", "ngram", "embedding")
 LENGTH, JACCARD, COSINE = 5, 0.6, 0.85
 # Prompts that are compared with all others at once, which bounds the memory.
 BLOCK = 256
+# A group is a template where it has so many prompts, and more than half, of a list.
+TEMPLATE = 10
 
 _vectors: dict[str, Tensor] = {}
 
@@ -86,3 +92,28 @@ def groups(prompts: Sequence[str], rule: str) -> dict[str, int]:
     graph = sparse.coo_matrix((np.ones(len(row), bool), (row, column)), (len(known), len(known)))
     _, labels = connected_components(graph, directed=False)
     return dict(zip(known, labels.tolist(), strict=True))
+
+
+def templated(lists: Mapping[str, Sequence[str]], group_of: Mapping[str, int]) -> dict[str, set[str]]:
+    """Return, by list, the prompts of its template; lists without one are left out.
+
+    Args:
+        lists: Prompts by list.
+        group_of: What ``groups`` returns for all of them.
+    """
+    found = {}
+    for name, prompts in lists.items():
+        counts = Counter(group_of[prompt] for prompt in set(prompts))
+        for group, count in counts.most_common(1):
+            if count >= TEMPLATE and 2 * count > counts.total():
+                found[name] = {prompt for prompt, each in group_of.items() if each == group}
+    return found
+
+
+def told_apart(group_of: Mapping[str, int], prompts: Collection[str]) -> dict[str, int]:
+    """Return the groups with some prompts grouped by equal text only."""
+    numbers: dict[str, int] = {}
+    return {
+        prompt: numbers.setdefault(normalise(prompt), -1 - len(numbers)) if prompt in prompts else group
+        for prompt, group in group_of.items()
+    }

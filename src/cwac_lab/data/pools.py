@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cwac_lab.data.near import groups
+from cwac_lab.data.near import groups, templated, told_apart
 from cwac_lab.data.sources import DataConfig, PromptRow, TaskData, load_prompts, normalise, split_task
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.errors import ConfigError, PoolOverlap
@@ -30,10 +30,12 @@ class Pools:
         rows: The prompts.
         cut: By setting of the plan (``data.harmful.test.NAME``), what near-duplicates left less of than planned:
             ``dealt`` and ``planned`` prompts.
+        alike: By list, how many of its prompts are of one template, so that equal text only keeps them apart.
     """
 
     rows: dict[str, dict[str, list[PromptRow]]]
     cut: dict[str, dict[str, int]] = field(default_factory=dict)
+    alike: dict[str, int] = field(default_factory=dict)
 
     def get(self, kind: str, pool: str) -> list[PromptRow]:
         """Return the prompts of a kind in a pool, in their drawn order (empty where the config gives none)."""
@@ -57,17 +59,25 @@ class Pools:
         }
 
     def told(self) -> list[str]:
-        """Return a line for every list of the plan that was cut."""
-        return [
+        """Return a line for every list of the plan that was cut, and for every list of one template."""
+        alike = [
+            f"data.lists.{name}: {count} prompts are near-duplicates of each other, as of one template: "
+            "only equal text is kept out of other pools"
+            for name, count in self.alike.items()
+        ]
+        return alike + [
             f"{key}: {count['dealt']} of {count['planned']} prompts, the others are near-duplicates of other pools'"
             for key, count in self.cut.items()
         ]
 
 
-def assert_disjoint(pools: Mapping[str, Iterable[PromptRow]], near: str = "ngram") -> None:
-    """Raise ``PoolOverlap`` naming a prompt id if two pools share a prompt, or near-duplicates by the rule ``near``."""
+def assert_disjoint(pools: Mapping[str, Iterable[PromptRow]], near: str = "ngram", alike: Collection[str] = ()) -> None:
+    """Raise ``PoolOverlap`` naming a prompt id if two pools share a prompt, or near-duplicates by the rule ``near``.
+
+    The prompts ``alike`` are of a template: of them only equal ones count.
+    """
     held = [(pool, row) for pool, rows in pools.items() for row in rows]
-    group_of = groups([row.prompt for _, row in held], near)
+    group_of = told_apart(groups([row.prompt for _, row in held], near), alike)
     owner: dict[int, tuple[str, PromptRow]] = {}
     for pool, row in held:
         other, twin = owner.setdefault(group_of[row.prompt], (pool, row))
@@ -177,17 +187,23 @@ def build_pools(data: DataConfig) -> Pools:
     lists = {name: load_prompts(data.source, data.lists[name], root, name) for name in every_name}
     rows: dict[str, dict[str, list[PromptRow]]] = {}
     cut: dict[str, dict[str, int]] = {}
+    alike: dict[str, int] = {}
     for kinds in ANSWERS:
         used = {kind: {name: lists[name] for name in sorted(names[kind])} for kind in kinds}
         for kind in kinds:
             _check_lists(kind, getattr(data, kind), used[kind], data.split_seed)
         every = [row.prompt for held in used.values() for deck in held.values() for row in deck]
         group_of, owner = groups(every, data.near), dict[int, str]()
+        decks = {name: [row.prompt for row in lists[name]] for held in used.values() for name in held}
+        of_template = templated(decks, group_of) if data.near != "exact" else {}
+        alike |= {name: len(prompts & set(decks[name])) for name, prompts in of_template.items()}
+        same = set[str]().union(*of_template.values())
+        group_of = told_apart(group_of, same)
         for kind in kinds:
             plan = getattr(data, kind)
             rows[kind], short = _deal(plan, used[kind], data.split_seed, group_of, owner)
             cut |= _cut(kind, plan, data.near, short)
         dealt = {pool: [row for kind in kinds for row in rows[kind].get(pool, [])] for pool in POOLS}
-        assert_disjoint(dealt, data.near)
+        assert_disjoint(dealt, data.near, same)
     assert_disjoint({f"{kind}/{pool}": held for kind in KINDS for pool, held in rows[kind].items()}, "exact")
-    return Pools(rows, cut)
+    return Pools(rows, cut, alike)
