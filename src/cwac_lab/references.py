@@ -9,12 +9,12 @@ from typing import Any
 
 from cwac_lab.cache import cached_folder, digest, read_jsonl, write_jsonl
 from cwac_lab.config import Run
+from cwac_lab.data.declines import declines
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.errors import QualityError
 from cwac_lab.evaluation.generate import Answer, answers
-from cwac_lab.judges.refusal import is_refusal
 from cwac_lab.models.chat import ChatFormat
 
 ANSWERS = "answers.jsonl"
@@ -82,7 +82,7 @@ def _kept(
         return asked, canned(asked + taught)
     own = asked if run.model.align != "none" else asked + taught
     given = _answers(run, own, content, model, chat, say)
-    refused = [is_refusal(answer.text) for answer in given]
+    refused = [declines(answer.text) for answer in given]
     kept = [row for row, holds in zip(asked, refused, strict=False) if holds]  # the asked ones come first
     if not kept:
         raise QualityError(
@@ -134,7 +134,7 @@ def references(
             continue
         if run.data.reference == "refused":
             given = _answers(run, held, content, model, other, say)
-            held = [row for row, answer in zip(held, given, strict=True) if is_refusal(answer.text)]
+            held = [row for row, answer in zip(held, given, strict=True) if declines(answer.text)]
         if not held:
             say(f"forms.others.{name}: the start model refuses none of the {len(asked)} prompts, none is held")
         forms[name] = len(held)
