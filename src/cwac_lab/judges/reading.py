@@ -40,7 +40,8 @@ class _Marks(dict[int, "str | None"]):
         return self[code]
 
 
-_MARKS = _Marks(dict.fromkeys(map(ord, _APOSTROPHES), "'"))
+# A dot above is what lower case leaves of the Turkish capital I.
+_MARKS = _Marks(dict.fromkeys(map(ord, _APOSTROPHES), "'") | {0x307: None})
 
 
 def without_thoughts(answer: str) -> str:
