@@ -44,7 +44,7 @@ def is_echo(prompt: str, answer: str) -> bool:
     whole = " ".join(asked)
     if f" {rest} " in f" {whole} ":
         return True
-    return len(f" {rest} ".replace(f" {whole} ", " ").split()) < MIN_WORDS
+    return len(rest.replace(whole, "").split()) < MIN_WORDS
 
 
 def is_incoherent(answer: str) -> bool:

@@ -15,8 +15,11 @@ import yaml
 _GAP, _UNSPACED_GAP = r"(?:\S+ ){0,6}?", r".{0,10}?"
 _NAME = re.compile(r"\{(\w+)\}")
 GROUPS = (
-    "idiom", "decline", "part", "sorry", "no", "moral", "law", "homily", "crisis", "premise", "lead", "other", "gives", "turn",
+    "decline", "part", "sorry", "no", "idiom", "moral", "law", "homily", "crisis", "premise", "back", "lead", "other", "gives",
+    "turn",
 )  # fmt: skip
+# The groups that are looked for where idioms are taken out.
+WITHOUT_IDIOMS = ("decline", "part", "sorry", "no")
 Signals = dict[str, str]
 
 
@@ -84,12 +87,13 @@ def signals(sentences: Sequence[str]) -> list[Signals]:
 
 def _signals(sentence: str, searched: Sequence[dict[str, re.Pattern[str]]]) -> Signals:
     framed = _fillers().sub("", f" ^ {sentence} $ ")
+    bare = framed
     for language in searched:
         if "idiom" in language:
-            framed = language["idiom"].sub(" ", framed)
+            bare = language["idiom"].sub(" ", bare)
     found: Signals = {}
     for language in searched:
         for name, expression in language.items():
-            if name not in found and (match := expression.search(framed)):
+            if name not in found and (match := expression.search(bare if name in WITHOUT_IDIOMS else framed)):
                 found[name] = " ".join(match.group().strip(" ^$").split())
     return found

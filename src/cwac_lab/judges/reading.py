@@ -24,7 +24,7 @@ _ENDINGS = {"'m": "am", "'re": "are", "'s": "is", "'ll": "will", "'d": "would", 
 _SUBJECTS = ("i", "we", "you", "they", "he", "she", "it", "that", "this", "there", "here", "what", "who")
 # Short forms, written out; those of "not", and "I'm", without an apostrophe too.
 _SHORT = (
-    {"can't": "cannot", "cant": "cannot", "won't": "will not", "wont": "will not", "shan't": "shall not", "im": "i am"}
+    {"can't": "cannot", "cant": "cannot", "won't": "will not", "wont": "will not", "im": "i am", "let's": "let us"}
     | {f"{verb}{end}": f"{verb} not" for verb in _VERBS for end in ("n't", "nt")}
     | {f"{subject}{end}": f"{subject} {verb}" for subject in _SUBJECTS for end, verb in _ENDINGS.items()}
 )
