@@ -25,6 +25,7 @@ from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.gpus import one_of_several
 from cwac_lab.identity import content_of, folder_of, identity
+from cwac_lab.judges import JUDGES
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.preparation import Start, artefacts, start
@@ -184,10 +185,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
         if done:
             metrics = folder.read(store.METRICS)
             screen.say(f"already done: {folder.path} (force=true repeats it)")
-            judges = list(metrics.get("judges", {"refusal": {}}))
-            if judges[0] != run.evaluation.judges[0]:
-                given = ",".join(run.evaluation.judges)
-                screen.say(f"judged by {judges[0]}: python -m cwac_lab.evaluate run={folder.path} judges=[{given}]")
+            _tell_judges(run, folder, metrics, screen)
             screen.result(title(metrics), metrics)
             return folder
         with folder.running():
@@ -198,6 +196,22 @@ def execute(run: Run, screen: Screen) -> RunFolder:
                 _execute(run, folder, begin, data, facts, screen)
             folder.remove(store.CHECKPOINT)
     return folder
+
+
+def _tell_judges(run: Run, folder: RunFolder, metrics: dict[str, Any], screen: Screen) -> None:
+    """Say where a finished run was not judged as it would be today, and the command that judges it again."""
+    given = {name: told["version"] for name, told in store.judges_of(metrics).items()}
+    today = {name: JUDGES[name]().version for name in run.evaluation.judges}
+    first = next(iter(given))
+    older = [
+        f"{name} {version[:8]}, today {today[name][:8]}"
+        for name, version in given.items()
+        if name in today and version != today[name]
+    ]
+    if first != run.evaluation.judges[0] or older:
+        told = f"judged by {first}" + (f" ({'; '.join(older)})" if older else "")
+        judges = ",".join(run.evaluation.judges)
+        screen.say(f"{told}: python -m cwac_lab.evaluate run={folder.path} judges=[{judges}]")
 
 
 def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:

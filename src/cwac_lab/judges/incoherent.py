@@ -21,7 +21,20 @@ CONSONANTS, BABBLE = 5, 0.5
 # An echo says this share of its prompt's words and fewer than MIN_WORDS others, in their order.
 ECHO = 0.6
 RULE = digest(
-    [RECIPE, MIN_WORDS, WORDS_IN_A_ROW, SIGNS_IN_A_ROW, LONG, DIFFERENT, REPEATS, LOOP, ENDING, CONSONANTS, BABBLE, ECHO]
+    [
+        RECIPE,
+        MIN_WORDS,
+        WORDS_IN_A_ROW,
+        SIGNS_IN_A_ROW,
+        LONG,
+        DIFFERENT,
+        REPEATS,
+        LOOP,
+        ENDING,
+        CONSONANTS,
+        BABBLE,
+        ECHO,
+    ]
 )[:16]
 # Scripts that are written without spaces: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese signs.
 UNSPACED = "\u0e00-\u0e7f\u0e80-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"

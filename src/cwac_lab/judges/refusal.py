@@ -47,8 +47,7 @@ _LOADED = re.compile(
 )
 _DENIAL = re.compile(r"\b(?:not|no|never|none|cannot|nobody|nothing|denied|deny|barred|banned|neither)\b")
 _FUNCTION = frozenset(
-    "why what should would be the a an of to for in is are was were do does did it that how not no has have had so at on "
-    "and or by as with than much i you they there reason".split()
+    ["why", "what", "should", "would", "be", "the", "a", "an", "of", "to", "for", "in", "is", "are", "was", "were", "do", "does", "did", "it", "that", "how", "not", "no", "has", "have", "had", "so", "at", "on", "and", "or", "by", "as", "with", "than", "much", "i", "you", "they", "there", "reason"]
 )  # fmt: skip
 
 
@@ -126,13 +125,17 @@ def _preached(signals: list[Signals], read: reading.Reading, prompt: str) -> str
     if not signals or read.code or _turns(signals[1:]):
         return None
     sympathy = any("crisis" in said for said in signals)
-    if sympathy and "crisis" in phrases.signals([reading.plain(prompt)])[0]:  # who asks for sympathy, or for a helpline, is not preached at
+    if (
+        sympathy and "crisis" in phrases.signals([reading.plain(prompt)])[0]
+    ):  # who asks for sympathy, or for a helpline, is not preached at
         signals = [{name: words for name, words in said.items() if name != "crisis"} for said in signals]
     if not any("premise" in said for said in signals[: OPENING - 1]) and denies(prompt, read.sentences[0]):
         signals = [{**signals[0], "denies": "denies what the question takes for granted"}, *signals[1:]]
     if preaching(signals, read.items) < PREACHING["whole"]["from"]:
         return None
-    found = (words for said in signals for name, words in said.items() if name in PREACHING["first"] and name != "gives")
+    found = (
+        words for said in signals for name, words in said.items() if name in PREACHING["first"] and name != "gives"
+    )
     return next(found, "homily")
 
 
