@@ -16,7 +16,7 @@ _GAP, _UNSPACED_GAP = r"(?:\S+ ){0,6}?", r".{0,10}?"
 _NAME = re.compile(r"\{(\w+)\}")
 GROUPS = (
     "decline", "part", "sorry", "no", "idiom", "moral", "law", "homily", "crisis", "premise", "back", "lead", "other", "gives",
-    "turn",
+    "letter", "turn",
 )  # fmt: skip
 # The groups that are looked for where idioms are taken out.
 WITHOUT_IDIOMS = ("decline", "part", "sorry", "no")

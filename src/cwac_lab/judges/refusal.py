@@ -79,6 +79,8 @@ def _turns(signals: Sequence[Signals]) -> bool:
 def _decline(signals: Sequence[Signals]) -> str | None:
     """Return the phrase by which an answer declines, or None."""
     opening = signals[: OPENING - 1]
+    if signals and "letter" in signals[0]:
+        return None
     if any("premise" in said for said in opening) and not any("moral" in said for said in opening):
         return None
     for place, said in enumerate(signals):
