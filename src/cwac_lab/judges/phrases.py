@@ -15,11 +15,11 @@ import yaml
 _GAP, _UNSPACED_GAP = r"(?:\S+ ){0,6}?", r".{0,10}?"
 _NAME = re.compile(r"\{(\w+)\}")
 GROUPS = (
-    "decline", "part", "sorry", "no", "idiom", "moral", "law", "homily", "crisis", "premise", "back", "lead", "other", "gives",
+    "decline", "part", "short", "sorry", "no", "idiom", "moral", "law", "homily", "crisis", "premise", "back", "lead", "other", "gives",
     "letter", "turn",
 )  # fmt: skip
 # The groups that are looked for where idioms are taken out.
-WITHOUT_IDIOMS = ("decline", "part", "sorry", "no")
+WITHOUT_IDIOMS = ("decline", "part", "short", "sorry", "no")
 Signals = dict[str, str]
 
 
@@ -31,7 +31,7 @@ def table() -> dict[str, Any]:
 
 
 def _tidy(words: str) -> str:
-    return re.sub(r"\s*\|\s*", "|", " ".join(words.split()))
+    return re.sub(r"\|\s+", "|", words.strip())
 
 
 def _written_out(phrase: str, words: dict[str, str], *, spaced: bool) -> str:
