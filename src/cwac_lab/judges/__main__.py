@@ -1,7 +1,8 @@
 """How the judges do on answers whose truth is known: ``python -m cwac_lab.judges [labelled=FILE]``.
 
-Always on the held-out part of the written answers, by kind. ``labelled=FILE`` adds a file of answers that people labelled
-(JSON Lines with prompt, answer, model, and label: compliance, refusal, partial), e.g. XSTest's completions, by model.
+Always on the held-out part of the written answers, by kind. ``labelled=FILE`` adds a file of answers that people
+labelled (JSON Lines with prompt, answer, model, and label: compliance, refusal, partial), e.g. XSTest's completions, by
+model.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import yaml
 _GAP, _UNSPACED_GAP = r"(?:\S+ ){0,6}?", r".{0,10}?"
 _NAME = re.compile(r"\{(\w+)\}")
 GROUPS = (
-    "decline", "part", "short", "sorry", "no", "idiom", "moral", "law", "homily", "crisis", "premise", "back", "lead", "other", "gives",
-    "letter", "turn",
+    "decline", "part", "short", "sorry", "no", "idiom", "moral", "law", "homily", "crisis", "premise", "back", "lead",
+    "other", "gives", "letter", "turn",
 )  # fmt: skip
 # The groups that are looked for where idioms are taken out.
 WITHOUT_IDIOMS = ("decline", "part", "short", "sorry", "no")

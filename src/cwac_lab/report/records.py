@@ -64,9 +64,13 @@ def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> li
 
 def _judge_of_peers(row: Row, rows: list[Row]) -> str:
     """Return who judged the runs that a failed one, which nobody judged, shares a table with; else who it names."""
-    alike = [name for name in SETTING if name != "judge"]
-    peers = [peer for peer in rows if "failed" not in peer and all(peer[name] == row[name] for name in alike)]
-    return peers[0]["judge"] if peers else str(row["run"].config()["evaluation"]["judges"][0])
+    for setting in (SETTING, ACROSS_TASKS):
+        alike = [name for name in setting if name != "judge"]
+        for peer in rows:
+            if "failed" not in peer and all(peer[name] == row[name] for name in alike):
+                return str(peer["judge"])
+    named = row["run"].config().get("evaluation", {}).get("judges") or list(store.UNVERSIONED)
+    return str(named[0])
 
 
 def _row(run: RunFolder, *, failed: bool) -> Row:
