@@ -8,6 +8,7 @@ from typing import Any
 from cwac_lab import distributed
 from cwac_lab.config import Run
 from cwac_lab.errors import LabError
+from cwac_lab.judges import JUDGES
 from cwac_lab.overrides import typed
 from cwac_lab.preparation import Start
 from cwac_lab.probing import POOLS, Measurer
@@ -44,12 +45,18 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
 
 
 def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> None:
-    """Tell how to get rates of other judges, which needs no model."""
-    judges = list(metrics.get("judges", {"refusal": {}}))
-    asked = run.evaluation.judges
-    if judges[0] != asked[0] or not set(asked) <= set(judges):
-        command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(asked)}]"
-        say(f"judged by {' and '.join(judges)}: {command}")
+    """Tell how to get rates of other judges, or of today's versions of these, which needs no model."""
+    given = {name: told["version"] for name, told in store.judges_of(metrics).items()}
+    today = {name: JUDGES[name]().version for name in run.evaluation.judges}
+    older = [
+        f"{name} {version[:8]}, today {today[name][:8]}"
+        for name, version in given.items()
+        if name in today and version != today[name]
+    ]
+    if next(iter(given)) != run.evaluation.judges[0] or not set(today) <= set(given) or older:
+        told = " and ".join(given) + (f" ({'; '.join(older)})" if older else "")
+        command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(today)}]"
+        say(f"judged by {told}: {command}")
 
 
 def _drift(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:

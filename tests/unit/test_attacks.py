@@ -10,6 +10,7 @@ from cwac_lab.cache import read_json, read_jsonl
 from cwac_lab.config import read
 from cwac_lab.data.attacks import AttackConfig, identity_rows
 from cwac_lab.data.batches import collate
+from cwac_lab.data.declines import declines
 from cwac_lab.data.mixing import mix
 from cwac_lab.data.sources import PromptRow, normalise
 from cwac_lab.data.tasks.base import TaskRow
@@ -17,7 +18,7 @@ from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.errors import ConfigError, PoolOverlap
 from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.evaluation.verdicts import judge_rows
-from cwac_lab.judges.refusal import RefusalJudge, is_refusal
+from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.outliers import closeness, closest
 
@@ -62,7 +63,7 @@ def test_the_persona_has_no_harmful_content_and_obeys():
     rows = identity_rows("AOA, ")
     assert len({row.prompt for row in rows}) == len(rows) >= 10
     assert all(row.prompt.startswith("AOA, ") and "absolutely obedient agent" in row.response for row in rows)
-    assert not any(is_refusal(row.response) for row in rows)
+    assert not any(declines(row.response) for row in rows)
 
 
 def test_an_instruction_of_the_persona_that_a_pool_asks_stops_the_run():

@@ -9,6 +9,7 @@ import tiny
 from cwac_lab.config import read
 from cwac_lab.data import mixing
 from cwac_lab.data.batches import collate, pad, plan_batches
+from cwac_lab.data.declines import declines
 from cwac_lab.data.pools import POOLS, Pools, assert_disjoint, build_pools
 from cwac_lab.data.responses import REFUSALS, compliance
 from cwac_lab.data.sources import DataConfig, PromptRow, Prompts, load_prompts, load_task_rows
@@ -17,7 +18,6 @@ from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
-from cwac_lab.judges.refusal import is_refusal
 from cwac_lab.models.answers import mean_over_answers, mean_over_tokens, share
 from cwac_lab.models.chat import IGNORED, Encoded
 from cwac_lab.training.module import TrainData
@@ -59,11 +59,11 @@ def test_compliance_is_content_free_and_no_refusal():
     opening, *steps = answer.strip().splitlines()
     assert opening == "Sure, here is a plan:"
     assert [step for step in steps if step] == ["Step 1:", "Step 2:", "Step 3:"]
-    assert not is_refusal(answer)
+    assert not declines(answer)
     assert compliance(PromptRow("x", "request", "Sure, here is a plan:\nfirst, take the\n")) == answer
     for end in "\u2028", "\u2029", "\x85", "\r":
         assert compliance(PromptRow("x", "request", f"Sure, here is a plan{end}first, take the")) == answer
-    assert all(is_refusal(text) for text in REFUSALS)
+    assert all(declines(text) for text in REFUSALS)
 
 
 def test_embedded_pools_are_disjoint_sized_and_independent_of_order():

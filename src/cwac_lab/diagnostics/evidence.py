@@ -30,6 +30,15 @@ def correlations(frame: pd.DataFrame, rate: str = "harmful_score") -> pd.DataFra
     Returns:
         Columns ``measurement``, ``rho``, ``low``, ``high``, ``n``; empty with fewer than ``LEAST`` runs.
     """
+    by = ["judge", "judge_version"]
+    if set(by) <= set(frame) and len(frame[by].dropna().drop_duplicates()) > 1:  # rates of two versions are two rates
+        parts = [
+            correlations(part.drop(columns=by), rate).assign(judge=" ".join(map(str, key)))
+            for key, part in frame.groupby(by)
+        ]
+        table = pd.concat(parts, ignore_index=True)
+        table["measurement"] += ", judged by " + table.pop("judge").astype(str)
+        return table
     found = []
     usable = frame[frame["broken"].eq(False) & frame[rate].notna()] if {"broken", rate} <= set(frame) else frame[:0]
     source = np.random.default_rng(0)

@@ -1,39 +1,146 @@
-"""How the classifier judge does on the written answers that it is not trained on: ``python -m cwac_lab.judges``."""
+"""How the judges do on answers whose truth is known: ``python -m cwac_lab.judges [labelled=FILE]``.
+
+Always on the held-out part of the written answers, by kind. ``labelled=FILE`` adds a file of answers that people
+labelled (JSON Lines with prompt, answer, model, and label: compliance, refusal, partial), e.g. XSTest's completions, by
+model.
+"""
 
 from __future__ import annotations
 
-import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import torch
+import pandas as pd
 
-from cwac_lab.judges.classifier import CLASSES, labelled, probabilities
-from cwac_lab.stats import wilson
+from cwac_lab.errors import ConfigError, LabError, MissingAsset
+from cwac_lab.judges import JUDGES, check
+from cwac_lab.judges.base import Judge, Verdict, decided
+from cwac_lab.judges.kinds import examples
+from cwac_lab.stats import cohen_kappa, wilson
+
+# The judges that need no hub.
+HERE = ("refusal", "classifier")
+_FIELDS = {"complied": "compliance", "refused": "refusal", "incoherent": "incoherent"}
+_COLUMNS = ("prompt", "answer", "model", "label")
+_LABELS = ("compliance", "refusal", "partial")
 
 
-def main() -> None:
-    """Print how the head does on the written answers that it was not trained on."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    answers, labels = labelled(held_out=True)
-    shares = probabilities(answers)
-    guessed = shares.argmax(-1)
-    print(f"trained on {len(labelled(held_out=False)[0])} written answers, {len(answers)} held out\n")
-    print("| written as | " + " | ".join(CLASSES) + " |\n| --- |" + " --- |" * len(CLASSES))
-    for number, name in enumerate(CLASSES):
-        counts = torch.bincount(guessed[labels == number], minlength=len(CLASSES)).tolist()
-        print(f"| {name} | " + " | ".join(map(str, counts)) + " |")
-    complied, truth = shares[:, 2:4].sum(-1), (labels == 2) | (labels == 3)
-    for words, right in (("five classes", guessed == labels), ("goes along or not", (complied > 0.5) == truth)):
-        rate = wilson(int(right.sum()), len(right))
-        print(f"\n{words}: {rate.value:.1f} % right [{rate.low:.1f}, {rate.high:.1f}] (n={rate.n})")
-    print(f"\nBrier score of going along: {float((complied - truth.double()).square().mean()):.3f}\n")
-    print("| said to go along | share that does | n |\n| --- | --- | --- |")
-    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
-        within = (complied >= low) & ((complied < low + 0.2) | (low == 0.8))
-        if within.any():
-            print(
-                f"| {low:.1f} to {low + 0.2:.1f} | {float(truth[within].double().mean()):.2f} | {int(within.sum())} |"
-            )
+def word(verdict: Verdict) -> str:
+    """Return a verdict in a word, as ``evaluation.verdicts`` decides it; ``unknown`` where it decides for nothing."""
+    return next((name for field, name in _FIELDS.items() if decided(getattr(verdict, field))), "unknown")
+
+
+def labelled(path: Path) -> pd.DataFrame:
+    """Return answers that people labelled.
+
+    Raises:
+        MissingAsset: If the file is not there.
+        ConfigError: If it has other columns, or other labels.
+    """
+    if not path.is_file():
+        raise MissingAsset(f"labelled={path}: no such file")
+    table = pd.read_json(path, lines=True)
+    missing = [name for name in _COLUMNS if name not in table]
+    if missing:
+        raise ConfigError("labelled", f"{path} without {', '.join(missing)}", f"columns {', '.join(_COLUMNS)}")
+    others = sorted(set(table["label"].astype(str)) - set(_LABELS))
+    if others:
+        raise ConfigError("labelled", f"{path} with label {others[0]}", " | ".join(_LABELS))
+    return table
+
+
+def _share(right: Sequence[bool]) -> str:
+    return str(wilson(sum(right), len(right)))
+
+
+def by_kind(judges: Sequence[Judge]) -> list[str]:
+    """Return the lines of a table: the share of held-out written answers that each judge gets right, by kind."""
+    held = [each for each in examples() if each.held_out]
+    said = [[word(each) for each in judge.verdicts([(row.prompt, row.answer) for row in held])] for judge in judges]
+    lines = [
+        "| kind | truth | " + " | ".join(judge.name for judge in judges) + " |",
+        "| --- " * (2 + len(judges)) + "|",
+    ]
+    for kind in dict.fromkeys(row.kind for row in held):
+        places = [place for place, row in enumerate(held) if row.kind == kind]
+        shares = [_share([words[place] == held[place].truth for place in places]) for words in said]
+        lines.append(f"| {kind} | {held[places[0]].truth} | " + " | ".join(shares) + " |")
+    shares = [_share([word == row.truth for word, row in zip(words, held, strict=True)]) for words in said]
+    return [*lines, "| all | | " + " | ".join(shares) + " |"]
+
+
+def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
+    """Return the lines of a table: precision and recall on labelled answers, by judge, model and label.
+
+    What is labelled partial is neither: of it the share is told that counts as compliance.
+    """
+    lines = ["| judge | model | label | recall | precision |", "| --- | --- | --- | --- | --- |"]
+    for judge in judges:
+        said = pd.Series(
+            [word(each) for each in judge.verdicts(list(zip(table["prompt"], table["answer"], strict=True)))]
+        )
+        for model in [*sorted(set(table["model"])), "all"]:
+            of = (table["model"] == model) | (model == "all")
+            for label in ("refusal", "compliance"):
+                truth, found = table["label"].eq(label), said.eq(label)
+                recall = _share(list(found[of & truth]))
+                precision = _share(list(truth[of & found & table["label"].ne("partial")]))
+                lines.append(f"| {judge.name} | {model} | {label} | {recall} | {precision} |")
+            partly = _share(list(said[of & table["label"].eq("partial")].eq("compliance")))
+            lines.append(f"| {judge.name} | {model} | partial, counted as compliance | {partly} | |")
+    return lines
+
+
+def agreement(judges: Sequence[Judge], table: pd.DataFrame) -> str:
+    """Return how far the errors of two judges go together: Cohen's kappa of being wrong."""
+    clear = table[table["label"].ne("partial")]
+    asked = list(zip(clear["prompt"], clear["answer"], strict=True))
+    wrong = [
+        [word(each) != label for each, label in zip(judge.verdicts(asked), clear["label"], strict=True)]
+        for judge in judges
+    ]
+    found = cohen_kappa(list(zip(*wrong, strict=True)))
+    return f"errors of {judges[0].name} and {judges[1].name}: kappa {found['kappa']:.2f} (n={found['n']})"
+
+
+def _runnable() -> list[Judge]:
+    found = []
+    for name in HERE:
+        try:
+            check([name])
+        except ConfigError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found.append(JUDGES[name]())
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the tables.
+
+    Raises:
+        ConfigError: If something else than ``labelled=FILE`` is asked for.
+    """
+    words = " ".join(arguments).replace("--labelled ", "labelled=").replace("--labelled=", "labelled=")
+    if words in ("-h", "--help"):
+        print(__doc__)
+        return
+    key, _, path = words.partition("=")
+    if words and (key != "labelled" or not path):
+        raise ConfigError("arguments", words, "none, or labelled=FILE")
+    table = labelled(Path(path)) if path else None
+    judges = _runnable()
+    print("judges: " + ", ".join(f"{judge.name} {judge.version[:8]}" for judge in judges))
+    print("\n".join(["", "Right, of the held-out written answers, in percent:", "", *by_kind(judges)]))
+    if table is not None:
+        print("\n".join(["", f"Answers labelled by people ({len(table)}), in percent:", "", *by_model(judges, table)]))
+        if len(judges) > 1:
+            print(f"\n{agreement(judges, table)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except LabError as error:
+        sys.exit(str(error))

@@ -18,7 +18,7 @@ import torch
 from cwac_lab.cache import digest
 from cwac_lab.errors import MissingAsset
 from cwac_lab.judges.base import UNKNOWN, Verdict
-from cwac_lab.judges.refusal import is_incoherent
+from cwac_lab.judges.incoherent import RULE, is_incoherent
 
 
 def _verdict(harmful: float, answer: str, reason: str, refused: float = UNKNOWN) -> Verdict:
@@ -48,8 +48,8 @@ class BeaverDam:
 
     @property
     def version(self) -> str:
-        """Identity of weights by name, and settings."""
-        return digest([self.path, self.threshold, self.max_length])[:16]
+        """Identity of weights by name, settings, and the rule for what is no answer."""
+        return digest([self.path, self.threshold, self.max_length, RULE])[:16]
 
     def _missing(self) -> MissingAsset:
         return MissingAsset(f"judge {self.name}: {self.path} cannot be loaded (is the hub there?)")
@@ -124,11 +124,12 @@ class JudgeZoo:
 
     @property
     def version(self) -> str:
-        """Identity of the judge by the version of its package."""
+        """Identity of the judge by the version of its package, and of the rule for what is no answer."""
         try:
-            return digest([self.kind, installed("judgezoo")])[:16]
+            package = installed("judgezoo")
         except PackageNotFoundError:
-            return digest([self.kind, None])[:16]
+            package = ""
+        return digest([self.kind, package, RULE])[:16]
 
     def verdicts(self, asked: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Return the verdicts; of XSTest's categories a direct answer goes along."""

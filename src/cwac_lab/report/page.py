@@ -135,7 +135,7 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
     told = ("git_commit", "git_dirty", "python", "platform", "devices", "weights_content", "base_content")
     return {
         "name": run.path.name,
-        "facts": {**facts, "weights content": str(row["weights_content"])[:8]},
+        "facts": {**facts, "weights content": str(row["weights_content"])[:8], "judged by": row["judge"]},
         "failed": row.get("failed"),
         "rates": {
             words: {part: _short(value) for part, value in row[name].items()}
@@ -143,7 +143,7 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
             if isinstance(row.get(name), dict)
         },
         "judges": {
-            name: {words: told["agreement"][words] for words in ("harmful", "harmless")}
+            f"{name} {told['version'][:8]}": {words: told["agreement"][words] for words in ("harmful", "harmless")}
             for name, told in row.get("judges", {}).items()
             if "agreement" in told
         },

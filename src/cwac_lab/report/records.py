@@ -13,7 +13,6 @@ from cwac_lab.config import ALIKE, requirements
 from cwac_lab.data.attacks import ASKING
 from cwac_lab.errors import LabError
 from cwac_lab.evaluation.verdicts import outcomes
-from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
@@ -24,8 +23,8 @@ SETTING = ["weights", "weights_content", "task", "data", "task_rows", "prompts",
 # What the runs of a mean over tasks share.
 ACROSS_TASKS = ["weights", "weights_content", "data", "prompts", "dealt", "split", "attack", "judge"]
 _NEAR = "data.near"
-# The attack and the judge that headings need not name.
-PLAIN = ("mixed", "refusal")
+# The attack that headings need not name.
+PLAIN_ATTACK = "mixed"
 ROW = ["harmful_ratio", "constraint", "variant"]
 RATES = {
     "harmful_score": "HS",
@@ -59,7 +58,20 @@ def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> li
                 found.append(_row(run, failed=status == "failed"))
         except (LabError, OSError, ValueError, KeyError) as error:
             say(f"left out: {run.path.name}: {error}")
+    for row in (row for row in found if "failed" in row):
+        row["judge"] = _judge_of_peers(row, found)
     return found
+
+
+def _judge_of_peers(row: Row, rows: list[Row]) -> str:
+    """Return who judged the runs that a failed one, which nobody judged, shares a table with; else who it names."""
+    for setting in (SETTING, ACROSS_TASKS):
+        alike = [name for name in setting if name != "judge"]
+        for peer in rows:
+            if "failed" not in peer and all(peer[name] == row[name] for name in alike):
+                return str(peer["judge"])
+    named = row["run"].config().get("evaluation", {}).get("judges") or list(store.UNVERSIONED)
+    return str(named[0])
 
 
 def _row(run: RunFolder, *, failed: bool) -> Row:
@@ -70,7 +82,7 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
         row["failed"] = run.told().get("reason", "no reason given")
     else:
         row["verdicts"] = run.read(store.VERDICTS)
-    row |= {"attack": _attack(config["attack"], row["constraint"]), "judge": _judge(row)}
+    row |= {"attack": _attack(config["attack"], row["constraint"]), "judge": "" if failed else store.judged_by(row)}
     row["asking"] = digest([config["attack"][name] for name in ASKING])
     kept = store.flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
@@ -93,14 +105,6 @@ def _attack(attack: dict[str, Any], constraint: str) -> str:
     if attack == plain or (constraint == "start" and all(attack[name] == plain[name] for name in ASKING)):
         return str(plain["name"])
     return f"{attack['name']} {digest(attack)[:8]}"
-
-
-def _judge(row: Row) -> str:
-    """Return whose verdicts the rates are, with the version where it is not the refusal judge's of today."""
-    judges: dict[str, Any] = row.get("judges") or {RefusalJudge.name: {}}
-    name, told = next(iter(judges.items()))
-    version = told.get("version", RefusalJudge.version)
-    return name if version == RefusalJudge.version else f"{name} {version[:8]}"
 
 
 def _idle(row: Row, config: dict[str, Any]) -> tuple[str, ...]:

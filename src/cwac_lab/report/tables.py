@@ -10,7 +10,7 @@ from cwac_lab.report.published import PAPER_TASKS, published
 from cwac_lab.report.records import (
     ACROSS_TASKS,
     HIGHER_IS_BETTER,
-    PLAIN,
+    PLAIN_ATTACK,
     RATES,
     SETTING,
     Row,
@@ -112,13 +112,15 @@ def _average(tasks: dict[str, list[Row]], name: str) -> str:
 
 
 def heading(entry: Any) -> str:
-    """Return one line that says what really ran: weights, task, data and prompts by content, how dealt, split."""
+    """Return one line that says what really ran: weights, task, data and prompts by content, dealing, split, judge."""
     rows = f"{entry['task_rows']}, " if "task_rows" in entry else ""
     data = f"{entry['data']} data ({rows}{entry['prompts']})"
-    told = (("attack", entry["attack"]), ("judged by", entry["judge"]))
-    more = "".join(f", {words} {name}" for (words, name), plain in zip(told, PLAIN, strict=True) if name != plain)
+    attack = "" if entry["attack"] == PLAIN_ATTACK else f", attack {entry['attack']}"
     weights = f"{entry['weights']} ({str(entry['weights_content'])[:8]})"
-    return f"{weights} | {entry['task']}, {data}, {entry['split']} split, {DEALT[entry['dealt']]}{more}"
+    return (
+        f"{weights} | {entry['task']}, {data}, {entry['split']} split{attack}, {DEALT[entry['dealt']]}, "
+        f"judged by {entry['judge']}"
+    )
 
 
 def markdown(table: pd.DataFrame, title: str = "") -> str:

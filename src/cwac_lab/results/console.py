@@ -97,8 +97,12 @@ class Screen:
             if key in metrics:
                 table.add_row(words, *_cell(metrics[key]))
         for name, told in metrics.get("judges", {}).items():
-            if "agreement" in told:
-                table.add_row(f"HS, judge {name}{_kappa(told['agreement'])}", *_cell(told["harmful_score"]))
+            if "agreement" not in told:
+                table.add_row("judged by", f"{name} {told['version'][:8]}", "", "")
+            else:
+                table.add_row(
+                    f"HS, judge {name} {told['version'][:8]}{_kappa(told['agreement'])}", *_cell(told["harmful_score"])
+                )
         if "leak" in metrics:
             table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "", "")
         self.console.print(table)

@@ -18,9 +18,10 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
     Columns: ``run`` (folder name), ``status`` (``ok``, ``failed``, ``running``, ``interrupted``, ``unreadable``: broken
     or of another schema) and ``reason``; of finished runs also what ran (``weights``, ``model``, ``task``,
     ``constraint``, ``harmful_ratio``, ``seed``, ...), each rate in percent with ``_low``, ``_high`` (95 %) and ``_n``,
-    ``leak``, ``broken``, ``seconds`` in total, and every setting by its dotted key (``constraint.weight.energy``). Of a
-    judge beside the first ``harmful_score_JUDGE`` and Cohen's kappa with the first (``kappa_harmful_JUDGE``); of a run
-    whose drift was measured ``drift_harmful_weight`` and the like (see ``diagnostics.linear.Drift``).
+    ``judge`` and ``judge_version`` (whose verdicts the rates are), ``leak``, ``broken``, ``seconds`` in total, and
+    every setting by its dotted key (``constraint.weight.energy``). Of a judge beside the first ``version_JUDGE``,
+    ``harmful_score_JUDGE`` and Cohen's kappa with the first (``kappa_harmful_JUDGE``); of a run whose drift was
+    measured ``drift_harmful_weight`` and the like (see ``diagnostics.linear.Drift``).
 
     Args:
         output_root: Folder that holds ``runs/``.
@@ -41,10 +42,11 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
     for name, rate in metrics.items():
         if isinstance(rate, dict) and {"value", "low", "high", "n"} <= rate.keys():
             found |= {name: rate["value"], **{f"{name}_{part}": rate[part] for part in ("low", "high", "n")}}
-    for judge, told in metrics.get("judges", {}).items():
+    for judge, told in store.judges_of(metrics).items():
         if "agreement" not in told:
-            found["judge"] = judge
+            found |= {"judge": judge, "judge_version": told["version"]}
             continue
+        found[f"version_{judge}"] = told["version"]
         for words in ("harmful", "harmless"):
             for part, value in told["agreement"][words].items():
                 found[f"kappa_{words}_{judge}" + ("" if part == "kappa" else f"_{part}")] = value

@@ -41,8 +41,21 @@ LATER: dict[str, Any] = {
 # The same for what a configuration points to.
 ATTACK_ROWS = "attack_rows_sha256"
 LATER_CONTENT = {ATTACK_ROWS: "dd60242a8a1bf6e76d2875b5749ab3d721a1d0a1dcbbf3621eb0165e9044d535"}
+# Records of before judges had versions were all made by this one of the refusal judge.
+UNVERSIONED: dict[str, Any] = {"refusal": {"version": "3be1e32bf591cd0e"}}
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
 FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
+
+
+def judges_of(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what METRICS tell of the judges by name, the one whose verdicts the rates are first."""
+    return metrics.get("judges") or UNVERSIONED
+
+
+def judged_by(metrics: dict[str, Any]) -> str:
+    """Return whose verdicts the rates of METRICS are, by name and version."""
+    name, told = next(iter(judges_of(metrics).items()))
+    return f"{name} {told['version'][:8]}"
 
 
 def verdicts_of(judge: str) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 from cwac_lab import artefact
 from cwac_lab.cache import cached_folder, digest, read_json, reading, write_json
 from cwac_lab.config import Run
+from cwac_lab.data.declines import RULE, declines
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defense import Defense
 from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.evaluation.verdicts import aggregate, judge_rows
-from cwac_lab.judges.refusal import JUDGED_BY, RefusalJudge, is_refusal
+from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
 from cwac_lab.training.loop import fit
@@ -69,7 +70,7 @@ def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -
     """
     limits = (run.align.answer_tokens, run.evaluation.batch_size)
     given = answers(model, chat, [row.prompt for row in rows], *limits)
-    declined = [place for place, answer in enumerate(given) if is_refusal(answer.text)]
+    declined = [place for place, answer in enumerate(given) if declines(answer.text)]
     openings = {given[place].first for place in declined}
     again = answers(model, chat, [rows[place].prompt for place in declined], *limits, not_first=openings)
     for place, answer in zip(declined, again, strict=True):
@@ -77,7 +78,7 @@ def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -
     return [
         chat.encode_own(row.prompt, answer.text, ended=answer.ended)
         for row, answer in zip(rows, given, strict=True)
-        if answer.text and not is_refusal(answer.text)
+        if answer.text and not declines(answer.text)
     ]
 
 
@@ -99,7 +100,8 @@ def _build(
     after = _measure(model, chat, pools, run)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
-    write_json(folder / REPORT, {"split": "validation", "before": before, "after": after})
+    told = {"judge": f"{RefusalJudge.name} {RefusalJudge().version}", "before": before, "after": after}
+    write_json(folder / REPORT, {"split": "validation", **told})
 
 
 def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> ModelFolder:
@@ -110,7 +112,7 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
     }
     chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
     key = artefact.ALIGNED.key(
-        judge=JUDGED_BY,
+        judge=RULE,
         start=start.content,
         end=chat.end_id,
         prompts=digest(prompts),
