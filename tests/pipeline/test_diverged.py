@@ -141,14 +141,15 @@ def test_a_sweep_goes_on_with_the_next_run(tiny_folder, tmp_path):
     assert found[0].reason.startswith("Diverged: gradient of the loss is not finite since step 1 of 8")
 
 
-def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys):
+def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cwac_lab.evaluation.verdicts.tuning_error", lambda _: 250.0)  # tiny models are broken as well
     shared = [*tiny.small_run(tiny_folder, tmp_path), "logger=csv", "constraint=none", "trainer.gradient_clip=0"]
     chosen = ["-m", "search=base", *shared, "trainer.schedule=constant", "trainer.learning_rate=choice(1e-4,1e30)"]
     with pytest.raises(SystemExit, match="2"):
         tiny.launch(train.main, chosen)
     assert capsys.readouterr().err.count(" is not finite since step ") == 1
     (results,) = (tmp_path / "sweeps").glob("*/optimization_results.yaml")
-    assert "trainer.learning_rate: 0.0001" in results.read_text()
+    assert "trainer.learning_rate: 0.0001\nbest_value: 250.0" in results.read_text()
 
 
 def test_an_alignment_that_diverges_is_not_kept(tiny_folder, tmp_path, capsys):
