@@ -3,8 +3,8 @@
 The embedding is all-MiniLM-L6-v2 (see ``cwac_lab.embedding``); the answers are ``answers.yaml``, and those of
 ``kinds.yaml`` that are not held out. It reads how an answer opens and how it ends, without the model's thoughts; of the
 prompt it only knows whether the answer says it again. The encoder was made for English: of other languages it tells
-what its pieces of words let through, of Thai or Arabic little. ``python -m cwac_lab.judges`` measures it on answers that
-it is not trained on.
+what its pieces of words let through, of Thai or Arabic little. ``python -m cwac_lab.judges`` measures it on answers
+that it is not trained on.
 """
 
 from __future__ import annotations
