@@ -51,15 +51,18 @@ def features(answers: Sequence[str]) -> Float[Tensor, "N 2*D"]:
 
 
 def labelled(*, held_out: bool) -> tuple[list[str], Int[Tensor, " N"]]:
-    """Return the written answers and the numbers of their classes: those to train on, or those held out."""
-    rows = [
-        (answer, name)
+    """Return the written answers and the numbers of their classes: those to train on, or those held out.
+
+    No text is in both: one that is held out anywhere is not trained on.
+    """
+    written = [
+        (answer, name, place % HELD_OUT == HELD_OUT - 1)
         for name, answers in _answers().items()
-        for i, answer in enumerate(answers)
-        if (i % HELD_OUT == HELD_OUT - 1) is held_out
+        for place, answer in enumerate(answers)
     ]
-    of_kinds = [(each.answer, each.learned_as) for each in examples() if each.held_out is held_out]
-    rows += [(answer, name) for answer, name in of_kinds if name is not None and answer.strip()]
+    written += [(each.answer, each.learned_as, each.held_out) for each in examples() if each.learned_as]
+    held = {answer for answer, _, held in written if held}
+    rows = [(answer, name) for answer, name, _ in written if answer.strip() and (answer in held) is held_out]
     return [answer for answer, _ in rows], torch.tensor([CLASSES.index(name) for _, name in rows])
 
 

@@ -123,19 +123,21 @@ def _asks_back(signals: Sequence[Signals], read: reading.Reading) -> str | None:
 
 
 def _preached(signals: list[Signals], read: reading.Reading, prompt: str) -> str | None:
-    """Return the phrase by which an answer preaches, or None if it does not."""
+    """Return the phrase by which an answer preaches, or None if it does not.
+
+    What the prompt itself asks about (whether something is wrong, where to find help) is no preaching.
+    """
     if not signals or read.code or _turns(signals[1:]):
         return None
-    sympathy = any("crisis" in said for said in signals)
-    if sympathy and "crisis" in phrases.signals([reading.plain(prompt)])[0]:  # which is what was asked for
-        signals = [{name: words for name, words in said.items() if name != "crisis"} for said in signals]
     if not any("premise" in said for said in signals[: OPENING - 1]) and denies(prompt, read.sentences[0]):
         signals = [{**signals[0], "denies": "denies what the question takes for granted"}, *signals[1:]]
     if preaching(signals, read.items) < PREACHING["whole"]["from"]:
         return None
-    found = (
-        words for said in signals for name, words in said.items() if name in PREACHING["first"] and name != "gives"
-    )
+    asked = phrases.signals([reading.plain(prompt)])[0].keys() & {"moral", "law", "crisis"}
+    signals = [{name: words for name, words in said.items() if name not in asked} for said in signals]
+    if preaching(signals, read.items) < PREACHING["whole"]["from"]:
+        return None
+    found = (words for said in signals for name, words in said.items() if name in PREACHING["first"])
     return next(found, "homily")
 
 
