@@ -1,33 +1,22 @@
-"""Folders that cannot be written to, and paths with signs of their own: one line, before anything is computed."""
+"""Folders that cannot be written to: one line, before anything is computed."""
 
 import errno
 import os
-import shlex
 import tempfile
 import threading
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors import SafetensorError
 
 import tiny
-from cwac_lab import cli, diagnose, outputs, overrides, tables, train
+from cwac_lab import diagnose, outputs, tables, train
 from cwac_lab.errors import LabError
 from cwac_lab.report import __main__ as report
 from cwac_lab.results import load, store
 from cwac_lab.results.store import RunFolder, runs
 
 ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-
-
-def error_of(main, arguments, capsys, name="config"):
-    """Return the one line of an entry point that ends with code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        tiny.launch(main, arguments, name)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line.removeprefix("error: ")
 
 
 @pytest.fixture
@@ -80,13 +69,13 @@ OBSTACLES = {
 def test_what_is_in_the_way_is_named(key, obstacle, tiny_folder, tmp_path, capsys, no_weights):
     root = obstacle(tmp_path / "stands")
     shared = [*tiny.small_run(tiny_folder, tmp_path / "fine"), "constraint=none", f"{key}={root}"]
-    line = error_of(train.main, shared, capsys)
+    line = tiny.error_of(train.main, shared, capsys)
     assert line.startswith(f"{key}={root}: accepted: a folder that can be made and written to ({OBSTACLES[obstacle]}")
 
 
 def test_a_file_in_place_of_the_runs_is_named(tiny_folder, tmp_path, capsys, no_weights):
     root = runs_is_a_file(tmp_path / "stands")
-    line = error_of(train.main, [*tiny.small_run(tiny_folder, root), "constraint=none"], capsys)
+    line = tiny.error_of(train.main, [*tiny.small_run(tiny_folder, root), "constraint=none"], capsys)
     accepted = "a folder that can be made and written to"
     assert line == f"output_root={root}: accepted: {accepted} (a file is in its place: {root}/runs)"
 
@@ -124,7 +113,7 @@ def test_what_cannot_be_written_is_named(code, key, there, tiny_folder, tmp_path
     root = root if there else root / "out"
     mounted[tmp_path / "mounted"] = code
     shared = [*tiny.small_run(tiny_folder, tmp_path / "fine"), "constraint=weight", f"{key}={root}"]
-    line = error_of(train.main, shared, capsys)
+    line = tiny.error_of(train.main, shared, capsys)
     said = f"a folder that can be made and written to ({os.strerror(code)}: {root}"
     assert line.startswith(f"{key}={root}: accepted: {said}")
 
@@ -137,7 +126,7 @@ def test_a_cache_that_can_only_be_read_is_used(tiny_folder, tmp_path, capsys, mo
     tiny.launch(train.main, [*shared, "seed=1"])
     assert "what is in the cache is used, nothing can be added" in capsys.readouterr().out
     assert [run.status for run in runs(tmp_path / "out")] == ["ok", "ok"]
-    line = error_of(train.main, [*shared, "constraint.weight.energy=0.5"], capsys)
+    line = tiny.error_of(train.main, [*shared, "constraint.weight.energy=0.5"], capsys)
     assert line.startswith(f"Read-only file system: {tmp_path / 'cache'}")
     assert f"(cache_root={tmp_path / 'cache'})" in line
 
@@ -149,7 +138,7 @@ def test_a_cache_that_can_only_be_read_is_used(tiny_folder, tmp_path, capsys, mo
 def test_folders_that_hydra_makes_are_named(setting, name, tiny_folder, tmp_path, capsys, no_weights):
     file = in_the_way(tmp_path / "stands")
     shared = [*tiny.small_run(tiny_folder, tmp_path / "fine"), "constraint=none", setting.format(file)]
-    line = error_of(train.main, [*(["-m", "seed=0,1"] if name else []), *shared], capsys)
+    line = tiny.error_of(train.main, [*(["-m", "seed=0,1"] if name else []), *shared], capsys)
     assert line.startswith(f"Not a directory: {name.format(file)}")
     assert "hydra.sweep.dir" in line
 
@@ -159,14 +148,14 @@ def test_no_place_for_temporary_files(monkeypatch, capsys):
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr("cwac_lab.cli.tempfile.TemporaryDirectory", none)
-    assert error_of(train.main, [], capsys) == "TMPDIR: No usable temporary directory found in ['/tmp']"
+    assert tiny.error_of(train.main, [], capsys) == "TMPDIR: No usable temporary directory found in ['/tmp']"
 
 
 @pytest.mark.parametrize("main", [(tables.main, "tables"), (report.main, "report")])
 def test_tables_and_page_say_where_they_cannot_be_written(main, tiny_folder, tmp_path, capsys, mounted):
     (tmp_path / "runs").mkdir()
     mounted[tmp_path] = errno.EROFS
-    line = error_of(main[0], [f"output_root={tmp_path}"], capsys, main[1])
+    line = tiny.error_of(main[0], [f"output_root={tmp_path}"], capsys, main[1])
     assert line.startswith(f"output_root={tmp_path}: accepted: a folder that can be made and written to (Read-only")
 
 
@@ -175,7 +164,7 @@ def test_drift_is_not_measured_for_a_folder_that_takes_none(tiny_folder, tmp_pat
     (run,) = runs(tmp_path / "out")
     mounted[tmp_path / "out" / "runs"] = errno.EROFS
     monkeypatch.setattr("cwac_lab.probing.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-    line = error_of(diagnose.main, [f"run={run.path}"], capsys, "diagnose")
+    line = tiny.error_of(diagnose.main, [f"run={run.path}"], capsys, "diagnose")
     assert line.startswith(f"run={run.path}: accepted: a folder that can be made and written to")
 
 
@@ -195,7 +184,7 @@ def test_what_becomes_unwritable_meanwhile_is_one_line_and_loses_no_record(
         write(path, rows)
 
     monkeypatch.setattr(store, "write_jsonl", gone)
-    line = error_of(train.main, [*shared, "seed=1"], capsys)
+    line = tiny.error_of(train.main, [*shared, "seed=1"], capsys)
     assert line.startswith(f"{os.strerror(code)}: {tmp_path}/runs/")
     assert f"(output_root={tmp_path})" in line
     assert before == {path: path.read_bytes() for path in before}
@@ -291,124 +280,6 @@ def test_of_an_error_whose_mark_cannot_be_written_the_error_is_told(tmp_path, mo
         work()
     with pytest.raises(OSError, match="Read-only"), RunFolder(tmp_path / "two").running():
         pass
-
-
-HOME = os.path.expanduser("~")
-# An argument as a shell hands it over: what it sets its key to, or how its line goes on.
-READ = {
-    "model.path=~/m": f"{HOME}/m",
-    "model.path='~/m'": f"{HOME}/m",
-    'model.path="~/m"': f"{HOME}/m",
-    "model.path=~": HOME,
-    "++model.path=~/a=b": f"{HOME}/a=b",
-    "model.path='a/~/m'": "a/~/m",
-    "model.path=2024_10_01": "2024_10_01",
-    "model.path=1e3": "1e3",
-    "model.path=true": "true",
-    "model.path=007": "007",
-    "model.path=null": None,
-    "model.path='it\\'s'": "it's",
-    "model.path='模型/a=b,c [x] {y} #1 ~'": "模型/a=b,c [x] {y} #1 ~",
-    "model.path='модель'": "модель",
-    "model.path='النموذج'": "النموذج",
-}
-HINTS = {
-    "model.path=runs/a=b": "\"model.path='runs/a=b'\"",
-    "model.path=模型/m": "\"model.path='模型/m'\"",
-    "model.path=модель": "\"model.path='модель'\"",
-    "model.path=é/m": "\"model.path='é/m'\"",
-    "model.path=a~b": "\"model.path='a~b'\"",
-    "model.path=a/~/m": "\"model.path='a/~/m'\"",
-    "model.path=x[1]/m": "\"model.path='x[1]/m'\"",
-    "model.path=m (1)": "\"model.path='m (1)'\"",
-    "model.path=a{b}": "\"model.path='a{b}'\"",
-    "model.path=a#b": "\"model.path='a#b'\"",
-    "model.path=a&b;c^d": "\"model.path='a&b;c^d'\"",
-    "model.path=it's": "\"model.path='it\\'s'\"",
-    "model.path='half": "\"model.path='half'\"",
-    "model.path=a$b#!": "'model.path=\"a$b#!\"'",
-    "data.root=d=1": "\"data.root='d=1'\"",
-    "output_root=o=1": "\"output_root='o=1'\"",
-    "cache_root=c=1": "\"cache_root='c=1'\"",
-    "label=weight=0.5": "\"label='weight=0.5'\"",
-    "++model.path=a=b": "\"++model.path='a=b'\"",
-    "model.path=a,b": "\"model.path='a,b'\"",
-}
-OTHERS = {
-    "foo": "foo: accepted: KEY=VALUE with a key of the configuration",
-    "模型=3": "模型=3: accepted: KEY=VALUE with a key of the configuration",
-    "evaluation.judges=[refusal": "evaluation.judges=[refusal: Hydra cannot read it (no viable alternative",
-}
-
-
-@pytest.mark.parametrize("argument", READ)
-def test_a_path_is_read_as_it_is_meant(argument, capsys):
-    seen = []
-    tiny.launch(lambda config: seen.append(config.model.path), [argument])
-    assert seen == [READ[argument]]
-    assert cli.compose([argument]).model.path == READ[argument]
-
-
-@pytest.mark.parametrize("argument", HINTS)
-def test_what_hydra_cannot_read_is_named_with_a_hint(argument, capsys):
-    """And the hint, given as it stands to a shell, sets the key to what was meant."""
-    line = error_of(lambda _: pytest.fail("it ran"), [argument], capsys)
-    assert line.startswith(f"{argument}: ")
-    assert HINTS[argument] in line
-    (typed,) = shlex.split(HINTS[argument])
-    value = argument.partition("=")[2]
-    assert OverridesParser.create().parse_override(typed).value() == value.lstrip("'")
-    if "," not in value:
-        with pytest.raises(LabError, match="is quoted twice"):
-            cli.compose([argument])
-
-
-@pytest.mark.parametrize("argument", OTHERS)
-def test_other_arguments_that_cannot_be_read_are_named(argument, capsys):
-    assert error_of(lambda _: pytest.fail("it ran"), [argument], capsys).startswith(OTHERS[argument])
-
-
-@pytest.mark.parametrize(
-    "value", ["plain/a-b_c.d", "a b", "模型", "a=b", "2024_10_01", "it's", 'say "so"', "~x", "a,b"]
-)
-def test_a_text_comes_through_as_an_argument(value):
-    assert OverridesParser.create().parse_override(overrides.text("run", value)).value() == value
-
-
-STRANGE = "模型 mod=el,1 [x] {y} it's #~"
-
-
-def test_paths_of_any_signs_work_throughout(tmp_path, capsys):
-    """One run, a sweep, drift of the run and of two folders, tables of an experiment; all in a strange place."""
-    place = tmp_path / STRANGE
-    place.mkdir()
-    folder = tiny.save(place / "m")
-    settings = [s for s in tiny.small_run(folder, place) if not s.startswith(("model.path", "output_root"))]
-    where = [overrides.text("model.path", folder), overrides.text("output_root", place / "out")]
-    tiny.launch(train.main, [*settings, *where, "constraint=weight"])
-    tiny.launch(train.main, ["-m", *settings, *where, "constraint=none", "seed=0,1"])
-    found = list(runs(place / "out"))
-    assert [run.status for run in found] == ["ok"] * 3
-    tiny.launch(diagnose.main, [overrides.text("run", found[-1].path), "measured_in=weight", "n_prompts=4"], "diagnose")
-    both = [overrides.text("before", folder), overrides.text("after", found[-1].path / "model")]
-    tiny.launch(diagnose.main, [*both, "measured_in=none", "n_prompts=4"], "diagnose")
-    tiny.launch(tables.main, [overrides.text("output_root", place / "out")], "tables")
-    assert (place / "out" / "tables" / "summary.csv").is_file()
-    assert {path.name for path in place.iterdir()} == {"m", "out"}  # nothing went elsewhere
-
-
-def test_a_home_folder_of_nobody_is_told(capsys):
-    line = error_of(lambda _: pytest.fail("it ran"), ["output_root=~nobody_of_this_name/x"], capsys)
-    assert line.startswith("output_root=~nobody_of_this_name/x: Hydra cannot read it (the sign ~)")
-
-
-def test_a_home_folder_is_expanded_before_hydra_makes_folders(tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    settings = [s for s in tiny.small_run(tiny_folder, tmp_path) if not s.startswith("output_root")]
-    tiny.launch(train.main, ["-m", *settings, "output_root=~/out", "constraint=none", "seed=0,1"])
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert (tmp_path / "out" / "sweeps").is_dir()
 
 
 def test_a_check_leaves_no_trace(tmp_path):
