@@ -99,13 +99,15 @@ def launch(main: Callable[[DictConfig], float | None], arguments: Sequence[str],
         cli.launch(main, name)
 
 
-def error_of(main, arguments, capsys, name="config"):
+def error_of(
+    main: Callable[[DictConfig], float | None], arguments: Sequence[str], capsys: Any, name: str = "config"
+) -> str:
     """Return the one line of an entry point that ends with code 2."""
     with pytest.raises(SystemExit) as stopped:
         launch(main, arguments, name)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    return line.removeprefix("error: ")
+    return str(line.removeprefix("error: "))
 
 
 def small_run(folder: Path, output: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Folders that cannot be written to, and paths with signs of their own: one line, before anything is computed."""
+"""Folders that cannot be written to: one line, before anything is computed."""
 
 import errno
 import os
@@ -280,3 +280,8 @@ def test_of_an_error_whose_mark_cannot_be_written_the_error_is_told(tmp_path, mo
         work()
     with pytest.raises(OSError, match="Read-only"), RunFolder(tmp_path / "two").running():
         pass
+
+
+def test_a_check_leaves_no_trace(tmp_path):
+    outputs.writable("output_root", tmp_path / "a", "runs")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("a"), Path("a/runs")]

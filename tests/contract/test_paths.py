@@ -1,14 +1,13 @@
-"""What the command line reads: paths of any signs, hints where Hydra cannot read an argument, home folders."""
+"""Paths with signs of their own: read as they are meant, or one line with a hint how to quote them."""
 
 import os
 import shlex
-from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import tiny
-from cwac_lab import cli, diagnose, outputs, overrides, tables, train
+from cwac_lab import cli, diagnose, overrides, tables, train
 from cwac_lab.errors import LabError
 from cwac_lab.results.store import runs
 
@@ -128,8 +127,3 @@ def test_a_home_folder_is_expanded_before_hydra_makes_folders(tiny_folder, tmp_p
     tiny.launch(train.main, ["-m", *settings, "output_root=~/out", "constraint=none", "seed=0,1"])
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert (tmp_path / "out" / "sweeps").is_dir()
-
-
-def test_a_check_leaves_no_trace(tmp_path):
-    outputs.writable("output_root", tmp_path / "a", "runs")
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("a"), Path("a/runs")]
