@@ -35,7 +35,7 @@ def correlations(frame: pd.DataFrame, rate: str = "harmful_score") -> pd.DataFra
         parts = []
         for (judge, version), part in frame.groupby(by):
             table = correlations(part.drop(columns=by), rate)
-            parts.append(table.assign(measurement=table["measurement"] + f", judged by {judge} {version[:8]}"))
+            parts.append(table.assign(measurement=table["measurement"] + f", judged by {judge} {str(version)[:8]}"))
         return pd.concat(parts, ignore_index=True)
     found = []
     usable = frame[frame["broken"].eq(False) & frame[rate].notna()] if {"broken", rate} <= set(frame) else frame[:0]
