@@ -21,7 +21,7 @@ def correlations(frame: pd.DataFrame, rate: str = "harmful_score") -> pd.DataFra
 
     The interval is that of a percentile bootstrap over runs (95 %); runs of one start and task are no independent
     sample of all models, so it says how much hangs on single runs, no more. Broken models and unmeasured runs are left
-    out.
+    out. Runs judged by different versions are correlated apart, and the measurement then names the version.
 
     Args:
         frame: As ``cwac_lab.results.load`` returns it.
@@ -31,14 +31,12 @@ def correlations(frame: pd.DataFrame, rate: str = "harmful_score") -> pd.DataFra
         Columns ``measurement``, ``rho``, ``low``, ``high``, ``n``; empty with fewer than ``LEAST`` runs.
     """
     by = ["judge", "judge_version"]
-    if set(by) <= set(frame) and len(frame[by].dropna().drop_duplicates()) > 1:  # rates of two versions are two rates
-        parts = [
-            correlations(part.drop(columns=by), rate).assign(judge=" ".join(map(str, key)))
-            for key, part in frame.groupby(by)
-        ]
-        table = pd.concat(parts, ignore_index=True)
-        table["measurement"] += ", judged by " + table.pop("judge").astype(str)
-        return table
+    if set(by) <= set(frame) and len(frame[by].dropna().drop_duplicates()) > 1:
+        parts = []
+        for (judge, version), part in frame.groupby(by):
+            table = correlations(part.drop(columns=by), rate)
+            parts.append(table.assign(measurement=table["measurement"] + f", judged by {judge} {str(version)[:8]}"))
+        return pd.concat(parts, ignore_index=True)
     found = []
     usable = frame[frame["broken"].eq(False) & frame[rate].notna()] if {"broken", rate} <= set(frame) else frame[:0]
     source = np.random.default_rng(0)
