@@ -1,4 +1,4 @@
-"""Refusal judge: phrases of declining, in nineteen languages, and what is said around them.
+"""Refusal judge: phrases of declining, in twenty languages, and what is said around them.
 
 An answer is read sentence by sentence (``reading``), and every sentence searched for the groups of ``phrases.yaml``.
 
