@@ -32,7 +32,8 @@ def main() -> None:
     for model in sorted(set(table["model"])):
         out = table["model"].eq(model)
         right = {
-            start: (found[start][refused & ~out].mean() + 1 - found[start][~refused & ~out].mean()) / 2 for start in GRID
+            start: (found[start][refused & ~out].mean() + 1 - found[start][~refused & ~out].mean()) / 2
+            for start in GRID
         }
         best = max(right, key=lambda start: right[start])
         shares = [wilson(int((found[best] == truth)[each].sum()), int(each.sum()))
