@@ -76,7 +76,8 @@ def _student(rates: Sequence[Float[np.ndarray, " S"]]) -> tuple[float, float]:
     """Return Student's 95 % interval of the mean over strata of their runs' mean rates, as shares.
 
     The variance of the mean is the sum of the strata's ``s^2 / S``, its degrees of freedom are Satterthwaite's (1946).
-    A stratum of one run is taken to vary as the others do on average. Without a stratum of two runs nothing is known of
+    A stratum of one run is taken to vary as the others do on average (so not at all
+    where these have equal rates). Without a stratum of two runs nothing is known of
     how runs vary, and the interval has no width.
 
     Args:

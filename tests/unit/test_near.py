@@ -292,3 +292,18 @@ def test_a_template_is_dealt_and_told(tmp_path):
         "data.lists.mine: 40 prompts are near-duplicates of each other, as of one template: "
         "only equal text is kept out of other pools"
     ]
+
+
+def test_a_prompt_that_another_pool_may_take_is_left_for_it(tmp_path):
+    """Look-alikes that are near harmless test prompts wait for the test pool, in whatever order they lie."""
+    one, two, other, third = different(4)
+    near_one, near_two = one + "x", two + "x"
+    folder(tmp_path, harmless=[one, two], lookalikes=[near_one, near_two, other, third])
+    for seed in range(6):
+        asked = data(
+            tmp_path, ["harmless", "lookalikes"], harmless={"test": {"harmless": 2}},
+            lookalike={"validation": {"lookalikes": 2}, "test": {"lookalikes": 2}}, split_seed=seed,
+        )  # fmt: skip
+        found = build_pools(asked)
+        assert {row.prompt for row in found.get("lookalike", "test")} == {near_one, near_two}
+        assert found.cut == {}

@@ -123,12 +123,17 @@ def _deal(
             hand: list[PromptRow] = []
             deck = decks[name]
             deck.sort(key=lambda row: owner.get(group_of[row.prompt]) == pool)  # first what only this pool may take
+            later: list[PromptRow] = []  # what only another pool may take
             while deck and len(hand) < count:
                 row = deck.pop()
                 identity = normalise(row.prompt)
-                if identity not in dealt and owner.setdefault(group_of[row.prompt], pool) == pool:
+                if owner.get(group_of[row.prompt], pool) != pool:
+                    later.append(row)
+                elif identity not in dealt:
+                    owner[group_of[row.prompt]] = pool
                     dealt.add(identity)
                     hand.append(row)
+            deck.extend(reversed(later))
             pools.setdefault(pool, []).extend(hand)
             if len(hand) < count:
                 short[pool, name] = len(hand)
@@ -196,8 +201,9 @@ def build_pools(data: DataConfig) -> Pools:
         group_of, owner = groups(every, data.near), dict[int, str]()
         decks = {name: [row.prompt for row in lists[name]] for held in used.values() for name in held}
         of_template = templated(decks, group_of) if data.near != "exact" else {}
-        alike |= {name: len(prompts & set(decks[name])) for name, prompts in of_template.items()}
         same = set[str]().union(*of_template.values())
+        held = {name: len(same & set(prompts)) for name, prompts in decks.items()}
+        alike |= {name: count for name, count in held.items() if count}
         group_of = told_apart(group_of, same)
         for kind in kinds:
             plan = getattr(data, kind)

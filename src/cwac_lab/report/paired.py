@@ -57,7 +57,9 @@ def _differing(row: Row, other: Row) -> list[str]:
 
 
 def _one_start(start: Row, other: Row) -> bool:
-    return start["config"] == other["config"] and start["verdicts"] == other["verdicts"]
+    """Tell whether two starts have the same settings, and the same outcome of every rate."""
+    alike = (outcomes(start["verdicts"], rate) == outcomes(other["verdicts"], rate) for rate, _ in COMPARED.values())
+    return _differing(start, other) == [] and all(alike)
 
 
 def _compare(pairs: list[tuple[Row, Row]], rate: str) -> tuple[Difference, float] | None:
@@ -108,7 +110,8 @@ def _one_row(which: str, rows: list[Row]) -> list[Row]:
 def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> tuple[Difference, float]:
     """Return what one method has more of a rate than another on the same items and seeds, in points, and its p.
 
-    p is that of the exact sign-flip test over items, not adjusted. Runs without a partner of the same seed, harmful
+    p is that of the exact sign-flip test over items, not adjusted; it takes the seeds as given, where the interval is
+    over seeds and items. Runs without a partner of the same seed, harmful
     ratio and training are left out.
 
     Args:
@@ -147,8 +150,9 @@ def _adjust(table: list[Row]) -> None:
 def differences(rows: list[Row]) -> pd.DataFrame:
     """Return one row a setting, harmful ratio, constraint and variant, with the differences of ``COMPARED`` as text.
 
-    p-values are those of the exact sign-flip test, adjusted by Holm's method over the rows of one setting and harmful
-    ratio, each column by itself. Rows without a partner are left out; the number of seeds is that of pairs compared.
+    p-values are those of the exact sign-flip test, which takes the seeds as given (the intervals are over seeds and
+    items), adjusted by Holm's method over the rows of one setting and harmful ratio, each column by itself.
+    Rows without a partner are left out; the number of seeds is that of pairs compared.
     Where several runs of a baseline fit one run, that of its very settings counts; if it has none or several, the cell
     says so.
     """

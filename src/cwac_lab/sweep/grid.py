@@ -56,6 +56,8 @@ def _setting(cell: tuple[str, ...]) -> tuple[str, ...]:
         key, _, value = override.partition("=")
         if key == "attack":
             return _asks(value)
+        if key.startswith("attack."):
+            return key.removeprefix("attack.") in ASKING
         return key.partition(".")[0] in _START or key in _START
 
     return tuple(override for override in cell if counts(override))
