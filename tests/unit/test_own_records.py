@@ -17,10 +17,11 @@ from cwac_lab.results.store import ATTACK_ROWS, run_key, runs
 from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
-TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS = (
-    OWN.parent / name for name in ("tuning", "sst2_tuned", "sst2_attacks", "sst2_between", "agnews_drift")
+TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS, CHECKS = (
+    OWN.parent / name
+    for name in ("tuning", "sst2_tuned", "sst2_attacks", "sst2_between", "agnews_drift", "sst2_checks")
 )
-STORES = (OWN, TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS)
+STORES = (OWN, TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS, CHECKS)
 RESULTS = ("ablation", "ratio", "methods", "as_tuned", "best_of_literature", "attacks", "other_forms", "another_task")
 VIEWS = [
     (root, name, query) for root in (OWN, TUNED, ATTACKS, AGNEWS) for name, query in views(root / "tables.yaml").items()
