@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.errors import ConfigError, LabError, MissingAsset
 
 KEY_FILE = "key.json"
 # A folder is filled under this name and its own, which has so many letters.
@@ -182,7 +182,7 @@ def reading(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, MissingAsset) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise LabError(
             f"{folder}: a file in it is missing or damaged ({said}); remove this folder to have it made anew"

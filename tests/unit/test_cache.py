@@ -176,7 +176,9 @@ def subspace(folder):
 
 def features(folder):
     weight = torch.eye(3)
-    latents.export(folder, 0, (weight, torch.ones(3), 2), torch.tensor([1]), weight[0], torch.ones(1), {})
+    latents.export(
+        folder, 0, (weight, torch.ones(3), 2), torch.tensor([1]), weight[0], torch.ones(1), {}, torch.ones(8, 3)
+    )
 
 
 def checkpoint(folder):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cwac_lab import experiment
+from cwac_lab import afterwards
 from cwac_lab.diagnostics.evidence import correlations
 from cwac_lab.judges import JUDGES
 from cwac_lab.report.records import records
@@ -80,11 +80,11 @@ TODAY = JUDGES["refusal"]().version
         ({"refusal": TODAY}, ["refusal"], None),
         ({"refusal": OLD}, ["refusal"], f"judged by refusal (refusal aaaaaaaa, today {TODAY[:8]}): "),
         (None, ["refusal"], f"judged by refusal (refusal 3be1e32b, today {TODAY[:8]}): "),
-        ({"classifier": OLD, "refusal": TODAY}, ["refusal"], "judged by classifier: "),
+        ({"classifier": OLD, "refusal": TODAY}, ["refusal"], "judged by classifier and refusal: "),
         (
             {"refusal": TODAY, "classifier": OLD},
             ["refusal", "classifier"],
-            "judged by refusal (classifier aaaaaaaa, today ",
+            "judged by refusal and classifier (classifier aaaaaaaa, today ",
         ),
     ],
 )
@@ -92,7 +92,7 @@ def test_a_finished_run_of_another_version_says_how_it_is_judged_again(given, as
     said = []
     run = SimpleNamespace(evaluation=SimpleNamespace(judges=asked))
     metrics = {} if given is None else {"judges": {name: {"version": version} for name, version in given.items()}}
-    experiment._tell_judges(run, SimpleNamespace(path="RUN"), metrics, SimpleNamespace(say=said.append))
+    afterwards._judges(run, SimpleNamespace(path="RUN"), metrics, said.append)
     if line is None:
         assert said == []
     else:

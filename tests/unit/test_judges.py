@@ -221,7 +221,7 @@ def test_a_judge_that_is_not_installed_is_one_line(monkeypatch):
 
 
 def test_a_judge_whose_weights_cannot_be_had_is_one_line_before_anything_is_loaded(monkeypatch):
-    def away(path):
+    def away(path, **_):
         raise OSError(f"no connection to {path}")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", away)

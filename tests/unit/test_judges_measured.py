@@ -97,7 +97,7 @@ CODE = {
 PINNED = {
     ("incoherent", 1): "9142f790ecaefbde",
     ("refusal", 1): "f4051338a47fccc8",
-    ("classifier", 2): "3cf8342e4fc0ca7b",
+    ("classifier", 2): "3e3f75388264c730",
 }
 
 
