@@ -32,18 +32,9 @@ from cwac_lab.integrations import protect
 from cwac_lab.sae import latents
 from held import PROMPTS, ROWS, WIDE, weights
 
-ACTIVE = {
-    "none": Composite,
-    "weight": lambda: WeightConstraint(energy=0.9, restore_every_n_steps=100),
-    "weight_all": lambda: WeightConstraint(energy=0.9, trainable="all", restore_every_n_steps=2),
-    "weight_update": lambda: WeightConstraint(energy=0.9, projection="update"),
+# Defences whose settings are the same in all tests of a trainer.
+COMMON = {
     "activation": lambda: ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=1),
-    "coupled": lambda: Composite(
-        {
-            "weight": WeightConstraint(energy=0.9, restore_every_n_steps=100),
-            "activation": ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=2),
-        }
-    ),
     "l2": lambda: L2(strength=3),
     "kl": lambda: KL(strength=2),
     "constrained_sft": lambda: ConstrainedSFT(beta=0.5),
@@ -51,11 +42,24 @@ ACTIVE = {
     "lisa": lambda: Lisa(safety_steps=1, user_steps=2, strength=1),
     "safegrad": lambda: SafeGrad(strength=1),
     "sppft": lambda: SPPFT(block=[0.0, 0.5]),
+}
+ACTIVE = {
+    "none": Composite,
+    "weight": lambda: WeightConstraint(energy=0.9, restore_every_n_steps=100),
+    "weight_all": lambda: WeightConstraint(energy=0.9, trainable="all", restore_every_n_steps=2),
+    "weight_update": lambda: WeightConstraint(energy=0.9, projection="update"),
+    "coupled": lambda: Composite(
+        {
+            "weight": WeightConstraint(energy=0.9, restore_every_n_steps=100),
+            "activation": ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=2),
+        }
+    ),
     "safelora": lambda: SafeLoRA(share=0.5, modules="all_linear", mode="exact", rank=4),
     "weight+safelora": lambda: Composite(
         {"weight": WeightConstraint(energy=0.9, restore_every_n_steps=100), "safelora": SafeLoRA(share=0.5)}
     ),
     "asft": lambda: AsFT(strength=2),
+    **COMMON,
 }
 IDS = torch.arange(20, 60)[None]
 

@@ -11,15 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 import tiny
 from cwac_lab import linalg
-from cwac_lab.baselines.constrained_sft import ConstrainedSFT
 from cwac_lab.baselines.kl import KL
-from cwac_lab.baselines.l2 import L2
 from cwac_lab.baselines.ldifs import LDIFS
-from cwac_lab.baselines.lisa import Lisa
 from cwac_lab.baselines.safe_instruct import SafeInstruct
-from cwac_lab.baselines.safegrad import SafeGrad
 from cwac_lab.baselines.safelora import SafeLoRA
-from cwac_lab.baselines.sppft import SPPFT
 from cwac_lab.cache import write_jsonl
 from cwac_lab.constraints.activation import ActivationConstraint
 from cwac_lab.constraints.weight import WeightConstraint
@@ -32,26 +27,20 @@ from cwac_lab.models.sites import linears
 from cwac_lab.subspace.basis import leading
 from cwac_lab.training.module import TrainData
 from held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
+from others import COMMON
 
 DEFENSES = {
     "none": Composite,
     "weight": lambda: WeightConstraint(energy=0.9),
     "weight_update": lambda: WeightConstraint(energy=0.9, projection="update", trainable="all"),
-    "activation": lambda: ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=1),
     "coupled": lambda: Composite(
         {
             "weight": WeightConstraint(energy=0.9),
             "activation": ActivationConstraint(strength=5, n_latents=4, depths=[0.5], every_n_steps=2),
         }
     ),
-    "l2": lambda: L2(strength=3),
-    "kl": lambda: KL(strength=2),
-    "constrained_sft": lambda: ConstrainedSFT(beta=0.5),
-    "ldifs": lambda: LDIFS(strength=3),
-    "lisa": lambda: Lisa(safety_steps=1, user_steps=2, strength=1),
-    "safegrad": lambda: SafeGrad(strength=1),
-    "sppft": lambda: SPPFT(block=[0.0, 0.5]),
     "safelora": lambda: SafeLoRA(share=0.5),
+    **COMMON,
 }
 SETTINGS = {"schedule": "constant", "epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
 
