@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
+from cwac_lab.core.errors import ConfigError, PoolOverlap, in_range, one_of
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import normalise
-from cwac_lab.errors import ConfigError, PoolOverlap, in_range, one_of
 from cwac_lab.models.templates import check_template
 
 ROWS = ("harmful", "identity", "outliers")

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from cwac_lab.core.stats import cohen_kappa, wilson
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.judges.base import Judge, Verdict, decided
-from cwac_lab.stats import cohen_kappa, wilson
 
 Judged = dict[str, Any]
 PROMPT_KINDS = ("harmful", "harmless", "lookalike")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 
-from cwac_lab.embedding import INSTALL, PACKAGE
-from cwac_lab.errors import ConfigError
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.judges.base import Judge
 from cwac_lab.judges.classifier import ClassifierJudge
 from cwac_lab.judges.hub import BeaverDam, JudgeZoo
 from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.models.embedding import INSTALL, PACKAGE
 
 _ZOO = ("strong_reject", "harmbench", "llama_guard_3", "llama_guard_4", "xstest")
 JUDGES: dict[str, Callable[[], Judge]] = {

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cwac_lab.config import ALIKE
-from cwac_lab.errors import LabError, one_of
+from cwac_lab.config.run import ALIKE
+from cwac_lab.core.errors import LabError, one_of
+from cwac_lab.core.stats import Difference, holm, paired_difference, sign_flip_p
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.report.records import OWN, SETTING, Row, finished, grouped
 from cwac_lab.report.tables import heading
-from cwac_lab.stats import Difference, holm, paired_difference, sign_flip_p
 
 # Column: the rate, and what is compared with.
 COMPARED = {

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cwac_lab.cache import digest
-from cwac_lab.config import ALIKE, requirements
+from cwac_lab.config.run import ALIKE, requirements
+from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import LabError
 from cwac_lab.data.attacks import ASKING
-from cwac_lab.errors import LabError
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from cwac_lab.core.stats import Rate, mean_rate
 from cwac_lab.report.published import PAPER_TASKS, published
 from cwac_lab.report.records import (
     ACROSS_TASKS,
@@ -18,7 +19,6 @@ from cwac_lab.report.records import (
     grouped,
     outcome_matrix,
 )
-from cwac_lab.stats import Rate, mean_rate
 
 TITLES = {name: f"{title} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name, title in RATES.items()}
 
