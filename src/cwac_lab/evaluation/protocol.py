@@ -12,7 +12,7 @@ from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
 from cwac_lab.evaluation.engines import ENGINES
 from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, agreement, judge_rows
-from cwac_lab.judges import JUDGES
+from cwac_lab.judges import made
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -71,7 +71,7 @@ def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
     The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
     """
     generations = folder.read(store.GENERATIONS)
-    judges = [JUDGES[name]() for name in run.evaluation.judges]
+    judges = [made(name) for name in run.evaluation.judges]
     first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
