@@ -17,8 +17,8 @@ def main(config: DictConfig) -> None:
     """
     from cwac_lab.core.errors import LabError
     from cwac_lab.diagnostics.evidence import correlations
+    from cwac_lab.report.console import Screen
     from cwac_lab.results import load
-    from cwac_lab.results.console import Screen
     from cwac_lab.results.store import DRIFT, RunFolder
     from cwac_lab.run.drift import Measurer, lacking, of_folders, of_run
 

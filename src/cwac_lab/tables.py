@@ -28,7 +28,7 @@ def main(config: DictConfig) -> None:
         return
     if config.views is not None:
         raise ConfigError("views", config.views, "null with exp, whose grids say what their tables hold")
-    from cwac_lab.results.console import Screen
+    from cwac_lab.report.console import Screen
     from cwac_lab.sweep.experiments import chosen, make
 
     if make(chosen(config), root, config, Screen()):

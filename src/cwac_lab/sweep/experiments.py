@@ -9,8 +9,8 @@ from omegaconf import DictConfig, ListConfig
 
 from cwac_lab.core.errors import MissingAsset, in_range
 from cwac_lab.core.overrides import text
+from cwac_lab.report.console import Screen
 from cwac_lab.report.files import write
-from cwac_lab.results.console import Screen
 from cwac_lab.results.store import runs
 from cwac_lab.sweep import grid
 from cwac_lab.sweep.cells import Cells
