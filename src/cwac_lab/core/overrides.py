@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 # Settings that hold a path or None, never a number.
 PATHS = {
-    *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views"),
+    *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views", "to"),
     *("experiments_root", "hydra.run.dir", "hydra.sweep.dir"),
 }
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z0-9_./@:-]+")
