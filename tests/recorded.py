@@ -10,10 +10,15 @@ def judged(kind, hits, n, field):
     return [{"kind": kind, "id": f"{kind}{i}", field: i < hits, "incoherent": False} for i in range(n)]
 
 
+def settings(**groups):
+    """A configuration of these groups, with those that every record has."""
+    return schema2.configuration(groups)
+
+
 def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **config):
     """Write the record of a finished run with ``hits`` of 100 prompts and ``right`` of 100 rows (None: not judged)."""
     run = RunFolder(folder / "runs" / f"{task}-{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
-    run.write("config.json", schema2.configuration({"constraint": config, "trainer": {"learning_rate": 1}}))
+    run.write("config.json", settings(constraint=config, trainer={"learning_rate": 1}))
     verdicts = judged("harmful", hits, 100, "complied") + judged("harmless", 2, 100, "refused")
     verdicts += [
         {"kind": "task", "id": f"{task}{i}", "correct": None if right is None else i < right} for i in range(100)

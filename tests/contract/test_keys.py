@@ -289,10 +289,10 @@ def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(r
     assert start != alone
     assert rows is not None
     assert key != plain
-    monkeypatch.setattr(identity, "identity_rows", lambda prefix: [TrainRow("i", f"{prefix}tell", "me", True)])
+    assert len(attacks.identity_rows("")) > 1
+    monkeypatch.setattr(attacks, "identity_rows", lambda prefix, _: [TrainRow("i", f"{prefix}tell", "me", True)])
     assert found(run) == (none, plain, alone)
     assert all(now != then for now, then in zip(found(persona), (rows, key, start), strict=True))
-    assert len(attacks.identity_rows("")) > 1
 
 
 @pytest.mark.parametrize(
