@@ -189,12 +189,12 @@ def _said_by(path: Path, name: str, expected: str, *stamp: int) -> _Verdicts | N
 
 
 def add(root: Path, found: Iterable[Record], *, force: bool, say: Callable[[str], None]) -> tuple[int, int]:
-    """Add runs to the archive in a folder, which is made where it is not there; returns how many were added, and how many it holds.
+    """Add runs to the archive in a folder; returns how many were added, and how many it holds.
 
     Runs that neither finished nor failed are left out, as are records that cannot be read.
 
     Args:
-        root: The folder.
+        root: The folder; it is made where it is not there.
         found: Runs, as ``store.runs`` yields them.
         force: Whether a run may take the place of another record of its name.
         say: Told of every run that is left out.
