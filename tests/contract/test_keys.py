@@ -324,7 +324,7 @@ def test_an_own_class_without_a_source_is_one_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "no_source", module)
     settings = {**run.resolved, "task": {**run.resolved["task"], "_target_": "no_source.Films"}}
     with pytest.raises(
-        ConfigError, match=r"task._target_=no_source.Films: accepted: a class of a module with a source"
+        ConfigError, match=r"task._target_=no_source.Films: accepted: a class of a module with"
     ):
         identity.own_sources(replace(run, resolved=settings))
 
