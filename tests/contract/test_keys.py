@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tiny
 from cwac_lab.config.run import INCIDENTAL, read
 from cwac_lab.core.cache import digest
 from cwac_lab.core.recipes import RECIPES
@@ -27,6 +26,7 @@ from cwac_lab.run import alignment, artefacts, identity, references
 from cwac_lab.run.artefacts import _Workshop
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
+from support import tiny
 
 SUBSPACE = SubspaceSpec("ffn_out", 0.9, None, "all", True)
 LATENTS = FeatureSpec((0.0,), 4, "attribution", "last", 2)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import tiny
 from cwac_lab import results, tables, train
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.report.console import Screen
 from cwac_lab.run import identity
 from cwac_lab.sweep import cells, grid, runner
+from support import tiny
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmful_ratio": 0.2},
