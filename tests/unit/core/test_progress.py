@@ -5,8 +5,8 @@ import sys
 import time
 
 import pytest
-
 import tiny
+
 from cwac_lab.core import progress
 from cwac_lab.core.progress import Meter, track, waiting
 from cwac_lab.defenses.interface import Defense
