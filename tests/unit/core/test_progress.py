@@ -5,7 +5,6 @@ import sys
 import time
 
 import pytest
-import tiny
 
 from cwac_lab.core import progress
 from cwac_lab.core.progress import Meter, track, waiting
@@ -13,6 +12,7 @@ from cwac_lab.defenses.interface import Defense
 from cwac_lab.evaluation.generate import answers
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
+from support import tiny
 
 
 class Terminal(io.StringIO):
