@@ -8,7 +8,7 @@ ARGS ?=
 EXP ?= all
 SEEDS ?= 1
 PROFILE ?= embedded
-JOBS ?= 1
+JOBS ?= null
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-gemma train align prepare evaluate tables report test test-slow lint types format benchmark clean
