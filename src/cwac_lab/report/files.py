@@ -8,20 +8,19 @@ from pathlib import Path
 from cwac_lab.core.cache import digest, file_digest, read_json, write_json, write_text
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.core.provenance import sources
-from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.results.store import Record
 
 NOTE = (
     "Rates in percent: mean over seeds, 95 % interval (Wilson; of several seeds a bootstrap over seeds and items where "
     "that is wider), n items, range over seeds. p: exact sign-flip test over items, Holm within a column and ratio."
 )
-_READ = (store.STATUS, store.CONFIG, store.METRICS, store.PROVENANCE, store.VERDICTS)
 
 
-def _made_of(found: list[RunFolder]) -> str:
+def _made_of(found: list[Record]) -> str:
     """Return the hash of what a table is made of: the records, and this package, which makes it."""
-    files = [run.path / name for run in found for name in _READ if run.has(name)]
-    return digest([sources(), [str(file) for file in files], file_digest(files)])
+    files = list(dict.fromkeys(file for run in found for file in run.files()))
+    names = [run.path.name for run in found]
+    return digest([sources(), names, [str(file) for file in files], file_digest(files)])
 
 
 def _made(stamp: Path) -> tuple[str, list[str]]:
@@ -33,7 +32,7 @@ def _made(stamp: Path) -> tuple[str, list[str]]:
         return "", []
 
 
-def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], None] = print) -> str:
+def write(root: Path, name: str, found: list[Record], say: Callable[[str], None] = print) -> str:
     """Write the table of some runs (Markdown, CSV, LaTeX) and its figures (SVG, PNG), and return the first.
 
     What was made of the same records by the same code, and is all there, is left as it is.
@@ -41,7 +40,7 @@ def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], No
     Args:
         root: Output folder; the files go to ``root/tables`` and ``root/figures``.
         name: Of the table.
-        found: Run folders.
+        found: Recorded runs.
         say: Told of every record that cannot be read.
 
     Raises:
@@ -62,7 +61,7 @@ def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], No
     return page.read_text(encoding="utf-8")
 
 
-def _write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], None]) -> list[Path]:
+def _write(root: Path, name: str, found: list[Record], say: Callable[[str], None]) -> list[Path]:
     from cwac_lab.report.figures import draw
     from cwac_lab.report.latex import latex
     from cwac_lab.report.paired import differences
