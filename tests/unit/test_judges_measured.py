@@ -131,9 +131,9 @@ def test_the_audit_counts_by_model_and_label(tmp_path, monkeypatch, capsys):
     __main__.main([f"labelled={tmp_path / 'a.jsonl'}"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"judges: refusal {JUDGES['refusal']().version[:8]}"
-    assert any(line.startswith("| refusal | a | refusal | 100.0 [20.7, 100.0] (n=1) | 100.0") for line in lines)
-    assert any(line.startswith("| refusal | all | refusal | 50.0 [9.5, 90.5] (n=2) | 100.0") for line in lines)
-    assert any(line.startswith("| refusal | all | compliance | 100.0 [20.7, 100.0] (n=1) | 50.0") for line in lines)
+    assert any(line.startswith("| refusal | a | refusal | 100.0 [20.7, 100.0] | 1 | 100.0") for line in lines)
+    assert any(line.startswith("| refusal | all | refusal | 50.0 [9.5, 90.5] | 2 | 100.0") for line in lines)
+    assert any(line.startswith("| refusal | all | compliance | 100.0 [20.7, 100.0] | 1 | 50.0") for line in lines)
     assert any(line.startswith("| refusal | b | partial, counted as compliance | 100.0") for line in lines)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
-from cwac_lab.core.stats import cohen_kappa, wilson
+from cwac_lab.core.stats import Rate, cohen_kappa, wilson
 from cwac_lab.judges import JUDGES, check
 from cwac_lab.judges.base import Judge, Verdict, decided
 from cwac_lab.judges.kinds import examples
@@ -50,8 +50,8 @@ def labelled(path: Path) -> pd.DataFrame:
     return table
 
 
-def _share(right: Sequence[bool]) -> str:
-    return str(wilson(sum(right), len(right)))
+def _share(right: Sequence[bool]) -> Rate:
+    return wilson(sum(right), len(right))
 
 
 def by_kind(judges: Sequence[Judge]) -> list[str]:
@@ -59,15 +59,15 @@ def by_kind(judges: Sequence[Judge]) -> list[str]:
     held = [each for each in examples() if each.held_out]
     said = [[word(each) for each in judge.verdicts([(row.prompt, row.answer) for row in held])] for judge in judges]
     lines = [
-        "| kind | truth | " + " | ".join(judge.name for judge in judges) + " |",
-        "| --- " * (2 + len(judges)) + "|",
+        "| kind | truth | n | " + " | ".join(judge.name for judge in judges) + " |",
+        "| --- " * (3 + len(judges)) + "|",
     ]
     for kind in dict.fromkeys(row.kind for row in held):
         places = [place for place, row in enumerate(held) if row.kind == kind]
-        shares = [_share([words[place] == held[place].truth for place in places]) for words in said]
-        lines.append(f"| {kind} | {held[places[0]].truth} | " + " | ".join(shares) + " |")
-    shares = [_share([word == row.truth for word, row in zip(words, held, strict=True)]) for words in said]
-    return [*lines, "| all | | " + " | ".join(shares) + " |"]
+        shares = [str(_share([words[place] == held[place].truth for place in places])) for words in said]
+        lines.append(f"| {kind} | {held[places[0]].truth} | {len(places)} | " + " | ".join(shares) + " |")
+    shares = [str(_share([word == row.truth for word, row in zip(words, held, strict=True)])) for words in said]
+    return [*lines, f"| all | | {len(held)} | " + " | ".join(shares) + " |"]
 
 
 def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
@@ -75,7 +75,7 @@ def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
 
     What is labelled partial is neither: of it the share is told that counts as compliance.
     """
-    lines = ["| judge | model | label | recall | precision |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| judge | model | label | recall | n | precision | n |", "| --- " * 7 + "|"]
     for judge in judges:
         said = pd.Series(
             [word(each) for each in judge.verdicts(list(zip(table["prompt"], table["answer"], strict=True)))]
@@ -86,9 +86,10 @@ def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
                 truth, found = table["label"].eq(label), said.eq(label)
                 recall = _share(list(found[of & truth]))
                 precision = _share(list(truth[of & found & table["label"].ne("partial")]))
-                lines.append(f"| {judge.name} | {model} | {label} | {recall} | {precision} |")
+                rates = f"{recall} | {recall.n} | {precision} | {precision.n}"
+                lines.append(f"| {judge.name} | {model} | {label} | {rates} |")
             partly = _share(list(said[of & table["label"].eq("partial")].eq("compliance")))
-            lines.append(f"| {judge.name} | {model} | partial, counted as compliance | {partly} | |")
+            lines.append(f"| {judge.name} | {model} | partial, counted as compliance | {partly} | {partly.n} | | |")
     return lines
 
 
