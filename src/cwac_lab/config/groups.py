@@ -11,7 +11,11 @@ from cwac_lab.judges import JUDGES
 
 @dataclass
 class ProfileConfig:
-    """The ``profile`` group: which weights are used; its YAML also overlays other groups."""
+    """The ``profile`` group: which weights are used; its YAML also overlays other groups.
+
+    Attributes:
+        name: Which of a model's weights are used: packaged ones on a CPU, small ones of the hub, or the paper's.
+    """
 
     name: str = "embedded"
 
