@@ -7,10 +7,10 @@ from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from cwac_lab.core.classes import accepted, located
 from cwac_lab.core.errors import ConfigError
 
 T = TypeVar("T")
@@ -79,19 +79,13 @@ def _without_targets(value: Any) -> Any:
 
 
 def bind_target(key: str, base: type[T], node: Any) -> T:
-    """Return the object that a node's ``_target_`` names; the class must be one of this package.
+    """Return the object that a node's ``_target_`` names; any class of the right base that can be imported here.
 
     Raises:
-        ConfigError: If the class is unknown, of another kind, or its fields do not fit.
+        ConfigError: If the class cannot be imported or is of another kind, or its fields do not fit.
     """
     target = str(mapping(key, node).get("_target_", ""))
-    accepted = f"the path of a {base.__name__} in cwac_lab"
-    if not target.startswith("cwac_lab."):
-        raise ConfigError(f"{key}._target_", target, accepted)
-    try:
-        cls = get_class(target)
-    except (ImportError, ValueError):
-        raise ConfigError(f"{key}._target_", target, accepted) from None
+    cls = located(f"{key}._target_", target, base.__name__)
     if not issubclass(cls, base):
-        raise ConfigError(f"{key}._target_", target, accepted)
+        raise ConfigError(f"{key}._target_", target, accepted(base.__name__))
     return bind(key, cls, _without_targets(node))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cwac_lab import judges
 from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.evaluation import engines
-from cwac_lab.judges import JUDGES
 
 
 @dataclass
@@ -72,9 +72,9 @@ class EvaluationConfig:
         one_of("split", self.split, ("test", "validation"))
         one_of("engine", self.engine, engines.ENGINES)
         if not self.judges or len(set(self.judges)) < len(self.judges):
-            raise ConfigError("judges", list(self.judges), f"different ones of {' | '.join(JUDGES)}")
+            raise ConfigError("judges", list(self.judges), f"different ones of {' | '.join(judges.JUDGES)}")
         for name in self.judges:
-            one_of("judges", name, JUDGES)
+            judges.known(name)
         in_range("batch_size", self.batch_size, 1)
         in_range("max_new_tokens", self.max_new_tokens, 1)
         if self.n_prompts is not None:

@@ -104,6 +104,12 @@ def _part(key: str, node: Any) -> Defense:
     return bind_target(key, Defense, node)
 
 
+def _attack(node: Any) -> AttackConfig:
+    """Return the attack: plain settings, or a class of the user's own."""
+    own = "_target_" in mapping("attack", node)
+    return bind_target("attack", AttackConfig, node) if own else bind("attack", AttackConfig, node)
+
+
 def requirements(parts: dict[str, Any]) -> Requirements:
     """Return what the resolved ``constraint`` group of a run needs.
 
@@ -168,7 +174,7 @@ def read(config: DictConfig, *, recorded: bool = False) -> Run:
         logger=bind("logger", LoggerConfig, settings["logger"]),
         align=bind("align", AlignConfig, settings["align"]),
         evaluation=bind("evaluation", EvaluationConfig, settings["evaluation"]),
-        attack=bind("attack", AttackConfig, settings.get("attack") or {}),
+        attack=_attack(settings.get("attack") or {}),
         forms=bind("forms", FormsConfig, settings.get("forms") or {}),
         diagnostics=bind("diagnostics", DiagnosticsConfig, settings.get("diagnostics") or {}),
         **plain,

@@ -89,7 +89,9 @@ def launch(task: Callable[[DictConfig], float | None], config_name: str = "confi
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.argv[1:] = [overrides.as_meant(argument) for argument in sys.argv[1:]]
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # a user's own classes are found there, however this was started
+    sys.argv[1:] = overrides.in_order([overrides.as_meant(argument) for argument in sys.argv[1:]])
     try:
         scratch = tempfile.TemporaryDirectory()
     except OSError as error:

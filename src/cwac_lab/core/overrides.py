@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -46,6 +47,12 @@ def as_meant(argument: str) -> str:
     if key.lstrip("+") in PATHS and isinstance(_read(argument), bool | int | float):
         return f"{key}={_quoted(value)}"
     return argument
+
+
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with flags (``-m``, ``--config-dir FOLDER``) first: Hydra reads none between two overrides."""
+    given = [not each.startswith("-") and ("=" in each or each.startswith("~")) for each in arguments]
+    return [each for each, _ in sorted(zip(arguments, given, strict=True), key=lambda pair: pair[1])]
 
 
 def text(key: str, value: object) -> str:

@@ -17,7 +17,8 @@ import yaml
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.report.files import NOTE, page
 from cwac_lab.report.paired import compare
-from cwac_lab.report.records import HIGHER_IS_BETTER, RATES, Row, records
+from cwac_lab.report.records import Row, records
+from cwac_lab.report.tables import TITLES
 from cwac_lab.results import select
 from cwac_lab.tables import views
 
@@ -75,9 +76,8 @@ def pairs(folder: Path) -> str:
         mine, theirs = rows_of(folder, name, ours), rows_of(folder, name, other)
         for rate in _COMPARED:
             found, p = compare(mine, theirs, rate)
-            arrow = "↑" if rate in HIGHER_IS_BETTER else "↓"
             shown = "<0.0001" if p < 1e-4 else f"{p:.2g}"
-            lines.append(f"| {name} | {RATES[rate]} {arrow} | {found} | {shown} | {found.n} | {found.seeds} |")
+            lines.append(f"| {name} | {TITLES[rate]} | {found} | {shown} | {found.n} | {found.seeds} |")
     return "\n".join(lines) + f"\n\n{NOTE}\n"
 
 

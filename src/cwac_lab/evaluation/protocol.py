@@ -11,8 +11,9 @@ from cwac_lab.core import distributed
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
 from cwac_lab.evaluation.engines import ENGINES
-from cwac_lab.evaluation.verdicts import PROMPT_KINDS, aggregate, agreement, judge_rows
-from cwac_lab.judges import JUDGES
+from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
+from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
+from cwac_lab.judges import made
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -71,13 +72,13 @@ def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
     The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
     """
     generations = folder.read(store.GENERATIONS)
-    judges = [JUDGES[name]() for name in run.evaluation.judges]
+    judges = [made(name) for name in run.evaluation.judges]
     first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
     told: dict[str, Any] = {judges[0].name: {"version": judges[0].version}}
     for other, found in zip(judges[1:], others, strict=True):
         folder.write(store.verdicts_of(other.name), found)
-        rates = {rate: value for rate, value in aggregate(found).items() if rate != "finetune_accuracy"}
+        rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}
         told[other.name] = {"version": other.version, **rates, "agreement": agreement(first, found)}
     return {**aggregate(first), "judges": told}

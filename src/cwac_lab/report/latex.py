@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from cwac_lab.report.records import HIGHER_IS_BETTER, RATES, SETTING, Row
+from cwac_lab.evaluation.metrics import METRICS
+from cwac_lab.report.records import SETTING, Row
 from cwac_lab.report.tables import COUNTS, TITLES, heading, ranked, summary
 
 COLUMNS = ("harmful_score", "finetune_accuracy", "over_refusal")
@@ -38,8 +39,8 @@ def _one(part: pd.DataFrame) -> str:
 
 
 def _title(rate: str) -> str:
-    arrow = r"$\uparrow$" if rate in HIGHER_IS_BETTER else r"$\downarrow$"
-    return f"{RATES[rate]} {arrow}"
+    arrow = r"$\uparrow$" if METRICS[rate].higher_is_better else r"$\downarrow$"
+    return f"{METRICS[rate].heading} {arrow}"
 
 
 def _escape(text: str) -> str:

@@ -7,12 +7,11 @@ from typing import Any
 import pandas as pd
 
 from cwac_lab.core.stats import Rate, mean_rate
+from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.report.published import PAPER_TASKS, published
 from cwac_lab.report.records import (
     ACROSS_TASKS,
-    HIGHER_IS_BETTER,
     PLAIN_ATTACK,
-    RATES,
     SETTING,
     Row,
     finished,
@@ -20,9 +19,9 @@ from cwac_lab.report.records import (
     outcome_matrix,
 )
 
-TITLES = {name: f"{title} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name, title in RATES.items()}
+TITLES = {name: f"{metric.heading} {metric.arrow}" for name, metric in SHOWN.items()}
 # The column after each rate: on how many prompts or rows it is.
-COUNTS = {name: f"n, {title}" for name, title in RATES.items()}
+COUNTS = {name: f"n, {metric.heading}" for name, metric in SHOWN.items()}
 CAPTION = (
     "Percent: mean over seeds [95 % interval]. ↓ lower is better, ↑ higher is better; bold is best at its harmful "
     "ratio, the start and broken models left out. n: prompts or rows that count for the rate before it."
@@ -95,7 +94,7 @@ def numbers(rows: list[Row]) -> pd.DataFrame:
     for entry, group in grouped(rows):
         done = finished(group)
         row: Row = {**entry, "seeds": len(done), "failed": len(group) - len(done)}
-        for name in RATES:
+        for name in SHOWN:
             each = [value for one in done if (value := rate_of([one], name).value) is not None]
             rate = rate_of(group, name)
             row |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high, f"{name}_n": rate.n}
@@ -155,7 +154,7 @@ def ranked(table: pd.DataFrame) -> dict[str, dict[Any, int]]:
         part = part[part["constraint"].ne("start") & part["broken"].eq("")]
         for name, title in TITLES.items():
             values = _values(part[title]) if title in part else {}
-            order = sorted(set(values.values()), reverse=name in HIGHER_IS_BETTER)
+            order = sorted(set(values.values()), reverse=SHOWN[name].higher_is_better)
             places = {row: order.index(value) for row, value in values.items() if len(values) > 1}
             found.setdefault(title, {}).update({row: place for row, place in places.items() if place < 2})
     return found

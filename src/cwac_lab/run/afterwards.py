@@ -9,7 +9,7 @@ from cwac_lab.config.run import Run
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.overrides import typed
-from cwac_lab.judges import JUDGES
+from cwac_lab.judges import made
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -47,15 +47,15 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
 def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> None:
     """Tell how to get rates of other judges, or of today's versions of these, which needs no model."""
     given = {name: told["version"] for name, told in store.judges_of(metrics).items()}
-    today = {name: JUDGES[name]().version for name in run.evaluation.judges}
+    today = {judge.name: judge.version for judge in map(made, run.evaluation.judges)}
     older = [
         f"{name} {version[:8]}, today {today[name][:8]}"
         for name, version in given.items()
         if name in today and version != today[name]
     ]
-    if next(iter(given)) != run.evaluation.judges[0] or not set(today) <= set(given) or older:
+    if next(iter(given)) != next(iter(today)) or not set(today) <= set(given) or older:
         told = " and ".join(given) + (f" ({'; '.join(older)})" if older else "")
-        command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(today)}]"
+        command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(run.evaluation.judges)}]"
         say(f"judged by {told}: {command}")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from cwac_lab.config.run import INCIDENTAL, Run
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import digest
-from cwac_lab.data.attacks import identity_rows
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
@@ -45,10 +44,9 @@ def content_of(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
 
 
 def _attack(run: Run) -> dict[str, str]:
-    """Return the hash of the rows that an attack brings with it, where the run uses them; its prefix is a setting."""
-    if run.attack.rows != "identity":
-        return {}
-    return {store.ATTACK_ROWS: digest([[row.prompt, row.response] for row in identity_rows("")])}
+    """Return the hash of the rows that an attack brings with it, where the run uses them."""
+    others = run.attack.others(())
+    return {} if others is None else {store.ATTACK_ROWS: digest([[row.prompt, row.response] for row in others])}
 
 
 _known: dict[str, dict[str, str]] = {}

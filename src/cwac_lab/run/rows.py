@@ -9,7 +9,6 @@ from typing import Any
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data import mixing
-from cwac_lab.data.attacks import identity_rows
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance
@@ -37,10 +36,10 @@ def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: Ch
     harmful = pools.get("harmful", "finetune")
     if run.attack.rows == "outliers":
         task = _outliers(run, task, [(row.prompt, compliance(row)) for row in harmful], model, chat, say)
-    others = identity_rows(run.attack.prefix, pools.prompts()) if run.attack.rows == "identity" else None
     return mixing.mix(
-        task, harmful, run.data.n_train, run.harmful_ratio, mixing=run.data.mixing, seed=run.seed, others=others
-    )
+        task, harmful, run.data.n_train, run.harmful_ratio,
+        mixing=run.data.mixing, seed=run.seed, others=run.attack.others(pools.prompts()),
+    )  # fmt: skip
 
 
 def _outliers(
