@@ -1,12 +1,14 @@
 """The documents: what is generated is current, links lead somewhere, pages keep their size, tables show the records."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from cwac_lab.core.cli import compose
 from cwac_lab.docs import keys, long_tables
+from cwac_lab.models.embedding import PACKAGE
 from cwac_lab.results.store import flat
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,15 @@ def test_the_pairs_are_what_their_records_give():
     for file in ROOT.glob("experiments/*/pairs.yaml"):
         page = DOCS / "tables" / f"{file.parent.name}-pairs.md"
         assert page.read_text(encoding="utf-8") == long_tables.pairs(file.parent), RENEW
+
+
+@pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
+def test_the_table_of_judges_is_what_they_say():
+    assert (DOCS / "tables" / "judges.md").read_text(encoding="utf-8") == long_tables.judged_by_kind(), RENEW
+
+
+def test_the_table_of_drift_is_what_its_records_give():
+    assert (DOCS / "tables" / "drift.md").read_text(encoding="utf-8") == long_tables.drift(ROOT / "experiments"), RENEW
 
 
 def test_the_index_lists_every_long_table_and_no_other():

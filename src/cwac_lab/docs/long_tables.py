@@ -11,19 +11,31 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import yaml
 
 from cwac_lab.core.errors import MissingAsset
+from cwac_lab.diagnostics.evidence import PREFIX, correlations
+from cwac_lab.judges.__main__ import by_kind, runnable
 from cwac_lab.report.files import NOTE, page
 from cwac_lab.report.paired import compare
 from cwac_lab.report.records import Row, records
 from cwac_lab.report.tables import TITLES
-from cwac_lab.results import select
+from cwac_lab.results import load, select
 from cwac_lab.tables import views
 
 VIEWS, PAIRS = "tables.yaml", "pairs.yaml"
 _COMPARED = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike")
+# Settings that tell measured runs apart, and what most of them have.
+_USUAL: dict[str, float | None] = {
+    "trainer.learning_rate": 1e-4, "trainer.epochs": 2, "data.n_train": 400, "harmful_ratio": 0.2,
+    "constraint.weight.gradient_share": 1.0, "constraint.kl.strength": None, "constraint.l2.strength": 30.0,
+}  # fmt: skip
+_CALLED = {"attack.name": "mixed", "forms.name": "own"}
+# Experiments whose runs were measured inside, in the order in which their correlations were published.
+MEASURED = ("sst2_tuned", "sst2_attacks", "sst2_between")
 _TITLE = re.compile(r"((?:^# .*\n)+)^(\w+):", re.MULTILINE)
 _SHOWN = re.compile(r"figures/([\w.-]+\.svg)")
 
@@ -81,10 +93,77 @@ def pairs(folder: Path) -> str:
     return "\n".join(lines) + f"\n\n{NOTE}\n"
 
 
+def drift(experiments: Path) -> str:
+    """Return the page of what was measured inside models: a row a run, and what goes with the harmful score."""
+    frame = pd.concat([load(experiments / name).assign(experiment=name) for name in MEASURED], ignore_index=True)
+    frame = frame[frame[f"{PREFIX}total"].notna()]
+    roots = ",".join(f"experiments/{name}" for name in MEASURED)
+    named = [str(name) for name in frame if frame[name].notna().any()]
+    columns = [name.removeprefix(PREFIX) for name in named if name.startswith(PREFIX)]
+    lines = [
+        "# What moved inside: every run that was measured\n",
+        "Made by `make docs` of the records; correlations as by\n",
+        f"    python -m cwac_lab.diagnose 'output_root=[{roots}]'\n",
+        "Means over layers on harmful prompts of the test pool, relative to the start. What each column is: "
+        "[evidence.md](../evidence.md#what-is-measured). HS: harmful score in percent, lower is better; kl, benign: KL "
+        "on harmless prompts; weight, activation and cross are the parts by the weights, by their input and by both.\n",
+        "| experiment | constraint | setting | seed | HS | " + " | ".join(columns) + " | kl, benign |",
+        "| --- " * (6 + len(columns)) + "|",
+    ]
+    for _, run in frame.iterrows():
+        told = [
+            f"{key.removeprefix('constraint.')}={run[key]:g}"
+            for key, usual in _USUAL.items()
+            if _unusual(run, key, usual)
+        ]
+        told += [f"{key.partition('.')[0]}={run[key]}" for key, usual in _CALLED.items() if run[key] != usual]
+        values = [_digits(run[PREFIX + name]) for name in columns] + [_digits(run["drift_benign_kl"])]
+        cells = [
+            run["experiment"],
+            run["constraint"],
+            ", ".join(told),
+            f"{run['seed']:g}",
+            f"{run['harmful_score']:.1f}",
+        ]
+        lines.append("| " + " | ".join([*cells, *values]) + " |")
+    lines += [
+        "\nSpearman's rank correlation with the harmful score over the runs that are not broken, with a bootstrap "
+        "interval over runs (95 %):\n",
+        "| measurement | rho | runs |",
+        "| --- | --- | --- |",
+    ]
+    for _, row in correlations(frame).iterrows():
+        rho = f"{row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        lines.append(f"| {row['measurement']} | {rho} | {row['n']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _unusual(run: Any, key: str, usual: float | None) -> bool:
+    return key in run and not pd.isna(run[key]) and run[key] != usual
+
+
+def _digits(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.3g}"
+
+
+def judged_by_kind() -> str:
+    """Return the page of how often the judges of today are right, by kind of written answer."""
+    judges = runnable()
+    versions = ", ".join(f"`{judge.name}` {judge.version[:8]}" for judge in judges)
+    lines = [
+        "# Judges, by kind of answer\n",
+        "Made by `make docs` of the held-out half of `src/cwac_lab/judges/kinds.yaml`, as by\n",
+        "    python -m cwac_lab.judges\n",
+        f"Percent that are right [95 % interval], higher is better; n: answers. Versions: {versions}.\n",
+    ]
+    return "\n".join([*lines, *by_kind(judges)]) + "\n"
+
+
 def pages(experiments: Path) -> dict[str, str]:
     """Return the text of every file of ``docs/tables``, by name; the index is ``README.md``."""
     found = {f"{folder.name}-{name}.md": table(folder, name, query) for folder, name, query in _tables(experiments)}
     found |= {f"{file.parent.name}-pairs.md": pairs(file.parent) for file in sorted(experiments.glob(f"*/{PAIRS}"))}
+    found |= {"drift.md": drift(experiments), "judges.md": judged_by_kind()}
     lines = ["# Long tables\n", "Made by `make docs` of the records that travel with the project.\n"]
     lines += [f"- [{text.splitlines()[0].removeprefix('# ')}]({name})" for name, text in sorted(found.items())]
     return {**found, "README.md": "\n".join(lines) + "\n"}

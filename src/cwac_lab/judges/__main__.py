@@ -105,7 +105,8 @@ def agreement(judges: Sequence[Judge], table: pd.DataFrame) -> str:
     return f"errors of {judges[0].name} and {judges[1].name}: kappa {found['kappa']:.2f} (n={found['n']})"
 
 
-def _runnable() -> list[Judge]:
+def runnable() -> list[Judge]:
+    """Return the judges that need no hub, without those whose package is not installed, which is told."""
     found = []
     for name in HERE:
         try:
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
     if words and (key != "labelled" or not path):
         raise ConfigError("arguments", words, "none, or labelled=FILE")
     table = labelled(Path(path)) if path else None
-    judges = _runnable()
+    judges = runnable()
     print("judges: " + ", ".join(f"{judge.name} {judge.version[:8]}" for judge in judges))
     print("\n".join(["", "Right, of the held-out written answers, in percent:", "", *by_kind(judges)]))
     if table is not None:
