@@ -55,7 +55,7 @@ docs: $(READY)  ## all that is generated under docs/: long tables, configuration
 
 site: $(READY)  ## the documents as a site under site/, checked for broken links
 	$(PIP) --constraint constraints.txt '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)

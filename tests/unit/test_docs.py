@@ -1,14 +1,11 @@
 """The documents: what is generated is current, links lead somewhere, pages keep their size, tables show the records."""
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from cwac_lab.core.cli import compose
-from cwac_lab.docs import keys, long_tables
-from cwac_lab.models.embedding import PACKAGE
+from cwac_lab.docs import keys, long_tables, site
 from cwac_lab.results.store import flat
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +27,6 @@ def test_the_pairs_are_what_their_records_give():
     for file in ROOT.glob("experiments/*/pairs.yaml"):
         page = DOCS / "tables" / f"{file.parent.name}-pairs.md"
         assert page.read_text(encoding="utf-8") == long_tables.pairs(file.parent), RENEW
-
-
-@pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
-def test_the_table_of_judges_is_what_they_say():
-    assert (DOCS / "tables" / "judges.md").read_text(encoding="utf-8") == long_tables.judged_by_kind(), RENEW
 
 
 def test_the_table_of_drift_is_what_its_records_give():
@@ -59,7 +51,7 @@ def test_every_key_has_a_meaning_and_stands_on_the_page():
     plans = ("data.harmful.", "data.harmless.", "data.lookalike.", "forms.others", "hydra")
     missing = [
         key
-        for key in flat(compose([]))
+        for key in flat(keys._composed())
         if key not in listed
         and not key.startswith(plans)
         and not key.endswith("_target_")
@@ -150,3 +142,19 @@ def test_small_tables_show_what_the_long_ones_say():
         shown = [found for row in rows for found in cell.findall(row)]
         assert shown, page.name
         assert [found for found in shown if found not in known] == [], page.name
+
+
+@pytest.mark.parametrize(
+    ("link", "at", "shown"),
+    [
+        ("[a](docs/judges.md#by-kind)", "", "[a](judges.md#by-kind)"),
+        ("![a](docs/figures/x.svg)", "", "![a](figures/x.svg)"),
+        ("[a](../CHANGELOG.md)", "docs", "[a](changelog.md)"),
+        ("[a](../evidence.md#what)", "docs/tables", "[a](../evidence.md#what)"),
+        ("[a](../src/cwac_lab/train.py)", "docs", "a (`src/cwac_lab/train.py`)"),
+        ("[`conf/x.yaml`](../conf/x.yaml)", "docs", "`conf/x.yaml`"),
+        ("[a](https://b.c) [d](#e)", "docs", "[a](https://b.c) [d](#e)"),
+    ],
+)
+def test_the_site_leads_to_its_own_pages_and_names_files_of_the_code(link, at, shown):
+    assert site.rewritten(link, at) == shown

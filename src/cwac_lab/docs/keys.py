@@ -223,8 +223,11 @@ def _options(group: str, *, differ: bool) -> list[str]:
 
 
 def parts(option: str) -> dict[str, dict[str, Any]]:
-    """Return the composed settings of the defences of ``constraint=OPTION``, by name."""
-    return typing.cast(dict[str, dict[str, Any]], _composed(f"constraint={option}")["constraint"])
+    """Return the settings of the defence of ``constraint=OPTION`` under its name; nothing for one that names others."""
+    text = (conf_dir() / "constraint" / f"{option}.yaml").read_text(encoding="utf-8")
+    node = yaml.safe_load(text) or {}
+    package = re.match(r"# @package constraint\.(\w+)\n", text)
+    return {package[1]: node} if package else {}
 
 
 def sections() -> Iterator[tuple[str, list[Key]]]:
@@ -235,8 +238,7 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
         yield group, list(keys_of(cls or get_class(node["_target_"]), group, node))
     for option in options("constraint"):
         for name, node in parts(option).items():
-            if len(parts(option)) == 1:
-                yield f"constraint={option}", list(keys_of(get_class(node["_target_"]), f"constraint.{name}", node))
+            yield f"constraint={option}", list(keys_of(get_class(node["_target_"]), f"constraint.{name}", node))
 
 
 def page() -> str:

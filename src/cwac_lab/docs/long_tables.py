@@ -18,7 +18,8 @@ import yaml
 
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.diagnostics.evidence import PREFIX, correlations
-from cwac_lab.judges.__main__ import by_kind, runnable
+from cwac_lab.judges.__main__ import by_kind, runnable, said_of_written
+from cwac_lab.judges.base import Judge
 from cwac_lab.report.files import NOTE, page
 from cwac_lab.report.paired import compare
 from cwac_lab.report.records import Row, records
@@ -146,9 +147,13 @@ def _digits(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.3g}"
 
 
-def judged_by_kind() -> str:
-    """Return the page of how often the judges of today are right, by kind of written answer."""
-    judges = runnable()
+def judged_by_kind(judges: list[Judge], said: dict[str, list[str]]) -> str:
+    """Return the page of how often the judges of today are right, by kind of written answer.
+
+    Args:
+        judges: The judges, for their versions.
+        said: What they say of the written answers, by name.
+    """
     versions = ", ".join(f"`{judge.name}` {judge.version[:8]}" for judge in judges)
     lines = [
         "# Judges, by kind of answer\n",
@@ -156,14 +161,16 @@ def judged_by_kind() -> str:
         "    python -m cwac_lab.judges\n",
         f"Percent that are right [95 % interval], higher is better; n: answers. Versions: {versions}.\n",
     ]
-    return "\n".join([*lines, *by_kind(judges)]) + "\n"
+    return "\n".join([*lines, *by_kind(said)]) + "\n"
 
 
 def pages(experiments: Path) -> dict[str, str]:
     """Return the text of every file of ``docs/tables``, by name; the index is ``README.md``."""
     found = {f"{folder.name}-{name}.md": table(folder, name, query) for folder, name, query in _tables(experiments)}
     found |= {f"{file.parent.name}-pairs.md": pairs(file.parent) for file in sorted(experiments.glob(f"*/{PAIRS}"))}
-    found |= {"drift.md": drift(experiments), "judges.md": judged_by_kind()}
+    judges = runnable()
+    said = {judge.name: said_of_written(judge) for judge in judges}
+    found |= {"drift.md": drift(experiments), "judges.md": judged_by_kind(judges, said)}
     lines = ["# Long tables\n", "Made by `make docs` of the records that travel with the project.\n"]
     lines += [f"- [{text.splitlines()[0].removeprefix('# ')}]({name})" for name, text in sorted(found.items())]
     return {**found, "README.md": "\n".join(lines) + "\n"}

@@ -54,20 +54,25 @@ def _share(right: Sequence[bool]) -> Rate:
     return wilson(sum(right), len(right))
 
 
-def by_kind(judges: Sequence[Judge]) -> list[str]:
-    """Return the lines of a table: the share of held-out written answers that each judge gets right, by kind."""
+def said_of_written(judge: Judge) -> list[str]:
+    """Return what a judge says of the held-out written answers, in their order."""
+    return [word(each) for each in judge.verdicts([(row.prompt, row.answer) for row in examples() if row.held_out])]
+
+
+def by_kind(said: dict[str, list[str]]) -> list[str]:
+    """Return the lines of a table: the share of held-out written answers that each judge gets right, by kind.
+
+    Args:
+        said: What ``said_of_written`` returns, by name of the judge.
+    """
     held = [each for each in examples() if each.held_out]
-    said = [[word(each) for each in judge.verdicts([(row.prompt, row.answer) for row in held])] for judge in judges]
-    lines = [
-        "| kind | truth | n | " + " | ".join(judge.name for judge in judges) + " |",
-        "| --- " * (3 + len(judges)) + "|",
-    ]
-    for kind in dict.fromkeys(row.kind for row in held):
-        places = [place for place, row in enumerate(held) if row.kind == kind]
-        shares = [str(_share([words[place] == held[place].truth for place in places])) for words in said]
-        lines.append(f"| {kind} | {held[places[0]].truth} | {len(places)} | " + " | ".join(shares) + " |")
-    shares = [str(_share([word == row.truth for word, row in zip(words, held, strict=True)])) for words in said]
-    return [*lines, f"| all | | {len(held)} | " + " | ".join(shares) + " |"]
+    lines = [f"| kind | truth | n | {' | '.join(said)} |", "| --- " * (3 + len(said)) + "|"]
+    places = {kind: [at for at, row in enumerate(held) if row.kind == kind] for kind in {row.kind: 0 for row in held}}
+    for kind, mine in {**places, "all": list(range(len(held)))}.items():
+        shares = [str(_share([words[at] == held[at].truth for at in mine])) for words in said.values()]
+        truth = held[mine[0]].truth if kind != "all" else ""
+        lines.append(f"| {kind} | {truth} | {len(mine)} | {' | '.join(shares)} |")
+    return lines
 
 
 def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
@@ -133,8 +138,18 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("arguments", words, "none, or labelled=FILE")
     table = labelled(Path(path)) if path else None
     judges = runnable()
+    said = {judge.name: said_of_written(judge) for judge in judges}
     print("judges: " + ", ".join(f"{judge.name} {judge.version[:8]}" for judge in judges))
-    print("\n".join(["", "Right, of the held-out written answers, in percent:", "", *by_kind(judges)]))
+    print(
+        "\n".join(
+            [
+                "",
+                "Right, of the held-out written answers, in percent:",
+                "",
+                *by_kind({judge.name: said_of_written(judge) for judge in judges}),
+            ]
+        )
+    )
     if table is not None:
         print("\n".join(["", f"Answers labelled by people ({len(table)}), in percent:", "", *by_model(judges, table)]))
         if len(judges) > 1:
