@@ -140,16 +140,7 @@ def main(arguments: Sequence[str]) -> None:
     judges = runnable()
     said = {judge.name: said_of_written(judge) for judge in judges}
     print("judges: " + ", ".join(f"{judge.name} {judge.version[:8]}" for judge in judges))
-    print(
-        "\n".join(
-            [
-                "",
-                "Right, of the held-out written answers, in percent:",
-                "",
-                *by_kind({judge.name: said_of_written(judge) for judge in judges}),
-            ]
-        )
-    )
+    print("\n".join(["", "Right, of the held-out written answers, in percent:", "", *by_kind(said)]))
     if table is not None:
         print("\n".join(["", f"Answers labelled by people ({len(table)}), in percent:", "", *by_model(judges, table)]))
         if len(judges) > 1:
