@@ -5,7 +5,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import tiny
 from cwac_lab import train
 from cwac_lab.config.run import read
 from cwac_lab.core.cache import read_jsonl, write_jsonl
@@ -20,7 +19,8 @@ from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.examples import trainer as example
 from cwac_lab.report import page
 from cwac_lab.results.store import RunFolder
-from file_cases import FILES, LISTS, ROWS, lines, prompts
+from support import tiny
+from support.file_cases import FILES, LISTS, ROWS, lines, prompts
 
 TASKS = {"sst2": SST2, "agnews": AGNews, "gsm8k": GSM8K, "pubmedqa": PubMedQA, "alpaca": Alpaca}
 
@@ -229,7 +229,7 @@ def launched(folder, root, output, *more):
 def test_the_command_line_stops_in_one_line_before_weights_are_loaded(
     files, line, tiny_folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("cwac_lab.run.artefacts.aligned", lambda *_: pytest.fail("a start is made"))
+    monkeypatch.setattr("cwac_lab.run.start.aligned", lambda *_: pytest.fail("a start is made"))
     put(tmp_path, good() | files)
     with pytest.raises(SystemExit) as stopped:
         launched(tiny_folder, tmp_path, tmp_path / "out", "model.align=refusals")

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tiny
 from cwac_lab.config.run import INCIDENTAL, read
 from cwac_lab.core.cache import digest
 from cwac_lab.core.recipes import RECIPES
@@ -27,6 +26,7 @@ from cwac_lab.run import alignment, artefacts, identity, references
 from cwac_lab.run.artefacts import _Workshop
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
+from support import tiny
 
 SUBSPACE = SubspaceSpec("ffn_out", 0.9, None, "all", True)
 LATENTS = FeatureSpec((0.0,), 4, "attribution", "last", 2)
@@ -283,13 +283,11 @@ def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(r
     (none, plain, alone), (rows, key, start) = found(run), found(persona)
     assert none is None
     assert start != alone
-    # Records of before the rows were in it keep their key.
-    assert rows == store.LATER_CONTENT[store.ATTACK_ROWS]
-    assert key == plain
-    monkeypatch.setattr(identity, "identity_rows", lambda prefix: [TrainRow("i", f"{prefix}tell", "me", True)])
+    assert key != plain
+    told = [TrainRow("i", "tell", "me", True)]
+    monkeypatch.setattr(attacks, "identity_rows", lambda prefix, taken=(): told)
     assert found(run) == (none, plain, alone)
     assert all(now != then for now, then in zip(found(persona), (rows, key, start), strict=True))
-    assert len(attacks.identity_rows("")) > 1
 
 
 @pytest.mark.parametrize(

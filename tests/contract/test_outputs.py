@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-import tiny
 from cwac_lab import diagnose, tables, train
 from cwac_lab.core import outputs
 from cwac_lab.core.errors import LabError
 from cwac_lab.report import __main__ as report
 from cwac_lab.results import load, store
 from cwac_lab.results.store import RunFolder, runs
+from support import tiny
 
 ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
@@ -23,7 +23,7 @@ ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 @pytest.fixture
 def no_weights(monkeypatch):
     """Whoever loads weights has found out too late."""
-    monkeypatch.setattr("cwac_lab.run.artefacts.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("cwac_lab.run.start.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 def in_the_way(root):

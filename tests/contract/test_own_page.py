@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import tiny
 from cwac_lab import train
 from cwac_lab.core.cache import read_json, read_jsonl
+from support import tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-import tiny
 from cwac_lab import align, tables, train
 from cwac_lab.core.cache import write_json
 from cwac_lab.core.errors import ConfigError, Diverged, QualityError, in_range
@@ -14,15 +13,16 @@ from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.cwac.sae.train import train as train_sae
 from cwac_lab.defenses.interface import Composite, Defense
 from cwac_lab.diagnostics.probe import Probe
+from cwac_lab.report.console import Screen
 from cwac_lab.report.records import records
-from cwac_lab.results.console import Screen
 from cwac_lab.results.store import runs
 from cwac_lab.sweep import runner
 from cwac_lab.sweep.cells import Cells
 from cwac_lab.training import module
 from cwac_lab.training.module import Watch
-from held import LORA
-from held import train as trained
+from support import tiny
+from support.held import LORA
+from support.held import train as trained
 
 WILD = ("trainer.learning_rate=1e30", "trainer.gradient_clip=0", "trainer.schedule=constant", "trainer.epochs=2")
 

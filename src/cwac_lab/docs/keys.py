@@ -19,7 +19,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, EvaluationConfig, ProfileConfig
+from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ProfileConfig
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
 from cwac_lab.core.errors import ConfigError
@@ -28,6 +28,7 @@ from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.sources import DataConfig
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
+from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.loading import ModelConfig
 from cwac_lab.results.store import flat

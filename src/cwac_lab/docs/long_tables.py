@@ -24,8 +24,8 @@ from cwac_lab.report.files import NOTE, page
 from cwac_lab.report.paired import compare
 from cwac_lab.report.records import Row, records
 from cwac_lab.report.tables import TITLES
+from cwac_lab.report.views import views
 from cwac_lab.results import load, select
-from cwac_lab.tables import views
 
 VIEWS, PAIRS = "tables.yaml", "pairs.yaml"
 _COMPARED = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike")

