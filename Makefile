@@ -11,7 +11,7 @@ PROFILE ?= embedded
 JOBS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gemma train align prepare evaluate tables report test test-slow lint types format benchmark clean
+.PHONY: help setup setup-gemma train align prepare evaluate tables report docs site test test-slow lint types format benchmark clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,13 @@ tables: $(READY)  ## the runs that the experiments lack, then their tables; EXP=
 
 report: $(READY)  ## one page to explore all runs: outputs/report/index.html
 	$(BIN)/python -m cwac_lab.report $(ARGS)
+
+docs: $(READY)  ## all that is generated under docs/: long tables, configuration.md, figures
+	$(BIN)/python -m cwac_lab.docs
+
+site: $(READY)  ## the documents as a site under site/, checked for broken links
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
