@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tiny
 from cwac_lab.config.run import INCIDENTAL, read
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import ConfigError
@@ -32,6 +31,7 @@ from cwac_lab.run.artefacts import _Workshop
 from cwac_lab.run.identity import ATTACK_ROWS, run_key
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
+from support import tiny
 
 SUBSPACE = SubspaceSpec("ffn_out", 0.9, None, "all", True)
 LATENTS = FeatureSpec((0.0,), 4, "attribution", "last", 2)
@@ -323,9 +323,7 @@ def test_an_own_class_without_a_source_is_one_line(run, monkeypatch):
     module.Films = type("Films", (SST2,), {"__module__": "no_source"})
     monkeypatch.setitem(sys.modules, "no_source", module)
     settings = {**run.resolved, "task": {**run.resolved["task"], "_target_": "no_source.Films"}}
-    with pytest.raises(
-        ConfigError, match=r"task._target_=no_source.Films: accepted: a class of a module with"
-    ):
+    with pytest.raises(ConfigError, match=r"task._target_=no_source.Films: accepted: a class of a module with"):
         identity.own_sources(replace(run, resolved=settings))
 
 

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-import tiny
 from cwac_lab import replay, train
 from cwac_lab.results.archive import add
 from cwac_lab.results.store import RunFolder, runs
 from cwac_lab.run.replay import OTHER, ROUNDING, SAME, environment, grade, outcome
-from recorded import record
+from support import tiny
+from support.recorded import record
 
 TORCH = {"packages": {"torch": "1.0"}}
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from cwac_lab.core import outputs, overrides
+from cwac_lab.core import outputs, overrides, progress
 from cwac_lab.core.errors import Diverged, LabError
 from cwac_lab.core.paths import conf_dir
 
@@ -95,6 +95,7 @@ def launch(task: Callable[[DictConfig], float | None], config_name: str = "confi
     except OSError as error:
         print(f"error: TMPDIR: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    progress.show(not int(os.environ.get("RANK", "0")))
     with scratch as failures:
         os.environ[_FAILURES] = failures  # processes of a launcher inherit it
         _launch(task, config_name)

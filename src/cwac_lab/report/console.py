@@ -15,10 +15,10 @@ from rich.text import Text
 from cwac_lab.evaluation.metrics import SHOWN
 
 
-def _cell(rate: dict[str, Any]) -> tuple[str, str, str]:
-    if rate["value"] is None:
-        return "n/a", "", str(rate["n"])
-    return f"{rate['value']:.1f} %", f"[{rate['low']:.1f}, {rate['high']:.1f}]", str(rate["n"])
+def _cell(rate: dict[str, Any]) -> tuple[str, str]:
+    """Return a rate with its interval, and its n."""
+    known = rate["value"] is not None
+    return f"{rate['value']:.1f} [{rate['low']:.1f}, {rate['high']:.1f}]" if known else "n/a", str(rate["n"])
 
 
 _DRIFT = {
@@ -94,19 +94,19 @@ class Screen:
 
     def result(self, title: str, metrics: dict[str, Any]) -> None:
         """Print the rates of a run with intervals and n."""
-        table = Table("", "rate", "95 % interval", "n", title=escape(title), title_justify="left")
+        table = Table("", "% [95 % interval]", "n", title=escape(title), title_justify="left")
         for key, metric in SHOWN.items():
             if key in metrics:
                 table.add_row(metric.words, *_cell(metrics[key]))
         for name, told in metrics.get("judges", {}).items():
             if "agreement" not in told:
-                table.add_row("judged by", f"{name} {told['version'][:8]}", "", "")
+                table.add_row("judged by", f"{name} {told['version'][:8]}", "")
             else:
                 table.add_row(
                     f"HS, judge {name} {told['version'][:8]}{_kappa(told['agreement'])}", *_cell(told["harmful_score"])
                 )
         if "leak" in metrics:
-            table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "", "")
+            table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "")
         self.console.print(table)
         if metrics.get("broken"):
             self.console.print(

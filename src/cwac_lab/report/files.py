@@ -8,11 +8,13 @@ from pathlib import Path
 from cwac_lab.core.cache import digest, file_digest, read_json, write_json, write_text
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.core.provenance import sources
+from cwac_lab.report.records import Row
 from cwac_lab.results.store import Record
 
 NOTE = (
-    "Rates in percent: mean over seeds, 95 % interval (Wilson; of several seeds a bootstrap over seeds and items where "
-    "that is wider), n items, range over seeds. p: exact sign-flip test over items, Holm within a column and ratio."
+    "Intervals are at 95 %: Wilson's for one seed; for several the widest of Wilson's, a bootstrap over seeds and "
+    "items, and Student's over seeds. The rates of a broken model, which answers more than a fifth of prompts "
+    "incoherently, say nothing of safety."
 )
 
 
@@ -61,27 +63,34 @@ def write(root: Path, name: str, found: list[Record], say: Callable[[str], None]
     return page.read_text(encoding="utf-8")
 
 
+def page(rows: list[Row], name: str) -> str:
+    """Return the tables of some records as Markdown: rates, their means over tasks, paired differences.
+
+    Args:
+        rows: Records.
+        name: Of the table.
+    """
+    from cwac_lab.report import paired
+    from cwac_lab.report.tables import CAPTION, averages, markdown, summary
+
+    parts = [
+        ("", summary(rows, name), CAPTION),
+        ("Mean over tasks: ", averages(rows, name), CAPTION),
+        ("Paired differences: ", paired.differences(rows), paired.CAPTION),
+    ]
+    return "\n".join(markdown(part, title, caption) for title, part, caption in parts if len(part)) + f"\n{NOTE}\n"
+
+
 def _write(root: Path, name: str, found: list[Record], say: Callable[[str], None]) -> list[Path]:
     from cwac_lab.report.figures import draw
     from cwac_lab.report.latex import latex
-    from cwac_lab.report.paired import differences
     from cwac_lab.report.records import finished, records
-    from cwac_lab.report.tables import averages, markdown, summary
+    from cwac_lab.report.tables import numbers
 
     rows = records(found, say)
     if not finished(rows):
         raise MissingAsset(f"output_root={root}: no finished runs there; run `python -m cwac_lab.train` first")
-    table = summary(rows, name)
-    parts = [
-        ("", table),
-        ("Mean over tasks: ", averages(rows, name)),
-        ("Paired differences in points: ", differences(rows)),
-    ]
-    texts = {
-        "md": "\n".join(markdown(part, title) for title, part in parts if len(part)) + f"\n{NOTE}\n",
-        "csv": table.to_csv(index=False),
-        "tex": latex(rows),
-    }
+    texts = {"md": page(rows, name), "csv": numbers(rows).to_csv(index=False), "tex": latex(rows)}
     for kind, text in texts.items():
         write_text(root / "tables" / f"{name}.{kind}", text)
     return [root / "tables" / f"{name}.{kind}" for kind in texts] + draw(rows, root / "figures", name)

@@ -18,9 +18,10 @@ from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
+from cwac_lab.report.paired import CAPTION as PAIRED
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import RATES, SETTING, Row, finished, grouped, records, said
-from cwac_lab.report.tables import heading, rate_of, summary
+from cwac_lab.report.tables import CAPTION, column_title, heading, ranked, rate_of, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import Record
 
@@ -63,19 +64,18 @@ def _cells(rows: list[Row]) -> list[dict[str, Any]]:
 def _tables(rows: list[Row]) -> list[dict[str, Any]]:
     """Return the tables as headings, columns and cells, without empty columns: rates, then paired differences."""
     found = []
-    for words, frame in (("Rates", summary(rows)), ("Paired differences in points", differences(rows))):
+    rates = summary(rows)
+    for words, frame, caption in (("Rates", rates, CAPTION), ("Paired differences", differences(rows), PAIRED)):
+        best = ranked(frame) if frame is rates else {}
         for keys, part in frame.groupby([name for name in SETTING if name in frame], sort=False) if len(frame) else ():
-            first = part.iloc[0]
-            shown = part.drop(columns=[name for name in SETTING if name in part]).fillna("").astype(str)
+            shown = part.drop(columns=[name for name in SETTING if name in part]).astype(object).fillna("").astype(str)
             shown = shown.loc[:, (shown != "").any()]
-            found.append(
-                {
-                    "title": f"{words}: {heading(first)}",
-                    "key": str(keys),
-                    "columns": list(shown.columns),
-                    "rows": shown.to_numpy().tolist(),
-                }
-            )
+            cells = [
+                [{"text": row[name], "best": best.get(name, {}).get(at) == 0} for name in shown.columns]
+                for at, row in shown.iterrows()
+            ]
+            told = {"title": f"{words}: {heading(part.iloc[0])}", "caption": caption, "key": str(keys)}
+            found.append({**told, "columns": [column_title(name) for name in shown.columns], "rows": cells})
     return found
 
 
