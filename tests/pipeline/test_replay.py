@@ -8,7 +8,7 @@ import pytest
 from cwac_lab import replay, train
 from cwac_lab.results.archive import add
 from cwac_lab.results.store import RunFolder, runs
-from cwac_lab.run.replay import OTHER, ROUNDING, SAME, environment, grade, outcome
+from cwac_lab.run.replay import OTHER, ROUNDING, SAME, composed, environment, grade, outcome
 from support import tiny
 from support.recorded import record
 
@@ -39,6 +39,23 @@ def test_an_archived_run_made_again_is_the_same(archive, tmp_path, capsys):
     heads, rows = outcome(recorded, again)
     assert {row[heads.index("difference")] for row in rows[:-1]} <= {"+0.0", ""}
     assert re.fullmatch(r"0 of \d+ differ", rows[-1][3])
+
+
+def test_a_replay_is_one_process_that_tells_nobody(archive, tmp_path):
+    class Wide:
+        status, path = "ok", tmp_path / "elsewhere"
+
+        def config(self):
+            (recorded,) = runs(archive)
+            found = recorded.config()
+            found["trainer"] |= {"strategy": "fsdp", "devices": 4, "export": True}
+            found["logger"] |= {"wandb": "online"}
+            return found
+
+    run = composed(Wide(), tmp_path, [])
+    assert (run.trainer.strategy, run.trainer.devices, run.trainer.export) == ("ddp", 1, False)
+    assert run.logger.wandb == "off"
+    assert composed(Wide(), tmp_path, ["trainer.export=true"]).trainer.export
 
 
 @pytest.fixture

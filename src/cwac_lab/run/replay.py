@@ -25,6 +25,8 @@ _INPUTS = (
     *("attack_rows_sha256", "own_sources"),
 )
 _MACHINE = ("python", "packages", "platform", "cpu_count", "torch_threads", "devices")
+# A replay is one process, which tells no tracker and saves no model unless it is asked to.
+_ALONE = {"trainer": {"devices": 1, "strategy": "ddp", "export": False}, "logger": {"wandb": "off"}}
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -45,7 +47,7 @@ def composed(record: Record, root: Path, overrides: Sequence[str]) -> Run:
         raise ConfigError("output_root", root, "another folder than that of the record, which stays as it is")
     settings = OmegaConf.create(record.config())
     settings.merge_with({"output_root": str(root), "cache_root": str(root / "cache"), "force": False})
-    settings.trainer.devices = 1
+    settings.merge_with(_ALONE)
     for override in parsed(overrides):
         key = str(override.key_or_group)
         if not any(key == alike or key.startswith(f"{alike}.") for alike in ALIKE):
@@ -102,6 +104,8 @@ def _changes(record: Record, again: Record) -> Iterator[tuple[str, Any, Any, str
     if then.get(code) != now.get(code) or (code == "git_commit" and (then.get("git_dirty") or now.get("git_dirty"))):
         yield "code", _commit(then), _commit(now), OTHER
     for name in _INPUTS:
+        if name not in then and "made_under" in then:
+            continue  # earlier records do not tell it
         if (then.get(name) or None) != (now.get(name) or None):
             yield name, then.get(name), now.get(name), OTHER
     yield from _differing("judge ", _judges(record), _judges(again), OTHER)
