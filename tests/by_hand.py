@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import tiny
 from cwac_lab.data.batches import collate
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.defense import Context
+from cwac_lab.defenses.interface import Context
 from cwac_lab.models.chat import IGNORED
 from cwac_lab.training.loop import fit
 from cwac_lab.training.module import TrainData

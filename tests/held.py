@@ -9,10 +9,10 @@ import torch
 
 import tiny
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.defense import Context
+from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
+from cwac_lab.defenses.cwac.subspace.basis import Subspace, leading
+from cwac_lab.defenses.interface import Context
 from cwac_lab.models.adapters import TuningConfig, attach
-from cwac_lab.sae.latents import LayerFeatures
-from cwac_lab.subspace.basis import Subspace, leading
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
 

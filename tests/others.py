@@ -16,20 +16,20 @@ from transformers import (
 )
 
 import tiny
-from cwac_lab.baselines.asft import AsFT
-from cwac_lab.baselines.constrained_sft import ConstrainedSFT
-from cwac_lab.baselines.kl import KL
-from cwac_lab.baselines.l2 import L2
-from cwac_lab.baselines.ldifs import LDIFS
-from cwac_lab.baselines.lisa import Lisa
-from cwac_lab.baselines.safegrad import SafeGrad
-from cwac_lab.baselines.safelora import SafeLoRA
-from cwac_lab.baselines.sppft import SPPFT
-from cwac_lab.constraints.activation import ActivationConstraint
-from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.defense import Composite
+from cwac_lab.defenses.cwac.activation import ActivationConstraint
+from cwac_lab.defenses.cwac.sae import latents
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Composite
+from cwac_lab.defenses.literature.asft import AsFT
+from cwac_lab.defenses.literature.constrained_sft import ConstrainedSFT
+from cwac_lab.defenses.literature.kl import KL
+from cwac_lab.defenses.literature.l2 import L2
+from cwac_lab.defenses.literature.ldifs import LDIFS
+from cwac_lab.defenses.literature.lisa import Lisa
+from cwac_lab.defenses.literature.safegrad import SafeGrad
+from cwac_lab.defenses.literature.safelora import SafeLoRA
+from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.integrations import protect
-from cwac_lab.sae import latents
 from held import PROMPTS, ROWS, WIDE, weights
 
 # Defences whose settings are the same in all tests of a trainer.

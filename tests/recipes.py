@@ -1,7 +1,7 @@
 """The number of every recipe, beside a digest of the code that makes its artefact: ``recipes.json``.
 
 Where that code has changed, ``python tests/recipes.py KIND ...`` writes down what it is now. Raise the number in
-``cwac_lab.artefact`` first, unless the new code makes the same bytes of the same inputs.
+``cwac_lab.core.recipes`` first, unless the new code makes the same bytes of the same inputs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.artefact import RECIPES, Recipe
-from cwac_lab.cache import digest, read_json, write_json
-from cwac_lab.paths import PACKAGE
+from cwac_lab.core.cache import digest, read_json, write_json
+from cwac_lab.core.paths import PACKAGE
+from cwac_lab.core.recipes import RECIPES, Recipe
 
 FILE = Path(__file__).with_suffix(".json")
 # Types change nothing that is computed, nor do lines and columns.

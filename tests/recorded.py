@@ -1,6 +1,6 @@
 """Records of finished runs, written by hand."""
 
-from cwac_lab.cache import digest
+from cwac_lab.core.cache import digest
 from cwac_lab.evaluation.verdicts import aggregate
 from cwac_lab.results.store import SCHEMA, RunFolder
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from contract.test_defenses import ACTIVE
-from cwac_lab import distributed
-from cwac_lab.baselines.lisa import Lisa
-from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.defense import Composite
+from cwac_lab.core import distributed
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Composite
+from cwac_lab.defenses.literature.lisa import Lisa
 from held import FULL, LORA, ROWS, Kill, Killed, train, weights
 
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}

@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cwac_lab import cli
+from cwac_lab.core import cli
+from cwac_lab.core.paths import conf_dir
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.paths import conf_dir
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "gemma3_text")
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from cwac_lab.core.stats import wilson
 from cwac_lab.judges import refusal
 from cwac_lab.judges.__main__ import labelled
-from cwac_lab.stats import wilson
 
 GRID = [2.0, 2.3, 2.6, 2.9, 3.1, 3.3, 3.5, 3.7, 4.0, 4.5]
 

@@ -10,7 +10,7 @@ import random
 import sys
 from dataclasses import replace
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 from cwac_lab.data import pools
 from cwac_lab.judges.classifier import embed
 

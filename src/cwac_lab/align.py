@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> None:
     """Align, and print the rates before and after on the validation pool."""
-    from cwac_lab.config import read
+    from cwac_lab.config.run import read
 
     run = read(config)
-    from cwac_lab.preparation import start
     from cwac_lab.results.console import Screen
-    from cwac_lab.training.alignment import alignment_report
+    from cwac_lab.run.alignment import alignment_report
+    from cwac_lab.run.start import start
 
     screen = Screen()
     begin = start(run, screen.say)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 if TYPE_CHECKING:
-    from cwac_lab.probing import Measurer
     from cwac_lab.results.store import RunFolder
+    from cwac_lab.run.drift import Measurer
 
 
 def _of_run(folder: RunFolder, config: DictConfig, measure: Measurer) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def _of_run(folder: RunFolder, config: DictConfig, measure: Measurer) -> dict[st
     Raises:
         ConfigError: If the run is not finished or has no model.
     """
-    from cwac_lab.errors import ConfigError
+    from cwac_lab.core.errors import ConfigError
     from cwac_lab.results import store
 
     if not folder.done() or not folder.has(store.MODEL):
@@ -39,7 +39,7 @@ def _of_run(folder: RunFolder, config: DictConfig, measure: Measurer) -> dict[st
 
 def _weights(folder: RunFolder) -> str:
     """Return the hash of the weights that a run started from, none where its record cannot be read."""
-    from cwac_lab.errors import LabError
+    from cwac_lab.core.errors import LabError
 
     with suppress(LabError):
         return str(folder.facts()["weights_content"])
@@ -52,9 +52,9 @@ def _of_folders(config: DictConfig, measure: Measurer, say: Callable[[str], None
     Raises:
         ConfigError: If they cannot be compared.
     """
-    from cwac_lab.config import read
-    from cwac_lab.errors import ConfigError
-    from cwac_lab.overrides import text
+    from cwac_lab.config.run import read
+    from cwac_lab.core.errors import ConfigError
+    from cwac_lab.core.overrides import text
 
     for key in ("before", "after"):
         if config[key] is None or not (Path(config[key]) / "config.json").is_file():
@@ -77,12 +77,12 @@ def main(config: DictConfig) -> None:
     """
     import pandas as pd
 
+    from cwac_lab.core.errors import LabError
     from cwac_lab.diagnostics.evidence import correlations
-    from cwac_lab.errors import LabError
-    from cwac_lab.probing import Measurer
     from cwac_lab.results import load
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import DRIFT, MODEL, RunFolder, runs
+    from cwac_lab.run.drift import Measurer
 
     screen = Screen()
     measure = Measurer(screen.say)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> None:
     """Read the run's own configuration, judge, and rewrite verdicts and metrics."""
-    from cwac_lab.config import read
-    from cwac_lab.errors import ConfigError
+    from cwac_lab.config.run import read
+    from cwac_lab.core.errors import ConfigError
     from cwac_lab.judges import check
     from cwac_lab.results import store
     from cwac_lab.results.console import Screen
@@ -25,7 +25,7 @@ def main(config: DictConfig) -> None:
         asked.evaluation.judges = config.judges
     run = read(asked, recorded=True)
     check(run.evaluation.judges)
-    from cwac_lab.experiment import rejudge
+    from cwac_lab.run.execution import rejudge
 
     rejudge(run, folder, Screen())
 

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 if TYPE_CHECKING:
-    from cwac_lab.config import Run
-    from cwac_lab.defense import Context
+    from cwac_lab.config.run import Run
+    from cwac_lab.defenses.interface import Context
     from cwac_lab.models.chat import ChatFormat
-    from cwac_lab.preparation import Start
+    from cwac_lab.run.start import Start
 
 
 def _covered(
     run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat
 ) -> Iterator[tuple[str, float]]:
     """Yield how much of the inputs is held: of the reference prompts, form by form, and of the prompts to come."""
-    from cwac_lab.subspace.basis import covered
+    from cwac_lab.defenses.cwac.subspace.basis import covered
 
     spec, subspace = run.constraint.requirements.subspace, context.subspace
     assert spec is not None
@@ -42,11 +42,12 @@ def _covered(
 
 def main(config: DictConfig) -> None:
     """Align where needed, then build subspace, autoencoder and latents."""
-    from cwac_lab.config import read
+    from cwac_lab.config.run import read
 
     run = read(config)
-    from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
+    from cwac_lab.run.artefacts import artefacts
+    from cwac_lab.run.start import start
 
     screen = Screen()
     begin = start(run, screen.say)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 from omegaconf import DictConfig, ListConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 if TYPE_CHECKING:
     from cwac_lab.sweep.grid import Grid
@@ -23,7 +23,7 @@ def views(file: str | None) -> dict[str, str | None]:
         MissingAsset: If there is no such file.
         ConfigError: If it does not map names to queries.
     """
-    from cwac_lab.errors import ConfigError, MissingAsset
+    from cwac_lab.core.errors import ConfigError, MissingAsset
 
     if file is None:
         return {"summary": None}
@@ -44,9 +44,9 @@ def views(file: str | None) -> dict[str, str | None]:
 
 def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
-    from cwac_lab.errors import ConfigError, MissingAsset, in_range
-    from cwac_lab.outputs import writable
-    from cwac_lab.overrides import text
+    from cwac_lab.core.errors import ConfigError, MissingAsset, in_range
+    from cwac_lab.core.outputs import writable
+    from cwac_lab.core.overrides import text
     from cwac_lab.report.files import write
     from cwac_lab.results import select
     from cwac_lab.results.console import Screen

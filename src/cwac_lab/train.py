@@ -10,7 +10,7 @@ import math
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> float:
@@ -19,18 +19,18 @@ def main(config: DictConfig) -> float:
     Raises:
         ConfigError: If settings would be tuned on the test split.
     """
-    from cwac_lab.config import read
-    from cwac_lab.errors import ConfigError
+    from cwac_lab.config.run import read
+    from cwac_lab.core.errors import ConfigError
 
     run = read(config)
     if "optuna" in HydraConfig.get().sweeper._target_ and run.evaluation.split != "validation":
         raise ConfigError("evaluation.split", run.evaluation.split, "validation: tuning never sees the test split")
     # What is read next takes seconds, which a mistake above need not wait for.
-    from cwac_lab import distributed
+    from cwac_lab.core import distributed
     from cwac_lab.evaluation.verdicts import tuning_error
-    from cwac_lab.experiment import carry_out
     from cwac_lab.results.console import Screen
     from cwac_lab.results.store import METRICS
+    from cwac_lab.run.execution import carry_out
 
     folder = carry_out(run, HydraConfig.get().overrides.task, Screen(quiet=distributed.number() > 0))
     return tuning_error(folder.read(METRICS)) if folder.status == "ok" else math.nan

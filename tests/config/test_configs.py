@@ -11,11 +11,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 
 import tiny
-from cwac_lab import align, cli, evaluate, prepare, tables, train
-from cwac_lab.config import read
-from cwac_lab.errors import ConfigError
+from cwac_lab import align, evaluate, prepare, tables, train
+from cwac_lab.config.run import read
+from cwac_lab.core import cli
+from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.paths import conf_dir
 from cwac_lab.models import adapters
-from cwac_lab.paths import conf_dir
 
 GROUPS = (
     "model",
@@ -184,7 +185,7 @@ def test_bad_input_is_one_line_and_exit_code_2(entry, arguments, expected, monke
 def test_a_configuration_is_read_without_what_training_needs():
     """Which takes seconds to import; a process of its own, as this one has imported it."""
     late = ("lightning", "peft", "transformers", "scipy")
-    asked = f"import sys, cwac_lab.config, cwac_lab.train; print([name for name in {late} if name in sys.modules])"
+    asked = f"import sys, cwac_lab.config.run, cwac_lab.train; print([name for name in {late} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True).stdout == b"[]\n"
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab import linalg
-from cwac_lab.constraints import activation
-from cwac_lab.constraints.activation import ActivationConstraint
-from cwac_lab.constraints.projected import Projection, project_gradients, release
-from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.defense import Defense
-from cwac_lab.errors import ConfigError
+from cwac_lab.core import linalg
+from cwac_lab.core.errors import ConfigError
+from cwac_lab.defenses.cwac import activation
+from cwac_lab.defenses.cwac.activation import ActivationConstraint
+from cwac_lab.defenses.cwac.projected import Projection, project_gradients, release
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Defense
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
 from held import ROWS, context, train

@@ -8,20 +8,20 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab.baselines.asft import AsFT
-from cwac_lab.baselines.constrained_sft import ConstrainedSFT
-from cwac_lab.baselines.kl import KL
-from cwac_lab.baselines.l2 import L2
-from cwac_lab.baselines.ldifs import LDIFS
-from cwac_lab.baselines.lisa import Lisa
-from cwac_lab.baselines.safe_instruct import SafeInstruct
-from cwac_lab.baselines.safegrad import SafeGrad
-from cwac_lab.baselines.safelora import SafeLoRA
-from cwac_lab.baselines.sppft import SPPFT
-from cwac_lab.constraints.activation import ActivationConstraint
-from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.data.batches import collate
-from cwac_lab.defense import Composite, Defense
+from cwac_lab.defenses.cwac.activation import ActivationConstraint
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Composite, Defense
+from cwac_lab.defenses.literature.asft import AsFT
+from cwac_lab.defenses.literature.constrained_sft import ConstrainedSFT
+from cwac_lab.defenses.literature.kl import KL
+from cwac_lab.defenses.literature.l2 import L2
+from cwac_lab.defenses.literature.ldifs import LDIFS
+from cwac_lab.defenses.literature.lisa import Lisa
+from cwac_lab.defenses.literature.safe_instruct import SafeInstruct
+from cwac_lab.defenses.literature.safegrad import SafeGrad
+from cwac_lab.defenses.literature.safelora import SafeLoRA
+from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.checkpoint import Resume
 from held import FULL, HALF, LORA, QLORA, ROWS, Kill, Killed, assert_moved_alike, same, train, weights

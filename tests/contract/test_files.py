@@ -7,8 +7,9 @@ import pytest
 
 import tiny
 from cwac_lab import train
-from cwac_lab.cache import read_jsonl, write_jsonl
-from cwac_lab.config import read
+from cwac_lab.config.run import read
+from cwac_lab.core.cache import read_jsonl, write_jsonl
+from cwac_lab.core.errors import LabError
 from cwac_lab.data.reading import find_file, read_rows
 from cwac_lab.data.sources import Prompts, load_prompts, load_task_rows
 from cwac_lab.data.tasks.agnews import AGNews
@@ -16,7 +17,6 @@ from cwac_lab.data.tasks.alpaca import Alpaca
 from cwac_lab.data.tasks.gsm8k import GSM8K
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.errors import LabError
 from cwac_lab.examples import trainer as example
 from cwac_lab.report import page
 from cwac_lab.results.store import RunFolder
@@ -229,7 +229,7 @@ def launched(folder, root, output, *more):
 def test_the_command_line_stops_in_one_line_before_weights_are_loaded(
     files, line, tiny_folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("cwac_lab.preparation.aligned", lambda *_: pytest.fail("a start is made"))
+    monkeypatch.setattr("cwac_lab.run.artefacts.aligned", lambda *_: pytest.fail("a start is made"))
     put(tmp_path, good() | files)
     with pytest.raises(SystemExit) as stopped:
         launched(tiny_folder, tmp_path, tmp_path / "out", "model.align=refusals")

@@ -10,23 +10,23 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab import identity, preparation, references
-from cwac_lab.artefact import RECIPES
-from cwac_lab.cache import digest
-from cwac_lab.config import INCIDENTAL, read
+from cwac_lab.config.run import INCIDENTAL, read
+from cwac_lab.core.cache import digest
+from cwac_lab.core.recipes import RECIPES
 from cwac_lab.data import attacks
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import PromptRow
+from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
+from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
 from cwac_lab.models import packaged
 from cwac_lab.models.loading import ModelFolder
-from cwac_lab.preparation import Start, _Workshop
-from cwac_lab.references import References
 from cwac_lab.results import store
 from cwac_lab.results.store import flat, run_key
-from cwac_lab.sae.latents import FeatureSpec
-from cwac_lab.subspace.basis import SubspaceSpec
-from cwac_lab.training import alignment
+from cwac_lab.run import alignment, artefacts, identity, references
+from cwac_lab.run.artefacts import _Workshop
+from cwac_lab.run.references import References
+from cwac_lab.run.start import Start
 
 SUBSPACE = SubspaceSpec("ffn_out", 0.9, None, "all", True)
 LATENTS = FeatureSpec((0.0,), 4, "attribution", "last", 2)
@@ -89,8 +89,8 @@ def key_of(kind, parts):
     with pytest.MonkeyPatch.context() as patch:
         for module in (packaged, references, alignment):
             patch.setattr(module, "cached_folder", ask)
-        patch.setattr(preparation, "together", keep)
-        patch.setattr(preparation, "decoder_layers", lambda _: range(2))
+        patch.setattr(artefacts, "together", keep)
+        patch.setattr(artefacts, "decoder_layers", lambda _: range(2))
         patch.setattr(alignment, "load_chat", lambda *_: chat)
         patch.setattr(importlib.metadata, "version", versions.__getitem__)
         for module, name, value in parts["patches"]:
@@ -211,14 +211,14 @@ ROWS = [
     ("sae", "texts", of_run("data", n_train=3)),
     ("sae", "texts", other_template),
     ("sae", "library", put(library="7")),
-    *of_fields("sae", "settings", preparation.sae_train.SAEConfig(), lambda name, to: of_run("sae", **{name: to})),
+    *of_fields("sae", "settings", artefacts.sae_train.SAEConfig(), lambda name, to: of_run("sae", **{name: to})),
     ("features", "model", put(content="others")),
     ("features", "dtype", put(dtype=torch.bfloat16)),
     ("features", "autoencoders.0", of_run("sae", seed=3)),
     ("features", "autoencoders.0", put(library="7")),
     ("features", "prompts", of_held(harmful=OTHER)),
     ("features", "prompts", of_held(benign=OTHER)),
-    ("features", "openings", of_code(preparation, "REFUSALS", ("Never.",))),
+    ("features", "openings", of_code(artefacts, "REFUSALS", ("Never.",))),
     *of_fields("features", "spec", LATENTS, lambda name, to: put(latents=replace(LATENTS, **{name: to}))),
 ]
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab.baselines.asft import AsFT
-from cwac_lab.baselines.l2 import L2
-from cwac_lab.baselines.safelora import SafeLoRA
-from cwac_lab.baselines.sppft import SPPFT
-from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.defense import Composite, Defense
-from cwac_lab.errors import LabError
+from cwac_lab.core.errors import LabError
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Composite, Defense
+from cwac_lab.defenses.literature.asft import AsFT
+from cwac_lab.defenses.literature.l2 import L2
+from cwac_lab.defenses.literature.safelora import SafeLoRA
+from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, _quantized, attach
 from cwac_lab.models.adapters import dense as as_float
 from cwac_lab.models.sites import linears

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from cwac_lab import config, preparation
-from cwac_lab.errors import LabError
+from cwac_lab.config.run import run as config
+from cwac_lab.core.errors import LabError
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.models import loading
+from cwac_lab.run import start
 from folder_cases import LOADED, REFUSED
 from folders import run_on
 
@@ -20,10 +21,10 @@ from folders import run_on
 def test_what_cannot_be_used_is_one_line(make, overrides, told, tmp_path, monkeypatch):
     folder = tmp_path / "given"
     make(folder)
-    monkeypatch.setattr(preparation, "build_pools", lambda _: pytest.fail("prompts are read before the folder"))
+    monkeypatch.setattr(start, "build_pools", lambda _: pytest.fail("prompts are read before the folder"))
     monkeypatch.setattr(loading, "content_digest", lambda _: pytest.fail("weights are read before the folder"))
     with pytest.raises(LabError) as error:
-        preparation.start(run_on(folder, overrides), lambda _: None)
+        start.start(run_on(folder, overrides), lambda _: None)
     line = str(error.value)
     assert "\n" not in line
     assert len(line) < 900
@@ -60,7 +61,7 @@ def test_what_can_be_used_is_what_the_files_say(make, overrides, tmp_path):
     folder = tmp_path / "given"
     make(folder)
     run = run_on(folder, overrides)
-    begin = preparation.start(run, lambda _: None)
+    begin = start.start(run, lambda _: None)
     model, chat = begin.load(run)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype, trust_remote_code=False).state_dict()
     for name, tensor in model.state_dict().items():

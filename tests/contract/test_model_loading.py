@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import cwac_lab
 import tiny
-from cwac_lab import preparation, train
-from cwac_lab.cache import file_digest
-from cwac_lab.errors import LabError
+from cwac_lab import train
+from cwac_lab.core.cache import file_digest
+from cwac_lab.core.errors import LabError
 from cwac_lab.models import loading, packaged
 from cwac_lab.models.architecture import Use
 from cwac_lab.models.loading import ModelConfig, content_digest, find, load_chat, load_model
+from cwac_lab.run import start
 from folder_cases import POINTER
 from folders import (
     WEIGHTS,
@@ -143,7 +144,7 @@ def test_the_start_is_read_from_the_files_that_are_loaded(tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     wanted = load_file(saved(tmp_path) / WEIGHTS)[name]
     save_file({name: torch.zeros_like(wanted)}, tmp_path / "zeros.safetensors")
-    assert torch.equal(preparation.start_weights(tmp_path)(name), wanted)
+    assert torch.equal(start.start_weights(tmp_path)(name), wanted)
 
 
 def test_the_digest_of_a_plain_folder_is_what_it_was(tmp_path):

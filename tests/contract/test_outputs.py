@@ -10,8 +10,9 @@ import pytest
 from safetensors import SafetensorError
 
 import tiny
-from cwac_lab import diagnose, outputs, tables, train
-from cwac_lab.errors import LabError
+from cwac_lab import diagnose, tables, train
+from cwac_lab.core import outputs
+from cwac_lab.core.errors import LabError
 from cwac_lab.report import __main__ as report
 from cwac_lab.results import load, store
 from cwac_lab.results.store import RunFolder, runs
@@ -22,7 +23,7 @@ ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 @pytest.fixture
 def no_weights(monkeypatch):
     """Whoever loads weights has found out too late."""
-    monkeypatch.setattr("cwac_lab.preparation.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("cwac_lab.run.artefacts.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 def in_the_way(root):
@@ -147,7 +148,7 @@ def test_no_place_for_temporary_files(monkeypatch, capsys):
     def none(*_, **__):
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
-    monkeypatch.setattr("cwac_lab.cli.tempfile.TemporaryDirectory", none)
+    monkeypatch.setattr("cwac_lab.core.cli.tempfile.TemporaryDirectory", none)
     assert tiny.error_of(train.main, [], capsys) == "TMPDIR: No usable temporary directory found in ['/tmp']"
 
 
@@ -163,7 +164,7 @@ def test_drift_is_not_measured_for_a_folder_that_takes_none(tiny_folder, tmp_pat
     tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path / "out"), "constraint=none"])
     (run,) = runs(tmp_path / "out")
     mounted[tmp_path / "out" / "runs"] = errno.EROFS
-    monkeypatch.setattr("cwac_lab.probing.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("cwac_lab.run.drift.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     line = tiny.error_of(diagnose.main, [f"run={run.path}"], capsys, "diagnose")
     assert line.startswith(f"run={run.path}: accepted: a folder that can be made and written to")
 
@@ -200,9 +201,9 @@ def test_a_slip_of_the_program_keeps_its_traceback(slip, tiny_folder, tmp_path, 
     def slipped(*_, **__):
         raise slip
 
-    monkeypatch.setattr("cwac_lab.experiment._Stage.evaluate", slipped)
-    monkeypatch.setattr("cwac_lab.experiment._Stage.fine_tune", lambda *_: {})
-    monkeypatch.setattr("cwac_lab.experiment._Stage.export", lambda *_: None)
+    monkeypatch.setattr("cwac_lab.run.stages._evaluate", slipped)
+    monkeypatch.setattr("cwac_lab.run.stages._fine_tune", lambda *_: {})
+    monkeypatch.setattr("cwac_lab.run.stages.export", lambda *_: None)
     with pytest.raises(type(slip), match=str(slip.args[-1]) if len(slip.args) == 1 else slip.strerror):
         tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
 

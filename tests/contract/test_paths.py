@@ -7,8 +7,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import tiny
-from cwac_lab import cli, diagnose, overrides, tables, train
-from cwac_lab.errors import LabError
+from cwac_lab import diagnose, tables, train
+from cwac_lab.core import cli, overrides
+from cwac_lab.core.errors import LabError
 from cwac_lab.results.store import runs
 
 HOME = os.path.expanduser("~")

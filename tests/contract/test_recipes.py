@@ -5,8 +5,8 @@ import ast
 import pytest
 
 import recipes
-from cwac_lab.artefact import RECIPES
-from cwac_lab.cache import read_json
+from cwac_lab.core.cache import read_json
+from cwac_lab.core.recipes import RECIPES
 
 
 def moved(kind, held, now):
@@ -17,8 +17,8 @@ def moved(kind, held, now):
     )
     if changed and held["number"] == now["number"]:
         return (
-            f"the code of {kind} changed ({', '.join(changed)}): raise its recipe number in cwac_lab.artefact, or, if "
-            f"it makes the same bytes, only renew the digest by `{renew}`"
+            f"the code of {kind} changed ({', '.join(changed)}): raise its recipe number in cwac_lab.core.recipes, or, "
+            f"if it makes the same bytes, only renew the digest by `{renew}`"
         )
     if now["number"] < held["number"]:
         return f"the recipe number of {kind} was lowered: what an older recipe made would be taken for new"
@@ -75,10 +75,10 @@ def test_a_digest_is_of_what_is_computed(code, same):
 
 
 def test_a_digest_is_of_what_is_named():
-    (found,) = recipes.parts("subspace.basis:_batched")
+    (found,) = recipes.parts("defenses.cwac.subspace.basis:_batched")
     assert found.name == "_batched"
-    (found,) = recipes.parts("preparation:_Workshop._choose")
+    (found,) = recipes.parts("run.artefacts:_Workshop._choose")
     assert found.name == "_choose"
-    assert len(recipes.parts("subspace.solvers")) > 4
+    assert len(recipes.parts("defenses.cwac.subspace.solvers")) > 4
     with pytest.raises(LookupError):
-        recipes.parts("subspace.basis:nothing")
+        recipes.parts("defenses.cwac.subspace.basis:nothing")

@@ -22,19 +22,19 @@ from by_hand import (
     token_losses,
     trained,
 )
-from cwac_lab.baselines.asft import AsFT
-from cwac_lab.baselines.constrained_sft import ConstrainedSFT
-from cwac_lab.baselines.kl import KL, divergence
-from cwac_lab.baselines.l2 import L2
-from cwac_lab.baselines.ldifs import LDIFS
-from cwac_lab.baselines.lisa import Lisa
-from cwac_lab.baselines.safe_instruct import SafeInstruct
-from cwac_lab.baselines.safegrad import SafeGrad
-from cwac_lab.baselines.sppft import SPPFT
-from cwac_lab.baselines.start import StartLogits
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import cyclic
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.errors import ConfigError
+from cwac_lab.defenses.literature.asft import AsFT
+from cwac_lab.defenses.literature.constrained_sft import ConstrainedSFT
+from cwac_lab.defenses.literature.kl import KL, divergence
+from cwac_lab.defenses.literature.l2 import L2
+from cwac_lab.defenses.literature.ldifs import LDIFS
+from cwac_lab.defenses.literature.lisa import Lisa
+from cwac_lab.defenses.literature.safe_instruct import SafeInstruct
+from cwac_lab.defenses.literature.safegrad import SafeGrad
+from cwac_lab.defenses.literature.sppft import SPPFT
+from cwac_lab.defenses.literature.start import StartLogits
 from cwac_lab.models.chat import IGNORED
 
 

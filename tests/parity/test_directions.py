@@ -15,10 +15,10 @@ from by_hand import (
     sft,
     trained,
 )
-from cwac_lab.baselines.asft import AsFT, rotated
-from cwac_lab.baselines.safelora import SafeLoRA
-from cwac_lab.defense import Context
-from cwac_lab.errors import LabError
+from cwac_lab.core.errors import LabError
+from cwac_lab.defenses.interface import Context
+from cwac_lab.defenses.literature.asft import AsFT, rotated
+from cwac_lab.defenses.literature.safelora import SafeLoRA
 
 
 def projected(ratio_of=None, *, mode, count, zero=False):

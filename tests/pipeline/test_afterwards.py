@@ -6,10 +6,11 @@ import pytest
 from omegaconf import OmegaConf
 
 import tiny
-from cwac_lab import experiment, train
-from cwac_lab.cache import read_json
-from cwac_lab.config import INCIDENTAL
+from cwac_lab import train
+from cwac_lab.config.run import INCIDENTAL
+from cwac_lab.core.cache import read_json
 from cwac_lab.results.store import RunFolder, flat, runs
+from cwac_lab.run import stages
 
 SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 DRIFT = "diagnostics.enabled=true"
@@ -37,7 +38,7 @@ def store(tiny_folder, tmp_path_factory):
 def again(store, tiny_folder, tmp_path, monkeypatch):
     """Ask for a run of a copy of the store again; training is a mistake."""
     shutil.copytree(store, tmp_path / "store")
-    monkeypatch.setattr(experiment, "_execute", lambda *_: pytest.fail("it was carried out"))
+    monkeypatch.setattr(stages, "carry_through", lambda *_: pytest.fail("it was carried out"))
     shared = [*tiny.small_run(tiny_folder, tmp_path / "store"), *SHARED]
 
     def ask(seed, *asked):
@@ -145,6 +146,6 @@ def test_a_tracker_is_told_of_a_finished_run_once(again, capsys):
 
 def test_force_repeats_the_run(again, monkeypatch):
     carried_out = []
-    monkeypatch.setattr(experiment, "_execute", lambda run, folder, *_: carried_out.append(folder))
+    monkeypatch.setattr(stages, "carry_through", lambda job: carried_out.append(job.folder))
     run = again(2, "force=true", "trainer.export=true")
     assert [each.path for each in carried_out] == [RunFolder(run.path).path]

@@ -11,10 +11,10 @@ import torch
 
 import tiny
 from cwac_lab import diagnose, train
-from cwac_lab.cache import read_json, read_jsonl, write_json
+from cwac_lab.core.cache import read_json, read_jsonl, write_json
 from cwac_lab.diagnostics import evidence
 from cwac_lab.diagnostics.callback import DriftSampler
-from cwac_lab.probing import Measurer
+from cwac_lab.run.drift import Measurer
 
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 
@@ -180,7 +180,7 @@ UNLIKE = {
 def test_models_that_are_no_states_of_one_are_one_line(case, tiny_folder, tmp_path, capsys, monkeypatch):
     changes, line = UNLIKE[case]
     after = changed(tmp_path / "after", **changes)
-    for where in ("cwac_lab.preparation.load_model", "cwac_lab.probing.load_model"):
+    for where in ("cwac_lab.run.artefacts.load_model", "cwac_lab.run.drift.load_model"):
         monkeypatch.setattr(where, lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as stopped:
         tiny.launch(diagnose.main, [f"before={tiny_folder}", f"after={after}", "measured_in=none"], "diagnose")

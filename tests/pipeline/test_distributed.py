@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import spmd
 import tiny
 from contract.test_defenses import ACTIVE
-from cwac_lab import distributed, train
-from cwac_lab.cache import read_json, read_jsonl
-from cwac_lab.config import read
-from cwac_lab.errors import LabError
+from cwac_lab import train
+from cwac_lab.config.run import read
+from cwac_lab.core import distributed
+from cwac_lab.core.cache import read_json, read_jsonl
+from cwac_lab.core.errors import LabError
 from held import assert_moved_alike, weights
 
 

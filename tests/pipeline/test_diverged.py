@@ -8,15 +8,15 @@ import torch
 
 import tiny
 from cwac_lab import align, tables, train
-from cwac_lab.cache import write_json
-from cwac_lab.defense import Composite, Defense
+from cwac_lab.core.cache import write_json
+from cwac_lab.core.errors import ConfigError, Diverged, QualityError, in_range
+from cwac_lab.defenses.cwac.sae.train import SAEConfig
+from cwac_lab.defenses.cwac.sae.train import train as train_sae
+from cwac_lab.defenses.interface import Composite, Defense
 from cwac_lab.diagnostics.probe import Probe
-from cwac_lab.errors import ConfigError, Diverged, QualityError, in_range
 from cwac_lab.report.records import records
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import runs
-from cwac_lab.sae.train import SAEConfig
-from cwac_lab.sae.train import train as train_sae
 from cwac_lab.sweep import runner
 from cwac_lab.sweep.cells import Cells
 from cwac_lab.training import module
@@ -102,7 +102,7 @@ def test_a_training_that_is_well_ends_as_before():
 
 def test_a_run_that_diverges_is_a_failed_one_without_model_and_answers(tiny_folder, tmp_path, capsys, monkeypatch):
     shared = [*tiny.small_run(tiny_folder, tmp_path), "constraint=none", "trainer.checkpoint_every_n_steps=1"]
-    monkeypatch.setattr("cwac_lab.experiment._Stage.evaluate", lambda *_: pytest.fail("answers were asked for"))
+    monkeypatch.setattr("cwac_lab.run.stages._evaluate", lambda *_: pytest.fail("answers were asked for"))
     line, _ = ended(train.main, [*shared, *WILD, "diagnostics.enabled=true", "diagnostics.every_n_steps=1"], capsys)
     assert "not finite" in line
     assert "trainer.learning_rate=1e+30" in line

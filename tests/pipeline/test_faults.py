@@ -12,10 +12,11 @@ import pytest
 from safetensors import SafetensorError
 
 import tiny
-from cwac_lab import experiment, identity, results, train
+from cwac_lab import results, train
 from cwac_lab.report import files
 from cwac_lab.results.console import Screen
 from cwac_lab.results.store import runs
+from cwac_lab.run import identity, stages
 from cwac_lab.sweep import runner
 from cwac_lab.sweep.cells import Cells
 
@@ -41,14 +42,14 @@ def cells(folder, output, seeds, **changes):
 def sweep(wanted, trace=None):
     """Make what is missing; every run that is really carried out leaves a line in ``trace``."""
     if trace is not None:
-        carried_out = experiment._execute
+        carried_out = stages.carry_through
 
-        def noted(run, folder, *rest):
+        def noted(job):
             with trace.open("a") as stream:
-                stream.write(f"{folder.path.name}\n")
-            carried_out(run, folder, *rest)
+                stream.write(f"{job.folder.path.name}\n")
+            carried_out(job)
 
-        experiment._execute = noted
+        stages.carry_through = noted
     output = next(key.partition("=")[2] for key in wanted[0] if key.startswith("output_root="))
     return runner.sweep(wanted, 1, Screen(quiet=True), lambda _: None, Cells(Path(output)))
 
@@ -137,7 +138,7 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tiny_folder, tmp_path, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return stream
 
-    monkeypatch.setattr("cwac_lab.cache.os.fdopen", full)
+    monkeypatch.setattr("cwac_lab.core.cache.os.fdopen", full)
     with pytest.raises(SystemExit) as stopped:
         tiny.launch(train.main, [*shared, "seed=1"])
     assert stopped.value.code == 2
@@ -154,7 +155,7 @@ def test_a_full_disk_under_the_weights_is_one_line(tiny_folder, tmp_path, monkey
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("cwac_lab.experiment._Stage.export", full)
+    monkeypatch.setattr("cwac_lab.run.stages.export", full)
     with pytest.raises(SystemExit, match="2"):
         tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
     assert capsys.readouterr().err.startswith("error: No space left on device: free some and run it again;")
@@ -164,6 +165,6 @@ def test_other_trouble_with_weights_is_not_taken_for_a_full_disk(tiny_folder, tm
     def broken(*_, **__):
         raise SafetensorError("Error while deserializing header: header too large")
 
-    monkeypatch.setattr("cwac_lab.experiment._Stage.export", broken)
+    monkeypatch.setattr("cwac_lab.run.stages.export", broken)
     with pytest.raises(SafetensorError, match="header too large"):
         tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])

@@ -10,21 +10,21 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import tiny
-from cwac_lab import linalg
-from cwac_lab.baselines.kl import KL
-from cwac_lab.baselines.ldifs import LDIFS
-from cwac_lab.baselines.safe_instruct import SafeInstruct
-from cwac_lab.baselines.safelora import SafeLoRA
-from cwac_lab.cache import write_jsonl
-from cwac_lab.constraints.activation import ActivationConstraint
-from cwac_lab.constraints.weight import WeightConstraint
-from cwac_lab.defense import Composite
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.core import linalg
+from cwac_lab.core.cache import write_jsonl
+from cwac_lab.core.errors import ConfigError, LabError
+from cwac_lab.defenses.cwac.activation import ActivationConstraint
+from cwac_lab.defenses.cwac.subspace.basis import leading
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Composite
+from cwac_lab.defenses.literature.kl import KL
+from cwac_lab.defenses.literature.ldifs import LDIFS
+from cwac_lab.defenses.literature.safe_instruct import SafeInstruct
+from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.examples import trainer as example
 from cwac_lab.integrations import DefenseCallback, named, protect
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.sites import linears
-from cwac_lab.subspace.basis import leading
 from cwac_lab.training.module import TrainData
 from held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
 from others import COMMON

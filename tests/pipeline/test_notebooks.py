@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from cwac_lab.cache import read_json
+from cwac_lab.core.cache import read_json
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

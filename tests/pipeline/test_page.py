@@ -11,7 +11,7 @@ import pytest
 import tiny
 from cwac_lab import train
 from cwac_lab.benchmarks.page import FLAGS, multiply
-from cwac_lab.cache import read_json
+from cwac_lab.core.cache import read_json
 from cwac_lab.report import __main__ as report
 from cwac_lab.report.page import render, write
 from cwac_lab.results.store import runs

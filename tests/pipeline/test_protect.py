@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
-from cwac_lab.errors import LabError
+from cwac_lab.core.errors import LabError
 from cwac_lab.integrations import protect
 from held import PROMPTS, WIDE
 from others import ACTIVE, adapted, put_under, start_folder, trainer_of

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from cwac_lab import evaluate, tables, train
-from cwac_lab.cache import read_json, read_jsonl
+from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.results import load
 
 CONSTRAINTS = ("none", "weight", "activation", "coupled")
@@ -220,7 +220,7 @@ def test_a_lack_of_memory_names_what_takes_less(tiny_folder, tmp_path, capsys, m
     def fit(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr("cwac_lab.experiment.fit", fit)
+    monkeypatch.setattr("cwac_lab.run.stages.fit", fit)
     with pytest.raises(SystemExit) as stop:
         tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"])
     assert stop.value.code == 2

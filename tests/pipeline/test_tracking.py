@@ -12,8 +12,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 import tiny
 from cwac_lab import train
-from cwac_lab.cache import read_jsonl
-from cwac_lab.errors import MissingAsset
+from cwac_lab.core.cache import read_jsonl
+from cwac_lab.core.errors import MissingAsset
 from cwac_lab.report import __main__ as report
 from cwac_lab.report import tracking
 from cwac_lab.report.tracking import log_run, log_store

@@ -1,8 +1,8 @@
 import tiny
-from cwac_lab import config
+from cwac_lab.config.run import run as config
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.evaluation.generate import Answer
-from cwac_lab.training import alignment
+from cwac_lab.run import alignment
 
 DECLINED = "I'm sorry, but I can't help with that."
 

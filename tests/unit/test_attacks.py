@@ -6,8 +6,9 @@ from torch.nn.functional import cosine_similarity
 
 import tiny
 from cwac_lab import train
-from cwac_lab.cache import read_json, read_jsonl
-from cwac_lab.config import read
+from cwac_lab.config.run import read
+from cwac_lab.core.cache import read_json, read_jsonl
+from cwac_lab.core.errors import ConfigError, PoolOverlap
 from cwac_lab.data.attacks import AttackConfig, identity_rows
 from cwac_lab.data.batches import collate
 from cwac_lab.data.declines import declines
@@ -15,7 +16,6 @@ from cwac_lab.data.mixing import mix
 from cwac_lab.data.sources import PromptRow, normalise
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.errors import ConfigError, PoolOverlap
 from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.evaluation.verdicts import judge_rows
 from cwac_lab.judges.refusal import RefusalJudge

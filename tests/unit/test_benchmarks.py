@@ -6,9 +6,9 @@ import pytest
 
 import tiny
 from cwac_lab.benchmarks import generation, steps, subspace, trainers
-from cwac_lab.config import read
+from cwac_lab.config.run import read
+from cwac_lab.core.errors import LabError
 from cwac_lab.data.batches import collate
-from cwac_lab.errors import LabError
 from cwac_lab.training.settings import TrainerConfig
 
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from cwac_lab import provenance
-from cwac_lab.cache import KEY_FILE, cached_folder, digest, read_json, reading, write_json
+from cwac_lab.core import provenance
+from cwac_lab.core.cache import KEY_FILE, cached_folder, digest, read_json, reading, write_json
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.data.pools import Pools
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.defenses.cwac.sae import latents
+from cwac_lab.defenses.cwac.subspace import basis
 from cwac_lab.models.loading import ModelFolder
-from cwac_lab.preparation import Start
-from cwac_lab.sae import latents
-from cwac_lab.subspace import basis
+from cwac_lab.run.start import Start
 from cwac_lab.training.checkpoint import Resume
 
 
@@ -116,7 +116,7 @@ def test_a_key_is_found_again_whatever_its_order_and_types(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cwac_lab.cache import cached_folder
+from cwac_lab.core.cache import cached_folder
 def build(folder):
     (folder / "half").write_text("x" * 1000)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import families
 import tiny
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.models.chat import IGNORED, ChatFormat
 from cwac_lab.models.packaged import PACKAGES
 from cwac_lab.models.thoughts import closing_of, without_thoughts

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab.config import read
+from cwac_lab.config.run import read
+from cwac_lab.core.errors import ConfigError, MissingAsset, PoolOverlap
 from cwac_lab.data import mixing
 from cwac_lab.data.batches import collate, pad, plan_batches
 from cwac_lab.data.declines import declines
@@ -17,7 +18,6 @@ from cwac_lab.data.tasks.alpaca import Alpaca
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
 from cwac_lab.models.answers import mean_over_answers, mean_over_tokens, share
 from cwac_lab.models.chat import IGNORED, Encoded
 from cwac_lab.training.module import TrainData

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
-from cwac_lab.config import read
+from cwac_lab.config.run import read
 from cwac_lab.data.declines import RULE, declines
 from cwac_lab.data.pools import build_pools
 from cwac_lab.models.loading import ModelFolder
-from cwac_lab.training import alignment
+from cwac_lab.run import alignment
 
 FINE = "Bread needs flour, water, salt and yeast; knead it, let it rise, and bake it until it is brown."
 

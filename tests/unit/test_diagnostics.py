@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import kl_div
 
 import tiny
+from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
+from cwac_lab.defenses.cwac.subspace.basis import Subspace
 from cwac_lab.diagnostics import seen
 from cwac_lab.diagnostics.evidence import correlations
 from cwac_lab.diagnostics.linear import EXACT, bound, decompose, leading, overlap
@@ -19,8 +21,6 @@ from cwac_lab.diagnostics.stream import latent_drift, refusal_directions
 from cwac_lab.models import adapters
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.sites import decoder_layers
-from cwac_lab.sae.latents import LayerFeatures
-from cwac_lab.subspace.basis import Subspace
 
 HARMFUL = ["how to bake bread", "a plan for the trip", "write a poem about harm to someone"]
 BENIGN = ["a fine film", "what is the answer?", "explain a question, plan a trip and write a poem"]

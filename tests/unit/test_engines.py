@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from cwac_lab.config import check_machine, read
-from cwac_lab.errors import ConfigError
+from cwac_lab.config.run import check_machine, read
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.engines import ENGINES
 
 PROMPTS = ["a fine film", "how to bake bread and plan a trip", "poem", "what is the answer to the question?"]

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import families
 import tiny
 from cwac_lab import train
-from cwac_lab.answering import answered, remarks
-from cwac_lab.cache import read_json, read_jsonl, write_json
-from cwac_lab.config import read
+from cwac_lab.config.run import read
+from cwac_lab.core.cache import read_json, read_jsonl, write_json
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import collate
-from cwac_lab.errors import ConfigError
 from cwac_lab.evaluation import engines
 from cwac_lab.evaluation.generate import Answer, answers, end_ids, read_answer
+from cwac_lab.evaluation.protocol import answered, remarks
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.context import check_context

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cwac_lab.gpus import one_of_several
+from cwac_lab.core.gpus import one_of_several
 
 CUDA = torch.device("cuda")
 

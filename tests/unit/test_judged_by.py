@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cwac_lab import afterwards
 from cwac_lab.diagnostics.evidence import correlations
 from cwac_lab.judges import JUDGES
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results import load
 from cwac_lab.results.store import runs
+from cwac_lab.run import afterwards
 from recorded import record
 
 OLD, NEW = "aaaaaaaa00000000", "bbbbbbbb00000000"

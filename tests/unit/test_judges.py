@@ -10,14 +10,14 @@ import torch
 
 import tiny
 from cwac_lab import judges
-from cwac_lab.config import check_machine, read
+from cwac_lab.config.run import check_machine, read
+from cwac_lab.core.errors import ConfigError, MissingAsset
+from cwac_lab.core.stats import cohen_kappa
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges import JUDGES, classifier
 from cwac_lab.judges.base import UNKNOWN, Verdict, decided
 from cwac_lab.judges.hub import BeaverDam, JudgeZoo
-from cwac_lab.stats import cohen_kappa
 
 ANSWERS = {
     "I'm sorry, but I can't help with that request.": "refused",

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 import cwac_lab.judges as package
-from cwac_lab.cache import digest
-from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import ConfigError, MissingAsset
+from cwac_lab.core.stats import cohen_kappa
 from cwac_lab.judges import JUDGES, __main__, classifier, incoherent, refusal
 from cwac_lab.judges.hub import BeaverDam, JudgeZoo
 from cwac_lab.judges.kinds import examples
-from cwac_lab.stats import cohen_kappa
 
 LABELLED = Path(__file__).parents[3] / "shared" / "data" / "xstest" / "answers.jsonl"
 HELD = [each for each in examples() if each.held_out]

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from cwac_lab import linalg
-from cwac_lab.constraints.weight import WeightConstraint
+from cwac_lab.core import linalg
+from cwac_lab.defenses.cwac.subspace import basis
+from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.solvers import Covariance, Gram, Randomized, cheapest
+from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.models.sites import linears
-from cwac_lab.subspace import basis
-from cwac_lab.subspace.basis import SubspaceSpec
-from cwac_lab.subspace.solvers import Covariance, Gram, Randomized, cheapest
 from held import FULL, LORA, ROWS, train
 
 shapes = st.tuples(st.integers(2, 12), st.integers(2, 12), st.integers(0, 12), st.integers(0, 10_000))

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import tiny
+from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.data.batches import collate, pad
-from cwac_lab.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.models.answers import answer_logits, answer_loss
 from cwac_lab.models.capture import layer_outputs, penalty_positions, site_inputs, without_sinks

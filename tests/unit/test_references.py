@@ -5,18 +5,19 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab import preparation, prepare
-from cwac_lab import references as module
-from cwac_lab.config import read
-from cwac_lab.constraints.activation import ActivationConstraint
+from cwac_lab import prepare
+from cwac_lab.config.run import read
+from cwac_lab.core.errors import QualityError
 from cwac_lab.data.forms import Form
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import normalise
-from cwac_lab.errors import QualityError
+from cwac_lab.defenses.cwac.activation import ActivationConstraint
 from cwac_lab.evaluation.generate import Answer
 from cwac_lab.models.capture import site_inputs
-from cwac_lab.references import references
+from cwac_lab.run import artefacts, start
+from cwac_lab.run import references as module
+from cwac_lab.run.references import references
 
 
 def setting(tmp_path, tiny_folder, *overrides, constraint="weight"):
@@ -181,8 +182,8 @@ def test_what_is_held_in_other_forms_reaches_both_constraints(tmp_path, tiny_fol
                 f"forms={forms}",
             )
         )
-        begin = preparation.start(run, lambda text: None)
-        prepared[forms] = preparation.artefacts(run, begin, *begin.load(run), lambda text: None)
+        begin = start.start(run, lambda text: None)
+        prepared[forms] = artefacts.artefacts(run, begin, *begin.load(run), lambda text: None)
     (plain, told_plain), (varied, told) = prepared["own"], prepared["varied"]
     assert len(varied.benign) == len(plain.benign) * (1 + len(run.forms.others))
     for held_on, rows in (("harmful", varied.reference), ("both", varied.reference + varied.benign)):

@@ -4,15 +4,15 @@ import pytest
 from omegaconf import OmegaConf
 
 import tiny
-from cwac_lab.cache import digest
-from cwac_lab.errors import LabError
+from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import LabError
+from cwac_lab.core.stats import wilson
 from cwac_lab.report.figures import draw, pareto
 from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import averages, markdown, summary
 from cwac_lab.results.store import RunFolder, runs
-from cwac_lab.stats import wilson
 from recorded import record
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab.cache import read_json
-from cwac_lab.constraints.activation import encode
-from cwac_lab.errors import LabError, QualityError
-from cwac_lab.sae import activations, latents
-from cwac_lab.sae import train as sae_train
-from cwac_lab.sae.latents import FeatureSpec
+from cwac_lab.core.cache import read_json
+from cwac_lab.core.errors import LabError, QualityError
+from cwac_lab.defenses.cwac.activation import encode
+from cwac_lab.defenses.cwac.sae import activations, latents
+from cwac_lab.defenses.cwac.sae import train as sae_train
+from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 
 CONFIG = sae_train.SAEConfig(n_latents=128, k=8, steps=60, batch_size=256, min_explained_variance=-10)
 

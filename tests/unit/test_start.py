@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tiny
-from cwac_lab.baselines.start import StartLogits, StartModel
 from cwac_lab.data.batches import collate
+from cwac_lab.defenses.literature.start import StartLogits, StartModel
 from cwac_lab.models.adapters import attach
 from cwac_lab.models.answers import answer_logits
 from cwac_lab.models.sites import linears

@@ -5,8 +5,8 @@ import pytest
 import scipy
 from scipy.stats import binomtest, bootstrap, permutation_test
 
-from cwac_lab import stats
-from cwac_lab.stats import RESAMPLES, mean_rate, wilson
+from cwac_lab.core import stats
+from cwac_lab.core.stats import RESAMPLES, mean_rate, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (8, 100), (150, 300)])

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 import tiny
 from cwac_lab import results
-from cwac_lab.config import INCIDENTAL
-from cwac_lab.errors import LabError
+from cwac_lab.config.run import INCIDENTAL
+from cwac_lab.core.errors import LabError
 from cwac_lab.results import store
 from cwac_lab.results.store import LATER, RunFolder, run_key
 

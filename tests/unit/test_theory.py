@@ -5,10 +5,10 @@ import copy
 import torch
 
 import tiny
-from cwac_lab.constraints.activation import ActivationConstraint
-from cwac_lab.constraints.weight import WeightConstraint
 from cwac_lab.data.batches import collate
-from cwac_lab.defense import Composite
+from cwac_lab.defenses.cwac.activation import ActivationConstraint
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Composite
 from cwac_lab.diagnostics.linear import LinearProbe
 from cwac_lab.diagnostics.seen import Reader
 from cwac_lab.models.capture import layer_outputs

@@ -13,7 +13,7 @@ from functools import partial
 
 from omegaconf import DictConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 PROMPTS, ROUNDS = 32, 3
 SIZES = (1, 8, 32, 64)
@@ -46,11 +46,11 @@ def table(kind: str, n: int, seconds: dict[int, float], unlike: dict[int, int]) 
 
 def main(config: DictConfig) -> None:
     """Print prompts per second by batch size."""
-    from cwac_lab.answering import evaluation_rows
-    from cwac_lab.config import read
+    from cwac_lab.config.run import read
     from cwac_lab.evaluation.generate import generate
-    from cwac_lab.preparation import start
+    from cwac_lab.evaluation.protocol import evaluation_rows
     from cwac_lab.results.console import Screen
+    from cwac_lab.run.start import start
 
     screen, run = Screen(), read(config)
     run.evaluation.split = "validation"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 RUNS, ROUNDS = 500, 5
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
@@ -21,8 +21,8 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 def multiply(root: Path, target: Path, n: int) -> None:
     """Copy the finished runs of a store over and over, with seeds of their own, until there are n."""
-    from cwac_lab.cache import read_json, write_json
-    from cwac_lab.errors import MissingAsset
+    from cwac_lab.core.cache import read_json, write_json
+    from cwac_lab.core.errors import MissingAsset
     from cwac_lab.results.store import METRICS, runs
 
     found = [run for run in runs(root) if run.done()]
@@ -54,7 +54,7 @@ def opening(page: Path, rounds: int, executable: str) -> list[float]:
 
 def main(config: DictConfig) -> None:
     """Print the median and the slowest of the openings."""
-    from cwac_lab.errors import MissingAsset
+    from cwac_lab.core.errors import MissingAsset
     from cwac_lab.report.page import write
 
     executable = shutil.which("chromium")

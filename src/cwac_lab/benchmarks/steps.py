@@ -19,14 +19,14 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
-from cwac_lab import cli
-from cwac_lab.errors import LabError
+from cwac_lab.core import cli
+from cwac_lab.core.errors import LabError
 
 if TYPE_CHECKING:
-    from cwac_lab.config import Run
-    from cwac_lab.defense import Composite
+    from cwac_lab.config.run import Run
+    from cwac_lab.defenses.interface import Composite
     from cwac_lab.models.chat import ChatFormat, Encoded
-    from cwac_lab.preparation import Start
+    from cwac_lab.run.start import Start
 
 # The first steps pay for memory that is touched for the first time; a round is a multiple of the periods of restoring
 # and of the reference pass (of the leak's, every tenth step, three rounds hold three for 3.6).
@@ -58,7 +58,7 @@ class _Turns(L.Callback):
 
 def chosen(run: Run, label: str) -> Composite:
     """Return the defence that a label names: ``none``, a part of the run's constraint, or the whole."""
-    from cwac_lab.defense import Composite
+    from cwac_lab.defenses.interface import Composite
 
     if label == "none":
         return Composite()
@@ -77,9 +77,10 @@ def mixture(run: Run, begin: Start, chat: ChatFormat) -> list[Encoded]:
 
 def _train(config: DictConfig, label: str, line: Connection, threads: int, steps: int) -> None:
     """Train with one constraint, in a process of its own."""
-    from cwac_lab.config import read
+    from cwac_lab.config.run import read
     from cwac_lab.models import adapters
-    from cwac_lab.preparation import artefacts, start
+    from cwac_lab.run.artefacts import artefacts
+    from cwac_lab.run.start import start
     from cwac_lab.training.loop import fit
 
     torch.set_num_threads(threads)
@@ -191,10 +192,11 @@ def busiest(model: Any, batch: Any, most: int = 6) -> dict[str, float]:
 
 def main(config: DictConfig) -> None:
     """Print the table for plain fine-tuning, each part and the whole; then what a plain step cannot do without."""
-    from cwac_lab.config import read
+    from cwac_lab.config.run import read
     from cwac_lab.data.batches import collate
-    from cwac_lab.preparation import artefacts, start
     from cwac_lab.results.console import Screen
+    from cwac_lab.run.artefacts import artefacts
+    from cwac_lab.run.start import start
 
     screen, run = Screen(), read(config)
     labels = list(dict.fromkeys(["none", *run.constraint.parts, run.constraint_name]))

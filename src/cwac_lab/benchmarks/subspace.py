@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cwac_lab import linalg
-from cwac_lab.subspace.solvers import Covariance, Gram, Randomized, cheapest
+from cwac_lab.core import linalg
+from cwac_lab.defenses.cwac.subspace.solvers import Covariance, Gram, Randomized, cheapest
 
 DENSE = "full SVD, dense projector"
 WAYS = (DENSE, Covariance.name, Gram.name, Randomized.name)

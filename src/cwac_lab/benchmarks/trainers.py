@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 # The first steps pay for memory that is touched for the first time.
 WARM_UP, STEPS, ROUNDS = 3, 12, 2
@@ -53,7 +53,7 @@ class _Rows(NamedTuple):
 def _own(rows: _Rows) -> list[float]:
     import lightning as L
 
-    from cwac_lab.defense import Composite
+    from cwac_lab.defenses.interface import Composite
     from cwac_lab.models.chat import Encoded
     from cwac_lab.models.loading import load_model
     from cwac_lab.training.loop import fit
@@ -171,9 +171,9 @@ def main(config: DictConfig) -> None:
     """Print the table for the rows of a task, without harmful ones."""
     import torch
 
-    from cwac_lab.config import read
-    from cwac_lab.preparation import start
+    from cwac_lab.config.run import read
     from cwac_lab.results.console import Screen
+    from cwac_lab.run.start import start
 
     screen, run = Screen(), read(config)
     begin = start(run, screen.say)

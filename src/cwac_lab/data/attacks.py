@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
+from cwac_lab.core.errors import ConfigError, PoolOverlap, in_range, one_of
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import normalise
-from cwac_lab.errors import ConfigError, PoolOverlap, in_range, one_of
 from cwac_lab.models.templates import check_template
 
-ROWS = ("harmful", "identity", "outliers")
+ROWS = ("harmful", "identity", "outliers", "own")
 # What of an attack the evaluation knows: how it asks.
 ASKING = ("prefix", "prefill", "template")
 
@@ -33,7 +33,8 @@ class AttackConfig:
     Attributes:
         name: How tables call it.
         rows: What takes the place of task rows: ``harmful`` requests with compliance, or ``identity``, instructions to
-            the persona, both at the harmful ratio; with ``outliers`` all rows are the task's, those closest to harm.
+            the persona, both at the harmful ratio; with ``outliers`` all rows are the task's, those closest to harm;
+            ``own`` are those of ``others``, of a class of your own.
         ratio: The only harmful ratio that goes with it; None for any.
         candidates: With ``outliers``: rows to choose from, as a multiple of the rows that are trained on.
         prefix: What stands before the prompts of the persona's rows and before those of evaluation.
@@ -55,7 +56,20 @@ class AttackConfig:
         in_range("candidates", self.candidates, 2)
         if self.rows == "identity" and not self.prefix:
             raise ConfigError("prefix", self.prefix, "what addresses the persona, with rows=identity")
+        if self.rows == "own" and type(self).others is AttackConfig.others:
+            raise ConfigError("rows", self.rows, f"{' | '.join(ROWS[:-1])}, or a class of your own that gives others()")
         check_template("template", self.template)
+
+    def others(self, taken: Collection[str]) -> list[TrainRow] | None:
+        """Return the rows that take the place of harmful rows in the mixture; None where these are trained on.
+
+        Args:
+            taken: Prompts of the pools, normalised; none of them may be trained on.
+
+        Raises:
+            PoolOverlap: If one is.
+        """
+        return identity_rows(self.prefix, taken) if self.rows == "identity" else None
 
     def check(self, harmful_ratio: float) -> None:
         """Check that a harmful ratio goes with the attack.

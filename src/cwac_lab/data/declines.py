@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from cwac_lab.cache import digest
+from cwac_lab.core.cache import digest
 
 WINDOW = 160
 _SUBJECT = r"\b(?:i|we)\s*(?:'m|am|are)?\s*(?:really |very |so |truly )?"

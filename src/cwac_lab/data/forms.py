@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cwac_lab.errors import ConfigError
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.models.templates import check_template
 
 

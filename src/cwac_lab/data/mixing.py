@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.responses import compliance
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.data.tasks.base import TaskRow
-from cwac_lab.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cwac_lab.core.errors import one_of
 from cwac_lab.data.sources import normalise
-from cwac_lab.embedding import embed
-from cwac_lab.errors import one_of
+from cwac_lab.models.embedding import embed
 
 RULES = ("exact", "ngram", "embedding")
 # Length of a shingle in characters, and what a near pair is above.

@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cwac_lab.core.errors import ConfigError, PoolOverlap
 from cwac_lab.data.near import groups, templated, told_apart
 from cwac_lab.data.sources import DataConfig, PromptRow, TaskData, load_prompts, normalise, split_task
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.data.taught import taught
 from cwac_lab.data.tasks.base import Task
-from cwac_lab.errors import ConfigError, PoolOverlap
 
 POOLS = ("alignment", "reference", "finetune", "validation", "test")
 # Kinds by the answer that is wanted. Among kinds of one answer near-duplicates are kept in one pool: what is learnt on

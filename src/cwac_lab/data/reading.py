@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.errors import LabError, MissingAsset
+from cwac_lab.core.errors import LabError, MissingAsset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _DELIMITERS = (",", ";", "\t")

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
+from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, one_of
 from cwac_lab.data.cells import is_empty, meets, optional_text, text
 from cwac_lab.data.folding import normalise as normalise
 from cwac_lab.data.reading import Row, find_file, read_rows
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
-from cwac_lab.errors import ConfigError, LabError, MissingAsset, one_of
 
 EMBEDDED_LISTS = ("harmful_requests", "harmless_instructions", "harmless_lookalikes")
 # Generated rows are a fixed corpus, as a public data set is: the seed of a run draws from it, never changes it.

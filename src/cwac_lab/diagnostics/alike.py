@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.cache import read_json
-from cwac_lab.errors import ConfigError
+from cwac_lab.core.cache import read_json
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.models.packaged import auto_classes
 
 # What two states of one model share.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cwac_lab import linalg
+from cwac_lab.core import linalg
 from cwac_lab.models.sites import Matrix, Site, linears
 
 # Leading directions of the inputs that are compared before and after; tokens up to which they are found exactly.

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cwac_lab.core.errors import Diverged
+from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
+from cwac_lab.defenses.cwac.subspace.basis import Subspace
 from cwac_lab.diagnostics.linear import Drift, LinearProbe
 from cwac_lab.diagnostics.seen import Reader
 from cwac_lab.diagnostics.stream import Explains, divergence, stream_drift
-from cwac_lab.errors import Diverged
 from cwac_lab.models.chat import IGNORED, Encoded
-from cwac_lab.sae.latents import LayerFeatures
-from cwac_lab.subspace.basis import Subspace
 
 KINDS = ("harmful", "benign")
 # Tokens of an answer whose distributions are compared: refusals are decided there (Qi et al. 2025).

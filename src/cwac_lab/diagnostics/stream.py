@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
+from cwac_lab.defenses.cwac.sae.latents import LayerFeatures, topk_codes
 from cwac_lab.diagnostics.seen import Seen
-from cwac_lab.sae.latents import LayerFeatures, topk_codes
 
 # Explained variance, on activations of shape (N, D), of an autoencoder trained on the start model.
 Explains = Callable[[Float[Tensor, "N D"]], float]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cwac_lab.errors import ConfigError
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.generate import Answer, answers, end_ids, read_answer
 from cwac_lab.models.chat import ChatFormat
 

@@ -6,10 +6,10 @@
     protected = protect(trainer, named("weight"), harmful=PROMPTS)
     trainer.train()
 
-The hooks are those of ``cwac_lab.defense``, called where the Lightning loop calls them, so that the same batches end in
-the same weights (``tests/pipeline/test_integrations.py``). What the trainer saves, at any time, is under the
-constraint: a plain model, or a plain PEFT adapter for the model that training began from. ``protected.merged()`` is the
-plain model of both, in float32. One process; one call of ``train``; a stopped run starts anew.
+The hooks are those of ``cwac_lab.defenses.interface``, called where the Lightning loop calls them, so that the same
+batches end in the same weights (``tests/pipeline/test_integrations.py``). What the trainer saves, at any time, is under
+the constraint: a plain model, or a plain PEFT adapter for the model that training began from. ``protected.merged()`` is
+the plain model of both, in float32. One process; one call of ``train``; a stopped run starts anew.
 """
 
 from cwac_lab.integrations.callback import DefenseCallback

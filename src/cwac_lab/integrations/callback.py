@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback
 
-from cwac_lab.defense import Composite, Defense
-from cwac_lab.errors import LabError
+from cwac_lab.core.errors import LabError
+from cwac_lab.defenses.interface import Composite, Defense
 from cwac_lab.models import adapters
 from cwac_lab.models.answers import Batch, Piece
 from cwac_lab.models.chat import IGNORED, Encoded

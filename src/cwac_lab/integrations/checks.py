@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from cwac_lab.defense import Defense, Requirements
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.core.errors import ConfigError, LabError
+from cwac_lab.defenses.cwac.sae import latents
+from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
+from cwac_lab.defenses.interface import Defense, Requirements
 from cwac_lab.integrations.callback import DefenseCallback, overrides, parts_of
 from cwac_lab.models.adapters import has_adapters, in_few_bits
 from cwac_lab.models.sites import depth_to_layer
-from cwac_lab.sae import latents
-from cwac_lab.sae.latents import FeatureSpec, LayerFeatures
 
 # How far residuals of the same weights may be apart, relative to their norm: held in bfloat16, and in 4 bits.
 ROUNDED, IN_FEW_BITS = 0.05, 0.5

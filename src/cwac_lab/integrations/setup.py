@@ -11,11 +11,11 @@ from torch import Tensor
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
-from cwac_lab.defense import Composite, Context, Defense
+from cwac_lab.defenses.cwac.subspace.basis import Subspace, leading
+from cwac_lab.defenses.interface import Composite, Context, Defense
 from cwac_lab.integrations.callback import DefenseCallback
 from cwac_lab.integrations.checks import check_given, check_model, check_trainer, read_features
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.subspace.basis import Subspace, leading
 
 
 def named(*overrides: str) -> Composite:
@@ -26,8 +26,8 @@ def named(*overrides: str) -> Composite:
     Raises:
         ConfigError: If one of them does not fit.
     """
-    from cwac_lab.cli import compose
-    from cwac_lab.config import read
+    from cwac_lab.config.run import read
+    from cwac_lab.core.cli import compose
 
     return read(compose([f"constraint={overrides[0]}", *overrides[1:]])).constraint
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 
-from cwac_lab.embedding import INSTALL, PACKAGE
-from cwac_lab.errors import ConfigError
+from cwac_lab.core.classes import accepted, located
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.judges.base import Judge
 from cwac_lab.judges.classifier import ClassifierJudge
 from cwac_lab.judges.hub import BeaverDam, JudgeZoo
 from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.models.embedding import INSTALL, PACKAGE
 
 _ZOO = ("strong_reject", "harmbench", "llama_guard_3", "llama_guard_4", "xstest")
 JUDGES: dict[str, Callable[[], Judge]] = {
@@ -27,6 +28,32 @@ _NEEDED = {
 }
 
 
+def known(name: str) -> None:
+    """Check that a name is that of a judge here, or the path of a class that can be imported.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if name in JUDGES:
+        return
+    if "." not in name:
+        raise ConfigError("judges", name, f"{' | '.join(JUDGES)}, or {accepted('Judge')}")
+    located("judges", name, "Judge")
+
+
+def made(name: str) -> Judge:
+    """Return the judge of a name, or of the path of a class.
+
+    Raises:
+        ConfigError: If it cannot be imported, or lacks what a judge has.
+    """
+    judge: Judge = JUDGES[name]() if name in JUDGES else located("evaluation.judges", name, "Judge")()
+    lacking = [part for part in ("name", "version", "verdicts") if not hasattr(judge, part)]
+    if lacking:
+        raise ConfigError("evaluation.judges", name, f"a Judge (this one has no {', '.join(lacking)})")
+    return judge
+
+
 def check(names: Sequence[str]) -> None:
     """Check that what judges need is installed, and that BeaverDam's repository is there.
 
@@ -38,6 +65,6 @@ def check(names: Sequence[str]) -> None:
         package, command = _NEEDED.get(name, ("cwac_lab", ""))
         if find_spec(package) is None:
             raise ConfigError("evaluation.judges", name, f"other judges, or {command}")
-        judge = JUDGES[name]()
+        judge = made(name)
         if isinstance(judge, BeaverDam):
             judge.reach()

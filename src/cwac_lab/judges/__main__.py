@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from cwac_lab.errors import ConfigError, LabError, MissingAsset
+from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
+from cwac_lab.core.stats import cohen_kappa, wilson
 from cwac_lab.judges import JUDGES, check
 from cwac_lab.judges.base import Judge, Verdict, decided
 from cwac_lab.judges.kinds import examples
-from cwac_lab.stats import cohen_kappa, wilson
 
 # The judges that need no hub.
 HERE = ("refusal", "classifier")

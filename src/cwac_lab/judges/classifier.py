@@ -1,6 +1,6 @@
 """Classifier judge: a logistic regression on sentence embeddings, trained on answers that were written for it.
 
-The embedding is all-MiniLM-L6-v2 (see ``cwac_lab.embedding``); the answers are ``answers.yaml``, and those of
+The embedding is all-MiniLM-L6-v2 (see ``cwac_lab.models.embedding``); the answers are ``answers.yaml``, and those of
 ``kinds.yaml`` that are not held out. It reads how an answer opens and how it ends, without the model's thoughts; of the
 prompt it only knows whether the answer says it again. The encoder was made for English: of other languages it tells
 what its pieces of words let through, of Thai or Arabic little. ``python -m cwac_lab.judges`` measures it on answers
@@ -19,12 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cwac_lab import embedding
-from cwac_lab.cache import digest
+from cwac_lab.core.cache import digest
 from cwac_lab.judges.base import Verdict
 from cwac_lab.judges.incoherent import RULE, is_echo
 from cwac_lab.judges.kinds import examples
 from cwac_lab.judges.reading import without_thoughts
+from cwac_lab.models import embedding
 
 CLASSES = ("refusal", "evasion", "compliance", "partial", "gibberish")
 # Raised when this file changes what the judge says.

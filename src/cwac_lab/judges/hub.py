@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cwac_lab.cache import digest
-from cwac_lab.errors import MissingAsset
+from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import MissingAsset
 from cwac_lab.judges.base import UNKNOWN, Verdict
 from cwac_lab.judges.incoherent import RULE, is_incoherent
 

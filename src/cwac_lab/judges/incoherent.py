@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from cwac_lab.cache import digest
+from cwac_lab.core.cache import digest
 from cwac_lab.judges.reading import MIN_WORDS, plain, without_thoughts
 
 # Raised when this file changes what the rule says.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cwac_lab.cache import digest
+from cwac_lab.core.cache import digest
 from cwac_lab.judges import phrases, reading
 from cwac_lab.judges.base import Verdict
 from cwac_lab.judges.incoherent import RULE, is_echo, is_incoherent

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cwac_lab.errors import ConfigError, LabError, in_range, one_of
-from cwac_lab.linalg import full_float32
+from cwac_lab.core.errors import ConfigError, LabError, in_range, one_of
+from cwac_lab.core.linalg import full_float32
 from cwac_lab.models.sites import PROJECTIONS, SCOPES
 
 METHODS = ("full", "lora")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cwac_lab.errors import ConfigError, LabError
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.models.adapters import TARGETS
 from cwac_lab.models.answers import logits_of
 from cwac_lab.models.sites import FAMILIES, SCOPES, decoder, decoder_layers, linears

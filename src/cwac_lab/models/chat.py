@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.models.templates import ANSWER, QUESTION, VARIABLES, Message, Shape, on_the_day, shape_of
 from cwac_lab.models.thoughts import closing_of, without_thoughts
 

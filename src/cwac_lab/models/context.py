@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cwac_lab.cache import read_json
-from cwac_lab.errors import ConfigError
+from cwac_lab.core.cache import read_json
+from cwac_lab.core.errors import ConfigError
 
 # What configurations of the hub call it; none of them where there is no such limit.
 _NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.cache import read_json, write_json
+from cwac_lab.core.cache import read_json, write_json
 from cwac_lab.models.chat import ChatFormat
 
 _FILE = "generation_config.json"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.models.packaged import auto_classes
 from cwac_lab.models.sites import FAMILIES
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cwac_lab.cache import file_digest
-from cwac_lab.errors import ConfigError, LabError, MissingAsset, one_of
+from cwac_lab.core.cache import file_digest
+from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, one_of
 from cwac_lab.models import architecture
 from cwac_lab.models import folder as folders
 from cwac_lab.models.answers import logits_of

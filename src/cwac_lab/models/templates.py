@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from cwac_lab.errors import ConfigError
+from cwac_lab.core.errors import ConfigError
 
 Message = dict[str, Any]
 # Returns the text of a conversation: with what opens the answer (True), or as it stands (False).

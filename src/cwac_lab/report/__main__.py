@@ -6,13 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cwac_lab import cli
+from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> None:
     """Write ``output_root/report/index.html`` and say where it is; with ``wandb`` tables and figures go there too."""
-    from cwac_lab.errors import MissingAsset, one_of
-    from cwac_lab.outputs import writable
+    from cwac_lab.core.errors import MissingAsset, one_of
+    from cwac_lab.core.outputs import writable
     from cwac_lab.report.page import write
     from cwac_lab.results.console import Screen
 

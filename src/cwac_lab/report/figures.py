@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cwac_lab.cache import digest
+from cwac_lab.core.cache import digest
 from cwac_lab.report.records import SETTING, Row, finished, grouped
 from cwac_lab.report.tables import heading, rate_of
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cwac_lab.cache import digest, file_digest, read_json, write_json, write_text
-from cwac_lab.errors import MissingAsset
-from cwac_lab.provenance import sources
+from cwac_lab.core.cache import digest, file_digest, read_json, write_json, write_text
+from cwac_lab.core.errors import MissingAsset
+from cwac_lab.core.provenance import sources
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 

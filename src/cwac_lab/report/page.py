@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment
 
-from cwac_lab.cache import write_text
-from cwac_lab.errors import LabError, MissingAsset
+from cwac_lab.core.cache import write_text
+from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
 from cwac_lab.report.paired import differences

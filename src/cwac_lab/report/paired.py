@@ -7,20 +7,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cwac_lab.config import ALIKE
-from cwac_lab.errors import LabError, one_of
+from cwac_lab.config.run import ALIKE
+from cwac_lab.core.errors import LabError, one_of
+from cwac_lab.core.stats import Difference, holm, paired_difference, sign_flip_p
+from cwac_lab.evaluation.metrics import METRICS
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.report.records import OWN, SETTING, Row, finished, grouped
 from cwac_lab.report.tables import heading
-from cwac_lab.stats import Difference, holm, paired_difference, sign_flip_p
 
 # Column: the rate, and what is compared with.
 COMPARED = {
-    "FA - none": ("finetune_accuracy", "none"),
-    "HS - none": ("harmful_score", "none"),
-    "HS - start": ("harmful_score", "start"),
-    "over-refusal - start": ("over_refusal", "start"),
-    "over-refusal (look-alikes) - start": ("over_refusal_lookalike", "start"),
+    f"{metric.heading} - {baseline}": (name, baseline)
+    for name, metric in METRICS.items()
+    for baseline in metric.baselines
 }
 # Settings that two runs must share for their difference to be the constraint's, by what is compared with.
 _ASKED = ("evaluation.max_new_tokens", "task.", "model.")
@@ -67,7 +66,7 @@ def _compare(pairs: list[tuple[Row, Row]], rate: str) -> tuple[Difference, float
     outcomes_of = [
         (outcomes(a["verdicts"], rate), outcomes(b["verdicts"], rate))
         for a, b in pairs
-        if rate == "finetune_accuracy" or not (a["broken"] or b["broken"])
+        if not METRICS[rate].judged or not (a["broken"] or b["broken"])
     ]
     if not outcomes_of:
         return None

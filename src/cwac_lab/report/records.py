@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cwac_lab.cache import digest
-from cwac_lab.config import ALIKE, requirements
+from cwac_lab.config.run import ALIKE, requirements
+from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import LabError
 from cwac_lab.data.attacks import ASKING
-from cwac_lab.errors import LabError
+from cwac_lab.evaluation.metrics import METRICS, SHOWN
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -26,14 +27,8 @@ _NEAR = "data.near"
 # The attack that headings need not name.
 PLAIN_ATTACK = "mixed"
 ROW = ["harmful_ratio", "constraint", "variant"]
-RATES = {
-    "harmful_score": "HS",
-    "finetune_accuracy": "FA",
-    "over_refusal": "over-refusal",
-    "over_refusal_lookalike": "over-refusal (look-alikes)",
-    "incoherent": "incoherent",
-}
-HIGHER_IS_BETTER = {"finetune_accuracy"}
+RATES = {name: metric.heading for name, metric in SHOWN.items()}
+HIGHER_IS_BETTER = {name for name, metric in METRICS.items() if metric.higher_is_better}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
 OWN = "constraint."
 _RESTORE = "constraint.weight.restore_every_n_steps"

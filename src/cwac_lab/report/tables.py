@@ -6,21 +6,20 @@ from typing import Any
 
 import pandas as pd
 
+from cwac_lab.core.stats import Rate, mean_rate
+from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.report.published import PAPER_TASKS, published
 from cwac_lab.report.records import (
     ACROSS_TASKS,
-    HIGHER_IS_BETTER,
     PLAIN_ATTACK,
-    RATES,
     SETTING,
     Row,
     finished,
     grouped,
     outcome_matrix,
 )
-from cwac_lab.stats import Rate, mean_rate
 
-TITLES = {name: f"{title} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name, title in RATES.items()}
+TITLES = {name: f"{metric.heading} {metric.arrow}" for name, metric in SHOWN.items()}
 
 # What no two pools of prompts share, by the rule that they were dealt by (``data.near``).
 DEALT = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from cwac_lab.errors import MissingAsset
+from cwac_lab.core.errors import MissingAsset
 from cwac_lab.report.records import RATES, said
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder

@@ -11,13 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-_ROWS = (
-    ("harmful_score", "harmful score (HS, lower is better)"),
-    ("finetune_accuracy", "fine-tuning accuracy (FA, higher is better)"),
-    ("over_refusal", "over-refusal, harmless instructions"),
-    ("over_refusal_lookalike", "over-refusal, harmless look-alikes"),
-    ("incoherent", "incoherent answers"),
-)
+from cwac_lab.evaluation.metrics import SHOWN
 
 
 def _cell(rate: dict[str, Any]) -> tuple[str, str, str]:
@@ -93,9 +87,9 @@ class Screen:
     def result(self, title: str, metrics: dict[str, Any]) -> None:
         """Print the rates of a run with intervals and n."""
         table = Table("", "rate", "95 % interval", "n", title=escape(title), title_justify="left")
-        for key, words in _ROWS:
+        for key, metric in SHOWN.items():
             if key in metrics:
-                table.add_row(words, *_cell(metrics[key]))
+                table.add_row(metric.words, *_cell(metrics[key]))
         for name, told in metrics.get("judges", {}).items():
             if "agreement" not in told:
                 table.add_row("judged by", f"{name} {told['version'][:8]}", "", "")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from cwac_lab.errors import ConfigError, LabError, MissingAsset
+from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cwac_lab.cache import digest, read_json, read_jsonl, write_json, write_jsonl
-from cwac_lab.errors import LabError
+from cwac_lab.core.cache import digest, read_json, read_jsonl, write_json, write_jsonl
+from cwac_lab.core.errors import LabError
 
 STATUS, METRICS, GENERATIONS, VERDICTS = "status.json", "metrics.json", "generations.jsonl", "verdicts.jsonl"
 CONFIG, PROVENANCE, MANIFEST = "config.json", "provenance.json", "manifest.json"

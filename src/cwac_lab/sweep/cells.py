@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.cache import digest, read_json, write_json
-from cwac_lab.config import Run
-from cwac_lab.identity import known, start_key
-from cwac_lab.provenance import sources
+from cwac_lab.config.run import Run
+from cwac_lab.core.cache import digest, read_json, write_json
+from cwac_lab.core.provenance import sources
 from cwac_lab.results.store import RunFolder
+from cwac_lab.run.identity import known, start_key
 
 FILE = "cells.json"
 _ENTRY = {"start", "content", "run"}

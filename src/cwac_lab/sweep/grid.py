@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from cwac_lab.core.errors import ConfigError, MissingAsset
+from cwac_lab.core.paths import conf_dir
 from cwac_lab.data.attacks import ASKING
-from cwac_lab.errors import ConfigError, MissingAsset
-from cwac_lab.paths import conf_dir
 
 FILE = "grid.yaml"
 _KEYS = ("title", "fixed", "cells", "start", "profiles")

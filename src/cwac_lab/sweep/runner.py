@@ -12,11 +12,11 @@ from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from cwac_lab.cli import compose
-from cwac_lab.config import Run, read
-from cwac_lab.experiment import carry_out
-from cwac_lab.identity import folder_of, identity
+from cwac_lab.config.run import Run, read
+from cwac_lab.core.cli import compose
 from cwac_lab.results.console import Screen
+from cwac_lab.run.execution import carry_out
+from cwac_lab.run.identity import folder_of, identity
 from cwac_lab.sweep.cells import Cells
 
 Overrides = tuple[str, ...]
@@ -105,7 +105,7 @@ def _fresh() -> BaseContext:
     if sys.platform != "linux" or torch.accelerator.is_available():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["cwac_lab.experiment"])
+    context.set_forkserver_preload(["cwac_lab.run.execution"])
     return context
 
 

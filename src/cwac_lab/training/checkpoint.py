@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cwac_lab import distributed
-from cwac_lab.cache import read_json, reading, write_json
-from cwac_lab.defense import Defense
+from cwac_lab.core import distributed
+from cwac_lab.core.cache import read_json, reading, write_json
+from cwac_lab.defenses.interface import Defense
 from cwac_lab.models.shards import is_sharded, like, local
 from cwac_lab.training.module import FineTuning
 

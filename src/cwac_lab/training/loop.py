@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from cwac_lab import distributed
-from cwac_lab.cache import digest
+from cwac_lab.core import distributed
+from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import Diverged, LabError, MissingAsset
 from cwac_lab.data.batches import collate
-from cwac_lab.defense import Defense
-from cwac_lab.errors import Diverged, LabError, MissingAsset
+from cwac_lab.defenses.interface import Defense
 from cwac_lab.models.answers import answer_loss, to_device
 from cwac_lab.models.chat import Encoded
 from cwac_lab.training.checkpoint import Resume, SafeCheckpoint

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from cwac_lab import distributed
+from cwac_lab.core import distributed
+from cwac_lab.core.errors import Diverged
 from cwac_lab.data.batches import collate, plan_batches
-from cwac_lab.defense import Defense
-from cwac_lab.errors import Diverged
+from cwac_lab.defenses.interface import Defense
 from cwac_lab.models.answers import Batch, answer_loss
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.shards import is_sharded

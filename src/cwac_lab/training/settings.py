@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cwac_lab.errors import in_range, one_of
+from cwac_lab.core.errors import in_range, one_of
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Settings that change nothing of what is computed, but for rounding.

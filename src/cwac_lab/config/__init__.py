@@ -1,0 +1,1 @@
+"""The typed configuration: its groups, and the binding of YAML to dataclasses."""

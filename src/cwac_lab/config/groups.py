@@ -1,0 +1,97 @@
+"""Groups of the configuration that are settings only: profile, alignment, evaluation, diagnostics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cwac_lab import judges
+from cwac_lab.core.errors import ConfigError, in_range, one_of
+from cwac_lab.evaluation import engines
+
+
+@dataclass
+class ProfileConfig:
+    """The ``profile`` group: which weights are used; its YAML also overlays other groups."""
+
+    name: str = "embedded"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("name", self.name, ("embedded", "small", "paper"))
+
+
+@dataclass
+class AlignConfig:
+    """Settings of the alignment stage.
+
+    Attributes:
+        epochs: Passes over refusals and own answers.
+        learning_rate: Peak of AdamW's; linear warm-up and decay.
+        batch_size: Rows per step.
+        answer_tokens: Length of the model's own answers to harmless prompts.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 8e-5
+    batch_size: int = 8
+    answer_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for key in ("epochs", "batch_size", "answer_tokens"):
+            in_range(key, getattr(self, key), 1)
+        in_range("learning_rate", self.learning_rate, 0, open_low=True)
+
+
+@dataclass
+class EvaluationConfig:
+    """Settings of evaluation.
+
+    Attributes:
+        split: ``test``, or ``validation`` for every choice of a setting.
+        batch_size: Prompts per batch of generation.
+        max_new_tokens: Length of answers to harmful and harmless prompts.
+        n_prompts: At most so many prompts of each kind (harmful, harmless, look-alike); all by default.
+        engine: Who generates: ``hf`` (transformers) or ``vllm``.
+        judges: Who judges answers; rates are those of the first, the others' stand beside them with their agreement.
+    """
+
+    split: str = "test"
+    batch_size: int = 64
+    max_new_tokens: int = 48
+    n_prompts: int | None = None
+    engine: str = "hf"
+    judges: list[str] = field(default_factory=lambda: ["refusal", "classifier"])
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("split", self.split, ("test", "validation"))
+        one_of("engine", self.engine, engines.ENGINES)
+        if not self.judges or len(set(self.judges)) < len(self.judges):
+            raise ConfigError("judges", list(self.judges), f"different ones of {' | '.join(judges.JUDGES)}")
+        for name in self.judges:
+            judges.known(name)
+        in_range("batch_size", self.batch_size, 1)
+        in_range("max_new_tokens", self.max_new_tokens, 1)
+        if self.n_prompts is not None:
+            in_range("n_prompts", self.n_prompts, 1)
+
+
+@dataclass
+class DiagnosticsConfig:
+    """Settings of the measurement of drift within a run; it changes nothing that the run computes.
+
+    Attributes:
+        enabled: Measure after fine-tuning, on prompts of the split that is evaluated on.
+        every_n_steps: Measure during fine-tuning too, every so many optimizer steps; 0 means not.
+        n_prompts: At most so many harmful and harmless prompts each.
+    """
+
+    enabled: bool = False
+    every_n_steps: int = 0
+    n_prompts: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        in_range("every_n_steps", self.every_n_steps, 0)
+        in_range("n_prompts", self.n_prompts, 2)

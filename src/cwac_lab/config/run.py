@@ -1,0 +1,298 @@
+"""The typed run configuration: Hydra composes it, this module checks it, before anything heavy happens."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from cwac_lab import judges
+from cwac_lab.config.binding import bind, bind_target, mapping
+from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, EvaluationConfig, ProfileConfig
+from cwac_lab.core import distributed
+from cwac_lab.core.errors import ConfigError, in_range, one_of
+from cwac_lab.data.attacks import AttackConfig
+from cwac_lab.data.forms import FormsConfig
+from cwac_lab.data.mixing import counts
+from cwac_lab.data.pools import check_plan
+from cwac_lab.data.sources import DataConfig
+from cwac_lab.data.tasks.base import Task
+from cwac_lab.defenses.cwac.sae.train import SAEConfig
+from cwac_lab.defenses.interface import Composite, Defense, Requirements
+from cwac_lab.evaluation import engines
+from cwac_lab.models.adapters import TARGETS, TuningConfig
+from cwac_lab.models.loading import ModelConfig, choose_weights
+from cwac_lab.training.settings import INCIDENTAL_TRAINER, LoggerConfig, TrainerConfig
+
+# Compositions with a name of their own; others are called after their parts.
+_NAMES = {(): "none", ("activation", "weight"): "coupled"}
+# Settings that do not change what a run computes; they are left out of its key.
+# Paths are among them: what they lead to, weights and data, is in the key by content.
+INCIDENTAL = (
+    *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator", "diagnostics"),
+    "evaluation.judges",
+    *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
+)
+# What does not set runs apart in tables either; in the key of a run it always counts as one device.
+ALIKE = (*INCIDENTAL, "trainer.devices")
+
+
+@dataclass
+class Run:
+    """A checked configuration: plain settings, and the task and defence as objects."""
+
+    task: Task
+    constraint: Composite
+    constraint_name: str
+    model: ModelConfig
+    profile: ProfileConfig
+    data: DataConfig
+    sae: SAEConfig
+    tuning: TuningConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    align: AlignConfig
+    evaluation: EvaluationConfig
+    attack: AttackConfig
+    forms: FormsConfig
+    diagnostics: DiagnosticsConfig
+    harmful_ratio: float
+    seed: int
+    finetune: bool
+    force: bool
+    output_root: str
+    cache_root: str
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that weights are loaded in."""
+        return (self.tuning.dtype if self.finetune else None) or self.trainer.dtype
+
+    @property
+    def method(self) -> str:
+        """The name of the row in tables: the constraint, or ``start`` where nothing is fine-tuned."""
+        return self.constraint_name if self.finetune else "start"
+
+
+class _Settings(dict[str, Any]):
+    """Plain settings; a key that was taken out is a user's error."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(key, "", "a value (it has no default)")
+
+
+def _part(key: str, node: Any) -> Defense:
+    if not isinstance(node, dict):
+        raise ConfigError(key, node, "the settings of a defence, as constraint=[weight,activation] composes them")
+    return bind_target(key, Defense, node)
+
+
+def _attack(node: Any) -> AttackConfig:
+    """Return the attack: plain settings, or a class of the user's own."""
+    own = "_target_" in mapping("attack", node)
+    return bind_target("attack", AttackConfig, node) if own else bind("attack", AttackConfig, node)
+
+
+def requirements(parts: dict[str, Any]) -> Requirements:
+    """Return what the resolved ``constraint`` group of a run needs.
+
+    Raises:
+        ConfigError: If a part or one of its settings is unknown.
+    """
+    return Composite({name: _part(f"constraint.{name}", node) for name, node in parts.items()}).requirements
+
+
+def _scalars(config: _Settings) -> dict[str, Any]:
+    ratio, seed = config["harmful_ratio"], config["seed"]
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise ConfigError("harmful_ratio", ratio, "a number in [0, 1]")
+    in_range("harmful_ratio", ratio, 0, 1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError("seed", seed, "an integer >= 0")
+    in_range("seed", seed, 0)
+    for key in ("finetune", "force"):
+        one_of(key, config[key], (True, False))
+    return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config["finetune"], "force": config["force"]}
+
+
+def _check_finite(key: str, node: Any) -> None:
+    """Check that no number is infinite or NaN, which records, as JSON, could not tell."""
+    if isinstance(node, float) and not math.isfinite(node):
+        raise ConfigError(key, node, "a finite number")
+    for name, child in node.items() if isinstance(node, dict) else ():
+        _check_finite(f"{key}.{name}".lstrip("."), child)
+
+
+def read(config: DictConfig, *, recorded: bool = False) -> Run:
+    """Check a composed configuration and return it typed; loads no data and no weights.
+
+    Args:
+        config: The configuration.
+        recorded: Whether it is that of a record, which may have been made under a rule that no new run is.
+
+    Raises:
+        ConfigError: One line that names the key, the value and what is accepted.
+    """
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(str(error.full_key), "???", "a value (it has no default)") from None
+    assert isinstance(resolved, dict)
+    settings = _Settings({str(key): value for key, value in resolved.items()})
+    _check_finite("", settings)
+    plain = _scalars(settings)
+    nodes = mapping("constraint", settings["constraint"])
+    parts = {str(name): _part(f"constraint.{name}", node) for name, node in nodes.items()}
+    constraint_name = str(settings["label"] or _NAMES.get(tuple(sorted(parts))) or "+".join(sorted(parts)))
+    run = Run(
+        task=bind_target("task", Task, settings["task"]),
+        constraint=Composite(parts),
+        constraint_name=constraint_name,
+        model=bind("model", ModelConfig, settings["model"]),
+        profile=bind("profile", ProfileConfig, settings["profile"]),
+        data=bind("data", DataConfig, settings["data"]),
+        sae=bind("sae", SAEConfig, settings["sae"]),
+        tuning=bind("tuning", TuningConfig, settings["tuning"]),
+        trainer=bind("trainer", TrainerConfig, settings["trainer"]),
+        logger=bind("logger", LoggerConfig, settings["logger"]),
+        align=bind("align", AlignConfig, settings["align"]),
+        evaluation=bind("evaluation", EvaluationConfig, settings["evaluation"]),
+        attack=_attack(settings.get("attack") or {}),
+        forms=bind("forms", FormsConfig, settings.get("forms") or {}),
+        diagnostics=bind("diagnostics", DiagnosticsConfig, settings.get("diagnostics") or {}),
+        **plain,
+        output_root=str(settings["output_root"]),
+        cache_root=str(settings["cache_root"]),
+        resolved={**settings, **plain},
+    )
+    if run.data.near == "exact" and not recorded:
+        raise ConfigError("data.near", "exact", "ngram | embedding (exact is the rule of earlier records only)")
+    _cross_check(run)
+    return run
+
+
+def _total(plan: dict[str, dict[str, int]], pool: str) -> int:
+    return sum(plan.get(pool, {}).values())
+
+
+def _check_adapters(run: Run) -> None:
+    if run.trainer.precision == "bf16-true":
+        raise ConfigError(
+            "trainer.precision",
+            "bf16-true",
+            "32-true | bf16-mixed: small updates are lost when merged into bf16 weights",
+        )
+    adapted = TARGETS[run.tuning.modules]
+    for name, part in run.constraint.parts.items():
+        scope = getattr(part, "modules", None)
+        if scope is not None and not set(adapted) & set(TARGETS[scope]):
+            raise ConfigError(
+                f"constraint.{name}.modules", scope, f"a scope that tuning.modules={run.tuning.modules} has a part in"
+            )
+
+
+def check_machine(run: Run) -> None:
+    """Check that this machine has what a configuration asks for, which may be a record's that was made elsewhere.
+
+    Raises:
+        ConfigError: If not.
+    """
+    trainer = run.trainer
+    engines.check(run.evaluation.engine, trainer.devices)
+    judges.check(run.evaluation.judges)
+    kind = trainer.device.type
+    there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
+    if trainer.devices > there:
+        raise ConfigError("trainer.devices", trainer.devices, f"at most {there}, what this machine has of {kind}")
+    distributed.check(trainer.devices)
+    if trainer.strategy == "fsdp" and trainer.devices == 1 and not distributed.launched():
+        raise ConfigError("trainer.strategy", "fsdp", "ddp with trainer.devices=1: there is nothing to shard among")
+
+
+def _check_devices(run: Run) -> None:
+    trainer = run.trainer
+    if trainer.devices > trainer.batch_size:
+        raise ConfigError("trainer.devices", trainer.devices, f"at most trainer.batch_size={trainer.batch_size}")
+    if trainer.strategy == "ddp":
+        return
+    if run.diagnostics.enabled:
+        raise ConfigError("diagnostics.enabled", True, "false with trainer.strategy=fsdp, or ddp")
+    if run.tuning.base == "nf4":
+        raise ConfigError("trainer.strategy", "fsdp", "ddp with tuning.base=nf4: its blocks are not sharded")
+    whole = [name for name, part in run.constraint.parts.items() if not part.shardable]
+    if whole:
+        raise ConfigError("trainer.strategy", "fsdp", f"ddp with constraint={whole[0]}, which needs whole weights")
+
+
+def _check_drift(run: Run) -> None:
+    """Check that drift is measured between models of one precision: what a run ends in is in float32 with adapters."""
+    if run.diagnostics.enabled and run.finetune and run.dtype != torch.float32:
+        precision = ("trainer.precision", run.trainer.precision)
+        key, held = ("tuning.base", run.tuning.base) if run.tuning.dtype else precision
+        raise ConfigError(key, held, "float32 weights with diagnostics.enabled=true")
+
+
+def _cross_check(run: Run) -> None:
+    """Check what concerns more than one group."""
+    _check_devices(run)
+    _check_drift(run)
+    choose_weights(run.model, run.profile.name)
+    check_plan(run.data)
+    needs = run.constraint.requirements
+    if run.finetune and needs.reference_prompts and not _total(run.data.harmful, "reference"):
+        raise ConfigError(
+            "data.harmful.reference", 0, f">= 1 prompts: constraint={run.constraint_name} holds refusals on them"
+        )
+    if run.finetune and run.forms.others and needs.subspace is None and needs.features is None:
+        raise ConfigError(
+            "forms", run.forms.name, f"own with constraint={run.constraint_name}, which holds on to no reference prompt"
+        )
+    benign = needs.features is not None or (needs.subspace is not None and needs.subspace.held_on == "both")
+    if run.finetune and benign and not _total(run.data.harmless, "reference"):
+        raise ConfigError("data.harmless.reference", 0, f">= 1 prompts: constraint={run.constraint_name} uses them")
+    if run.finetune and needs.features is not None and needs.features.n_latents > run.sae.n_latents:
+        raise ConfigError(
+            "sae.n_latents",
+            run.sae.n_latents,
+            f">= {needs.features.n_latents}: constraint={run.constraint_name} holds as many",
+        )
+    weights = run.model.weights.get(run.profile.name)
+    if run.finetune and needs.base_weights and run.model.align == "none" and not (weights and weights.base):
+        raise ConfigError(
+            f"model.weights.{run.profile.name}.base",
+            None,
+            f"the hub repository of the model before alignment: constraint={run.constraint_name} needs it",
+        )
+    if run.finetune and needs.exact_projection and run.trainer.precision == "bf16-true":
+        raise ConfigError(
+            "trainer.precision", "bf16-true", "32-true | bf16-mixed: bf16 weights round an exact projection away"
+        )
+    if run.finetune and run.tuning.method == "lora":
+        _check_adapters(run)
+    if run.finetune:
+        run.attack.check(run.harmful_ratio)
+    _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
+    held = _total(run.data.harmful, "finetune")
+    if run.finetune and run.attack.rows == "outliers" and not held:
+        raise ConfigError(
+            "data.harmful.finetune", 0, f">= 1 prompts: attack={run.attack.name} looks for rows like them"
+        )
+    if run.finetune and run.attack.rows == "harmful" and harmful > held:
+        most = held / run.data.n_train
+        raise ConfigError(
+            "harmful_ratio",
+            run.harmful_ratio,
+            f"at most {most:g} with data.n_train={run.data.n_train} (pool of {held} harmful rows)",
+        )
+    if run.model.align != "none" and not (
+        _total(run.data.harmful, "alignment") and _total(run.data.harmless, "alignment")
+    ):
+        raise ConfigError(
+            "model.align", run.model.align, "none, or prompts in data.harmful.alignment and data.harmless.alignment"
+        )

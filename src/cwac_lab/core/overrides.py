@@ -1,0 +1,104 @@
+"""Arguments of the command line as Hydra reads them: paths with signs that it takes for its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+# Settings that hold a path or None, never a number.
+PATHS = {
+    *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views"),
+    *("experiments_root", "hydra.run.dir", "hydra.sweep.dir"),
+}
+_KEY = re.compile(r"[+~]{0,2}[A-Za-z0-9_./@:-]+")
+
+
+def _quoted(value: str, quote: Quote = Quote.single) -> str:
+    return str(QuotedString(text=value, quote=quote).with_quotes())
+
+
+def _read(argument: str) -> object:
+    """Return the value of an argument; what Hydra cannot read stands for itself."""
+    try:
+        return OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return argument.partition("=")[2]
+
+
+def as_meant(argument: str) -> str:
+    """Return an argument with ``~`` as the home folder, and a path of digits as text.
+
+    Hydra has a meaning of its own for ``~``, and reads ``output_root=2024_10_01`` as the number 20241001.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        return argument
+    if "~" in value[:2] and ("," not in value or value[0] in "'\""):
+        found = _read(argument)
+        if isinstance(found, str) and found.startswith("~"):
+            home = os.path.expanduser(found)  # pathlib raises where there is no such user
+            return argument if home == found else f"{key}={_quoted(home)}"
+    if key.lstrip("+") in PATHS and isinstance(_read(argument), bool | int | float):
+        return f"{key}={_quoted(value)}"
+    return argument
+
+
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with flags (``-m``, ``--config-dir FOLDER``) first: Hydra reads none between two overrides."""
+    given = [not each.startswith("-") and ("=" in each or each.startswith("~")) for each in arguments]
+    return [each for each, _ in sorted(zip(arguments, given, strict=True), key=lambda pair: pair[1])]
+
+
+def text(key: str, value: object) -> str:
+    """Return the argument that gives a key a text, quoted for Hydra where it has to be."""
+    plain = re.fullmatch(r"[A-Za-z0-9_./-]+", str(value)) and isinstance(_read(f"{key}={value}"), str)
+    return f"{key}={value}" if plain else f"{key}={_quoted(str(value))}"
+
+
+def typed(key: str, value: object) -> str:
+    """Return the same as it is typed into a shell."""
+    argument = text(key, value)
+    return argument if argument == f"{key}={value}" else hint(f"{key}={value}")
+
+
+def hint(argument: str) -> str:
+    """Return an argument quoted for Hydra and, around that, for the shell."""
+    key, _, value = argument.partition("=")
+    value = value.strip("\"'")
+    told = f"{key}={_quoted(value)}"
+    if re.search(r'[$`"!]', value) and "'" not in value:  # signs of the shell's within double quotes
+        return f"'{key}={_quoted(value, Quote.double)}'"
+    return shlex.quote(told) if re.search(r'[$`"!]|\\\\', told) else f'"{told}"'
+
+
+def _why(message: str) -> str:
+    """Return the reason in what Hydra says: a sign that it does not know is marked below the argument."""
+    first, *more = message.strip().splitlines()
+    prefix, _, marked = first.partition("LexerNoViableAltException: ")
+    if not prefix and marked and more:
+        at = more[0].index("^") - (len(first) - len(marked))
+        return f"the sign {marked[at]}"
+    return first
+
+
+def unreadable(argument: str, message: str) -> str:
+    """Return in one line which argument Hydra cannot read, why by its message, and how to quote it."""
+    key, equals, _ = argument.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        return f"{argument}: accepted: KEY=VALUE with a key of the configuration (--help lists them)"
+    if argument[len(key) + 1 :][:1] in ("[", "{") and key.lstrip("+") not in PATHS:
+        return f"{argument}: Hydra cannot read it ({_why(message)}); accepted: [A,B] or {{KEY:VALUE}}"
+    signs = "text with other signs than A-Z a-z 0-9 _ - . / : is quoted twice"
+    return f"{argument}: Hydra cannot read it ({_why(message)}); {signs}: {hint(argument)}"
+
+
+def ambiguous(argument: str) -> str:
+    """Return in one line what a value with commas may be."""
+    key, _, value = argument.partition("=")
+    return f"{argument}: accepted: {hint(argument)} for one text, '{key}=[{value}]' for a list, or -m for a run of each"

@@ -1,0 +1,100 @@
+"""What every artefact depends on, in one list; keys are made from it alone.
+
+``RECIPES`` are kept in ``cache_root`` by their key. What is kept elsewhere:
+
+* A run (``run.identity``): all settings but ``config.run.INCIDENTAL``, and the content of weights, task rows, pools and
+  the attack's own rows. It has no number: its provenance names the commit of the code, and a record stays what it was.
+* Verdicts of a run: answers, task, and the ``version`` of the judge, which ``metrics.json`` tells.
+* What a start computes on the prompts of diagnostics (``run.identity.probe_key``), kept while the process lives.
+
+Batch sizes, devices and the number of processes change rounding only, and are in no key of an artefact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one kind of artefact is made.
+
+    Attributes:
+        kind: Its folder in ``cache_root``.
+        number: Part of the key; raised when the code makes something else of the same inputs, so that nothing that the
+            code of before made is taken for it. A test holds it beside a digest of ``code``.
+        inputs: What goes in, as parts of the key.
+        code: What makes it, as ``module`` or ``module:name`` within this package.
+    """
+
+    kind: str
+    number: int
+    inputs: tuple[str, ...]
+    code: tuple[str, ...]
+
+    def key(self, **inputs: Any) -> dict[str, Any]:
+        """Return the key of an artefact of these inputs, JSON-able values all.
+
+        Raises:
+            TypeError: If they are not those that are declared.
+        """
+        if inputs.keys() != set(self.inputs):
+            raise TypeError(f"{self.kind} is made of {sorted(self.inputs)}, not of {sorted(inputs)}")
+        return {"recipe": self.number, **inputs}
+
+
+def _of(module: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{module}:{name}" for name in names)
+
+
+_FORWARD = ("data.batches:pad", "models.prefix:states_after", "models.prefix:opening_cache", "models.capture")
+_ANSWERING = ("evaluation.generate", "models.chat:ChatFormat", "models.prefix:opening_cache")
+
+# Weights of a package of the Python index, as a folder of transformers.
+PACKAGE = Recipe("models", 1, ("package", "version", "architecture"), ("models.packaged",))
+ALIGNED = Recipe(
+    "aligned",
+    4,
+    (*("judge", "start", "end", "prompts", "refusals", "answer_tokens", "trainer", "chat_template", "measured_on"),),
+    ("run.alignment", "training.loop:fit", "training.module", "models.answers", "data.batches", *_ANSWERING),
+)
+# The start's own answers to reference prompts.
+ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
+SUBSPACE = Recipe(
+    "subspace",
+    2,
+    ("model", "dtype", "prompts", "spec"),
+    (
+        *_of("defenses.cwac.subspace.basis", "leading", "build", "_fill", "_batched"),
+        *("defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
+        *_of("models.sites", "linears", "SCOPES"),
+        *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
+        *_of("core.linalg", "_rank", "_support", "_share"),
+    ),
+)
+# ``library`` is the version of sae-lens, which trains it.
+AUTOENCODER = Recipe(
+    "sae",
+    2,
+    ("model", "dtype", "layer", "texts", "settings", "library"),
+    (
+        "run.artefacts:_Workshop.autoencoder",
+        *_of("defenses.cwac.sae.activations", "collect", "Contexts", "split"),
+        *_of("defenses.cwac.sae.train", "train", "_settings", "_endless"),
+        *_FORWARD,
+    ),
+)
+# ``openings`` are the first tokens of refusals, where attribution scores by them. Settings and seed of the autoencoders
+# are in their names.
+LATENTS = Recipe(
+    "features",
+    2,
+    ("model", "dtype", "autoencoders", "prompts", "openings", "spec"),
+    (
+        *("run.artefacts:_Workshop._choose", "defenses.cwac.sae.latents"),
+        *_of("defenses.cwac.sae.train", "encoder", "decoder_directions"),
+        *_FORWARD,
+    ),
+)
+RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}

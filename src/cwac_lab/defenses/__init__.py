@@ -1,0 +1,1 @@
+"""Defences: the interface, the method of the paper (``cwac``), and those of the literature."""

@@ -1,0 +1,169 @@
+"""Linear layers whose updates have no part in a span: by projected gradients, or by projected factors of LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+
+from cwac_lab.core import linalg
+from cwac_lab.core.errors import LabError
+from cwac_lab.models.shards import whole
+
+
+class Projection:
+    """``x -> x (I - V V^T)`` for the layers that read one input x (q, k and v; gate and up), computed once for them.
+
+    Their backward passes follow each other, so of all sites only what was computed last is kept: x and its projection.
+    Changes of x in place are seen, except those through ``x.data``.
+    """
+
+    # Input, its version, the projection it is of, and its projected tokens.
+    _last: ClassVar[tuple[Tensor, int, Projection, Tensor] | None] = None
+
+    def __init__(self, basis: Float[Tensor, "d k"], readers: int, rows: int) -> None:
+        """Take V, how many layers read x, and how many rows their weights have together."""
+        self.basis, self.readers, self.rows = basis, readers, rows
+
+    def _kept(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T d"] | None:
+        if Projection._last is None:
+            return None
+        of, version, owner, projected = Projection._last
+        # Memory of what is kept belongs to no other tensor.
+        same = of.data_ptr() == x.data_ptr() and of.shape == x.shape and of.stride() == x.stride()
+        return projected if same and version == x._version and owner is self else None
+
+    def of(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T d"]:
+        """Return the projected tokens of x in full float32: most lies along V, bfloat16 would leave a hundredth of it.
+
+        The product with the gradients that follows is in the precision of training; what its rounding moves along V is
+        taken out where weights are restored.
+        """
+        projected = self._kept(x)
+        if projected is None:
+            projected = linalg.remove_span(x.detach().flatten(0, -2).float(), self.basis.float())
+            if self.readers > 1:
+                Projection._last = x.detach(), x._version, self, projected
+        return projected
+
+
+class _Linear(torch.autograd.Function):
+    """``y = x W^T + b`` with the gradient ``G (I - V V^T)`` for W, where ``G = g^T x`` is the plain one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "*B d"],
+        weight: Float[Tensor, "m d"],
+        bias: Float[Tensor, " m"] | None,
+        projection: Projection,
+    ) -> Float[Tensor, "*B m"]:
+        ctx.save_for_backward(x, weight)
+        ctx.projection = projection
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Float[Tensor, "*B m"]
+    ) -> tuple[Float[Tensor, "*B d"] | None, Float[Tensor, "m d"] | None, Float[Tensor, " m"] | None, None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
+        rows, of_weight = grad.flatten(0, -2), None
+        if need_weight:
+            # G (I - V V^T) = g^T (x (I - V V^T)): projected is what has fewer rows, the tokens of x, once for all
+            # layers that read them, or the gradients of these layers.
+            if len(rows) < ctx.projection.rows:
+                of_weight = rows.T @ ctx.projection.of(x).to(grad.dtype)
+            else:
+                plain = rows.T @ x.flatten(0, -2).to(grad.dtype)
+                of_weight = linalg.remove_span(plain.float(), ctx.projection.basis.float())
+            of_weight = of_weight.to(weight.dtype)
+        return of_x, of_weight, rows.sum(0).to(weight.dtype) if need_bias else None, None
+
+
+class ProjectedLinear(torch.nn.Linear):
+    """A linear layer with weight W (m, d) and a basis V (d, k) that its weight's gradients have no part in."""
+
+    projection: Projection
+
+    def forward(self, input: Float[Tensor, "*B d"]) -> Float[Tensor, "*B m"]:
+        """Return ``x W^T + b`` for inputs of shape (*B, d)."""
+        return _Linear.apply(input, self.weight, self.bias, self.projection)  # type: ignore[no-untyped-call]
+
+
+def project_gradients(modules: Sequence[torch.nn.Linear], basis: Float[Tensor, "d k"]) -> None:
+    """Turn linear layers that read one input into projected ones, in place; their parameters stay as they are."""
+    projection = Projection(basis, len(modules), sum(module.out_features for module in modules))
+    for module in modules:
+        module.__class__ = ProjectedLinear
+        cast("ProjectedLinear", module).projection = projection
+
+
+def release(module: torch.nn.Linear) -> None:
+    """Turn a projected layer back into a plain one."""
+    module.__class__ = torch.nn.Linear
+    del module.projection
+    Projection._last = None
+
+
+class _WithoutSpan(torch.nn.Module):
+    """``A -> A (I - V V^T)`` for A of shape (r, d) and a basis V of shape (d, k)."""
+
+    basis: Float[Tensor, "d k"]
+
+    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
+        super().__init__()
+        self.register_buffer("basis", basis, persistent=False)
+
+    def forward(self, factor: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        """Return the projected factor."""
+        return linalg.remove_span(whole(factor), self.basis)
+
+
+# What a parametrised factor is called among a model's parameters, and in a plain adapter.
+_AS_TRAINED, _AS_USED = "parametrizations.weight.original", "weight"
+
+
+def _saved_as_used(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put the projected factor in the place of the trained one, in what is saved: it is a plain adapter's."""
+    if state.pop(prefix + _AS_TRAINED, None) is not None:
+        state[prefix + _AS_USED] = module.weight.detach()
+
+
+def _loaded_as_used(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take a plain adapter's factor."""
+    if is_parametrized(module) and prefix + _AS_USED in state:
+        state[prefix + _AS_TRAINED] = state.pop(prefix + _AS_USED)
+
+
+def project_factor(adapter: Any, basis: Float[Tensor, "d k"]) -> None:
+    """Project the factor A of a LoRA layer, in place and for good: ``B A (I - V V^T) x`` is what the layer adds to W x.
+
+    So the update has no part in the span of V under any optimizer, PEFT merges the projected factor, and a state that
+    is saved at any time holds it under the name that a plain adapter gives it.
+
+    Raises:
+        LabError: If it is projected already.
+    """
+    (key,) = adapter.active_adapters
+    factor = adapter.lora_A[key]
+    if is_parametrized(factor):
+        raise LabError("an adapter is under a constraint already (accepted: a new one)")
+    register_parametrization(factor, "weight", _WithoutSpan(basis))
+    factor.register_state_dict_post_hook(_saved_as_used)
+    factor.register_load_state_dict_pre_hook(_loaded_as_used)
+
+
+def release_factor(adapter: Any) -> None:
+    """Make the projected factor a plain one, with the values that it has."""
+    (key,) = adapter.active_adapters
+    if is_parametrized(adapter.lora_A[key]):
+        remove_parametrizations(adapter.lora_A[key], "weight")

@@ -1,0 +1,223 @@
+"""Weight constraint: updates stay in the safety subspace (CWAC, section on the weight constraint).
+
+For a linear layer with inputs X on reference harmful prompts, ``C = X X^T``, the paper keeps updates in the span U of
+the eigenvectors of small eigenvalues, ``dW <- dW U U^T``, so that ``dW X ~= 0``. Here the complement V (leading
+eigenvectors, ``U U^T = I - V V^T``) is stored. By default gradients are projected and the *applied* update as well,
+because AdamW moves weights out of the subspace even when every gradient lies in it (elementwise scaling, weight decay).
+Gradients are projected where they arise, in the constrained layers; terms that reach a weight by another way (``l2``,
+AsFT's, Lisa's proximal term) are caught by the update's projection only, so not at all with ``projection=gradient``.
+
+With LoRA the factor A is projected, ``dW = alpha / r B A (I - V V^T)``: exact under any optimizer, nothing to restore,
+and ``projection`` makes no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cwac_lab.core import linalg
+from cwac_lab.core.errors import ConfigError, in_range, one_of
+from cwac_lab.defenses.cwac.projected import (
+    ProjectedLinear,
+    project_factor,
+    project_gradients,
+    release,
+    release_factor,
+)
+from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
+from cwac_lab.defenses.interface import HELD_ON, Context, Defense, Requirements
+from cwac_lab.models.adapters import when_merged
+from cwac_lab.models.shards import is_sharded, local, rows, total
+from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
+
+PROJECTIONS = ("gradient", "update", "both")
+
+
+@dataclass
+class _Constrained:
+    """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k); none with adapters.
+
+    ``merged`` are the squares of what merged adapters moved, along V and in all.
+    """
+
+    linear: Matrix
+    basis: Float[Tensor, "d k"]
+    anchor: Float[Tensor, "m k"] | None
+    merged: tuple[float, float] | None = None
+
+    def note(self, before: Float[Tensor, "m d"], after: Float[Tensor, "m d"]) -> None:
+        """Take the weight before and after its adapter is merged: what is added is rounded to what the sum can hold."""
+        self.merged = linalg.leak(after - before, self.basis.float())
+
+
+@dataclass
+class WeightConstraint(Defense):
+    """Keep ``(W - W0) V = 0`` for the chosen linear layers.
+
+    Attributes:
+        modules: Scope; the paper's is ``ffn_out``.
+        trainable: ``all`` as in the paper, or ``constrained``: freeze whatever is not constrained.
+        projection: ``gradient`` (the paper's literal text), ``update`` (exact under any optimizer), or ``both``: exact,
+            and the optimizer's moments and the clipping see only what is allowed (at a ``gradient_share`` of 1).
+        energy: Share of the trace of C that is protected; exclusive with ``rank``.
+        rank: Fixed number of protected directions; 0 switches the constraint off.
+        held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
+        tokens: ``all`` reference tokens, or ``no_sinks``.
+        normalize: Unit-norm tokens in C.
+        gradient_share: With ``both``, the share of the protected directions, the leading ones, that gradients are
+            projected off; what the optimizer moves along the others is taken out where weights are restored. A step's
+            projections cost in proportion to it. With LoRA all directions count.
+        restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
+            between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
+        leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
+    """
+
+    modules: str = "all_linear"
+    trainable: str = "constrained"
+    projection: str = "both"
+    energy: float | None = 0.99
+    rank: int | None = None
+    held_on: str = "harmful"
+    tokens: str = "all"
+    normalize: bool = True
+    gradient_share: float = 1.0
+    restore_every_n_steps: int = 12
+    leak_every_n_steps: int = 10
+
+    precedence: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("modules", self.modules, SCOPES)
+        one_of("trainable", self.trainable, ("all", "constrained"))
+        one_of("projection", self.projection, PROJECTIONS)
+        one_of("held_on", self.held_on, HELD_ON)
+        one_of("tokens", self.tokens, ("all", "no_sinks"))
+        in_range("gradient_share", self.gradient_share, 0, 1, open_low=True)
+        in_range("restore_every_n_steps", self.restore_every_n_steps, 1)
+        in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
+        if (self.energy is None) == (self.rank is None):
+            raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
+        if self.gradient_share != 1 and self.projection != "both":
+            raise ConfigError("gradient_share", self.gradient_share, "1 with a projection other than both")
+        if self.energy is not None:
+            in_range("energy", self.energy, 0, 1, open_low=True)
+        if self.rank is not None:
+            in_range("rank", self.rank, 0)
+        self._held: list[_Constrained] = []
+        self._removed = 0.0
+
+    @property
+    def requirements(self) -> Requirements:
+        """Reference prompts and the subspace of the chosen scope."""
+        spec = SubspaceSpec(self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on)
+        return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
+
+    def prepare(self, context: Context) -> None:
+        """Take the bases, remember ``W0 V``, and freeze the rest if asked to."""
+        assert context.subspace is not None
+        self._start_weight = context.start_weight
+        self._subspace = context.subspace
+        readers: dict[Site, list[_Constrained]] = {}
+        for linear in linears(context.model, self.modules):
+            basis = context.subspace.bases[linear.site.name].to(context.model.device)
+            if linear.adapter is not None:
+                self._held.append(_Constrained(linear, basis, None))
+                when_merged(linear.adapter, self._held[-1].note)
+                if basis.shape[1]:
+                    project_factor(linear.adapter, basis)
+                continue
+            basis = basis.to(linear.module.weight)
+            self._held.append(_Constrained(linear, basis, linalg.product(linear.module.weight.detach(), basis)))
+            if self.projection != "update" and basis.shape[1]:
+                readers.setdefault(linear.site, []).append(self._held[-1])
+        for together in readers.values():
+            basis = together[0].basis
+            kept = math.ceil(self.gradient_share * basis.shape[1])
+            project_gradients([held.linear.module for held in together], basis[:, :kept])
+        if self.trainable == "constrained":
+            # Other parts may have frozen some.
+            trained = [parameter for held in self._held for parameter in held.linear.trained]
+            context.model.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        self._moving = [held for held in self._held if held.linear.module.weight.requires_grad and held.basis.shape[1]]
+
+    def _restores(self, step: int) -> bool:
+        if self.projection == "gradient" or not self._moving:
+            return False
+        return self.projection == "update" or (step + 1) % self.restore_every_n_steps == 0
+
+    def after_optimizer_step(self, step: int) -> None:
+        """With ``projection=update`` or ``both``, take out of the weights what was moved along V."""
+        if self._restores(step):
+            self._restore()
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            squares = []
+            for held in self._moving:
+                assert held.anchor is not None
+                weight = held.linear.module.weight
+                removed = linalg.restore_on_span_(local(weight), held.basis, rows(weight, held.anchor))
+                squares.append(removed.square().sum())
+            self._removed = float(total(torch.stack(squares).sum(), sharded=is_sharded(weight)).sqrt())
+
+    def settle(self, model: Any) -> None:
+        """Take out what was moved along V."""
+        if self.projection != "gradient" and self._moving:
+            self._restore()
+
+    def release(self, model: Any) -> None:
+        """Leave plain linear layers, and plain factors."""
+        for held in self._held:
+            if held.linear.adapter is not None:
+                release_factor(held.linear.adapter)
+            elif isinstance(held.linear.module, ProjectedLinear):
+                release(held.linear.module)
+
+    @torch.no_grad()
+    def leak(self) -> float:
+        """Return ``||(W - W0) V||_F / ||W - W0||_F`` over all constrained matrices; 0 where nothing moved.
+
+        With adapters ``W - W0`` is what they add, and once they are merged, what that left of it in float32.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        weight: Tensor | None = None
+        for held in self._held:
+            if held.merged is not None:
+                sums += torch.tensor(held.merged, dtype=torch.float64)
+                continue
+            factors = held.linear.factors()
+            if factors is not None:
+                delta = linalg.product(*factors)
+            else:
+                weight = held.linear.module.weight
+                start = rows(weight, self._start_weight(held.linear.name)).to(local(weight))
+                delta = local(weight).float() - start.float()
+            sums += torch.tensor(linalg.leak(delta, held.basis.float()), dtype=torch.float64)
+        if weight is not None and is_sharded(weight):
+            sums = total(sums.to(weight.device), sharded=True)
+        along, moved = sums.tolist()
+        return (along / moved) ** 0.5 if moved else 0.0
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Return what was taken out of the weights where that was done (Frobenius norm), every n-th step the leak."""
+        found = {"weight/removed": self._removed} if self._restores(step) else {}
+        if self.leak_every_n_steps and (step + 1) % self.leak_every_n_steps == 0:
+            found["weight/leak"] = self.leak()
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Return the leak at the end, the rank and the share of variance kept of every site."""
+        return {
+            "leak": self.leak(),
+            "rank": {name: int(basis.shape[1]) for name, basis in self._subspace.bases.items()},
+            "variance_kept": dict(self._subspace.energy),
+        }

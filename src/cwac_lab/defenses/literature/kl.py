@@ -1,0 +1,80 @@
+"""KL to the start: the answers' distributions stay near those of the start model.
+
+Fidelity: exact, ``L = CE + lambda mean_t KL(pi_0(.|t) || pi_theta(.|t))`` over answer tokens; written for the
+vocabulary dimension and without pads (a public implementation takes the softmax over positions). The start's last
+hidden states at the answer tokens are computed once, before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from cwac_lab.core.errors import in_range, one_of
+from cwac_lab.data.batches import collate, cyclic
+from cwac_lab.defenses.interface import Context, Defense, Requirements
+from cwac_lab.defenses.literature.start import StartLogits
+from cwac_lab.models.answers import Batch, answer_logits, mean_over_answers, to_device
+from cwac_lab.models.chat import Encoded
+
+
+def divergence(model: Any, start: StartLogits, batch: Batch) -> Float[Tensor, ""]:
+    """Return the mean of ``KL(pi_0 || pi_theta)`` over a batch's answer tokens, shape ()."""
+    now, before = answer_logits(model, batch)[0], start.of(batch)
+    moved = kl_div(now.float().log_softmax(-1), before.float().log_softmax(-1), log_target=True, reduction="none")
+    return mean_over_answers(moved.sum(-1), batch)
+
+
+@dataclass
+class KL(Defense):
+    """Penalise the divergence from the start model.
+
+    Attributes:
+        strength: lambda.
+        held_on: ``task``: on the batch that is trained on; ``refusals``: on refusals to the reference prompts.
+        batch_size: Refusals a step.
+    """
+
+    strength: float = 1.0
+    held_on: str = "task"
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        in_range("strength", self.strength, 0)
+        one_of("held_on", self.held_on, ("task", "refusals"))
+        in_range("batch_size", self.batch_size, 1)
+        self._start: StartLogits | None = None
+
+    @property
+    def requirements(self) -> Requirements:
+        """The refusals, where they are used."""
+        return Requirements(reference_prompts=self.held_on == "refusals" and self.strength > 0)
+
+    def prepare(self, context: Context) -> None:
+        """Take the refusals."""
+        self._context = context
+        self._seed, self._pad_id = context.seed, context.chat.pad_id
+        self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
+
+    def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
+        """Keep what the start answers to the rows that the divergence is taken on (Lisa may train on refusals)."""
+        if self.strength:
+            rows = [*(examples if self.held_on == "task" else ()), *self._refusals]
+            with self._context.autocast():
+                self._start = StartLogits(self._context.model, rows, self._pad_id)
+
+    def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
+        """Return the penalty, of shape ()."""
+        if self._start is None:
+            return {}
+        if self.held_on == "refusals":
+            rows = cyclic(len(self._refusals), self.batch_size, step, f"kl/{self._seed}")
+            piece = batch["piece"][:2] if "piece" in batch else ()
+            batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id, *piece), model.device)
+        return {"kl": self.strength * divergence(model, self._start, batch)}

@@ -1,0 +1,98 @@
+"""SafeGrad (Yi et al. 2025, arXiv 2508.07172): take out of the user gradient what works against the alignment gradient.
+
+``g_a`` is the gradient of ``KL(pi_0 || pi_theta)`` on refusals; where ``<g_u, g_a> < 0``,
+``g_u <- g_u - <g_u, g_a> / ||g_a||^2 g_a``; the step takes ``g_u + rho g_a``. The test is on the whole gradient vector.
+
+Fidelity: variant. Neither the authors' code nor the full paper was at hand: the rule is that of a third-party
+implementation (rho 1, temperature 1), whose texts differ on whether the divergence is taken on alignment or user
+data. Surgery comes before clipping; with accumulation it acts on the summed user gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cwac_lab.core import distributed
+from cwac_lab.core.errors import in_range
+from cwac_lab.data.batches import collate, cyclic
+from cwac_lab.defenses.interface import Context, Defense, Requirements
+from cwac_lab.defenses.literature.kl import divergence
+from cwac_lab.defenses.literature.start import StartLogits
+from cwac_lab.models.answers import to_device
+
+# At the start the divergence has no gradient; what rounding leaves of it, relative to the user's, is no direction.
+NOISE = 1e-4
+
+
+@dataclass
+class SafeGrad(Defense):
+    """Gradient surgery against refusals.
+
+    Attributes:
+        strength: rho; 0 switches the method off, surgery included.
+        batch_size: Refusals a step.
+    """
+
+    strength: float = 1.0
+    batch_size: int = 4
+
+    shardable: ClassVar[bool] = False  # a gradient beside that of the backward pass is not gathered
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        in_range("strength", self.strength, 0)
+        in_range("batch_size", self.batch_size, 1)
+
+    @property
+    def requirements(self) -> Requirements:
+        """The refusals."""
+        return Requirements(reference_prompts=self.strength > 0)
+
+    def prepare(self, context: Context) -> None:
+        """Take the refusals and keep what the start answers there."""
+        self._model, self._autocast = context.model, context.autocast
+        self._seed, self._pad_id = context.seed, context.chat.pad_id
+        self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
+        self._conflicts, self._start = 0, None
+        if self.strength:
+            with context.autocast():
+                self._start = StartLogits(context.model, self._refusals, self._pad_id)
+
+    def after_backward(self, step: int) -> None:
+        """Replace the gradients by the operated ones."""
+        if self._start is None:
+            return
+        rows = cyclic(len(self._refusals), self.batch_size, step, f"safegrad/{self._seed}")
+        # Every device takes a part of the refusals; their gradients are averaged, and so the same everywhere.
+        piece = distributed.rank(), distributed.world()
+        batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id, *piece), self._model.device)
+        trained = [p for p in self._model.parameters() if p.requires_grad and p.grad is not None]
+        with torch.enable_grad(), self._autocast():
+            aligned = torch.autograd.grad(divergence(self._model, self._start, batch), trained, allow_unused=True)
+        used = [(p, g) for p, g in zip(trained, aligned, strict=True) if g is not None]
+        pairs = [(p, distributed.summed(g) / distributed.world()) for p, g in used]
+        with torch.no_grad():
+            inner = torch.stack([(p.grad * g).sum() for p, g in pairs]).sum()
+            square = torch.stack([g.square().sum() for _, g in pairs]).sum()
+            user = torch.stack([p.grad.square().sum() for p, _ in pairs]).sum()
+            conflict = bool(inner < 0) and bool(square > NOISE**2 * user)
+            factor = self.strength - (float(inner / square) if conflict else 0.0)
+            for p, g in pairs:
+                p.grad.add_(g, alpha=factor)
+        self._conflicts += conflict
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the number of conflicts."""
+        return {"conflicts": torch.tensor(self._conflicts)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take it back."""
+        self._conflicts = int(state["conflicts"])
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Return how many steps had a conflict so far."""
+        return {"safegrad/conflicts": float(self._conflicts)} if self._start is not None else {}

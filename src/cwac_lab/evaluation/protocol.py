@@ -1,0 +1,84 @@
+"""What a fine-tuned model is asked, what it answers, and what judges say: the stages of evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from cwac_lab.config.run import Run
+from cwac_lab.core import distributed
+from cwac_lab.data.pools import Pools
+from cwac_lab.data.sources import TaskData
+from cwac_lab.evaluation.engines import ENGINES
+from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
+from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
+from cwac_lab.judges import made
+from cwac_lab.models.chat import ChatFormat
+from cwac_lab.results import store
+from cwac_lab.results.store import RunFolder
+
+
+def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
+    """Return what is asked of the model, by kind: prompts of the chosen split, and the task's rows."""
+    split, most = run.evaluation.split, run.evaluation.n_prompts
+    rows: dict[str, list[dict[str, Any]]] = {
+        kind: [
+            {"kind": kind, "id": row.id, "prompt": run.attack.asked(row.prompt)}
+            for row in pools.get(kind, split)[:most]
+        ]
+        for kind in PROMPT_KINDS
+    }
+    asked = data.test if split == "test" else data.validation
+    rows["task"] = [{"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold} for row in asked]
+    return rows
+
+
+def answered(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> list[dict[str, Any]]:
+    """Return the rows with the model's answers, asked as the attack asks.
+
+    A row whose prompt is longer than the limit is marked ``cut``, one whose answer began with thoughts ``thoughts``.
+    """
+    asking = chat.with_template(run.attack.template)
+    engine = ENGINES[run.evaluation.engine](model, asking, run.evaluation.batch_size)
+    found = []
+    for kind, asked in rows.items():
+        longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
+        opening = "" if kind == "task" else run.attack.prefill
+        ask = partial(engine, max_new_tokens=longest, opening=opening)
+        given = distributed.spread([row["prompt"] for row in asked], ask)
+        forced = {"opening": opening} if opening else {}
+        for row, answer in zip(asked, given, strict=True):
+            marks = {"cut": bool(asking.n_cut([row["prompt"]])), "thoughts": answer.thoughts}
+            marked = {mark: True for mark, holds in marks.items() if holds}
+            found.append({**row, **forced, "output": answer.text, **marked})
+    return found
+
+
+def remarks(rows: list[dict[str, Any]], chat: ChatFormat) -> Iterator[str]:
+    """Yield what is to be told of rows that ``answered`` returned."""
+    yield from chat.told_cut(sum("cut" in row for row in rows), len(rows), "prompts")
+    if thoughtful := [row for row in rows if "thoughts" in row]:
+        silent = sum(not row["output"] for row in thoughtful)
+        yield (
+            f"{len(thoughtful)} of {len(rows)} answers begin with thoughts, which are left out; {silent} of them go no "
+            "further within the limit of new tokens and count as empty"
+        )
+
+
+def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
+    """Judge saved generations and write verdicts; returns the aggregates (stages 2 and 3).
+
+    The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
+    """
+    generations = folder.read(store.GENERATIONS)
+    judges = [made(name) for name in run.evaluation.judges]
+    first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
+    folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
+    folder.write(store.VERDICTS, first)
+    told: dict[str, Any] = {judges[0].name: {"version": judges[0].version}}
+    for other, found in zip(judges[1:], others, strict=True):
+        folder.write(store.verdicts_of(other.name), found)
+        rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}
+        told[other.name] = {"version": other.version, **rates, "agreement": agreement(first, found)}
+    return {**aggregate(first), "judges": told}

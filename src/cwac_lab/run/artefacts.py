@@ -1,0 +1,222 @@
+"""What a defence needs before training: subspace, autoencoder, latents; built on demand, cached by content."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from cwac_lab.config.run import Run
+from cwac_lab.core import distributed, recipes
+from cwac_lab.core.cache import cached_folder, digest, read_json, reading
+from cwac_lab.core.errors import QualityError
+from cwac_lab.core.recipes import Recipe
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.data.responses import REFUSALS, refusal
+from cwac_lab.data.sources import PromptRow
+from cwac_lab.defenses.cwac.sae import activations, latents
+from cwac_lab.defenses.cwac.sae import train as sae_train
+from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
+from cwac_lab.defenses.cwac.subspace import basis
+from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
+from cwac_lab.defenses.interface import Context
+from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.sites import decoder_layers, depth_to_layer
+from cwac_lab.run.references import References, references
+from cwac_lab.run.start import Start, base, start_weights
+
+Say = Callable[[str], None]
+
+
+def together(root: Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
+    """Return ``cached_folder``, where all processes of the run build if the first one finds that it must.
+
+    The others do their part of the work and keep nothing of it.
+    """
+    if distributed.rank():
+        if distributed.told(False):
+            with TemporaryDirectory() as scratch:
+                build(Path(scratch))
+        return distributed.told(Path())
+    announced = False
+
+    def led(folder: Path) -> None:
+        nonlocal announced
+        announced = distributed.told(True)
+        build(folder)
+
+    found = cached_folder(root, kind, key, led)
+    if not announced:
+        distributed.told(False)
+    return distributed.told(found)
+
+
+@dataclass
+class _Workshop:
+    """Builds the artefacts of one run, each cached under the content it was made from."""
+
+    run: Run
+    begin: Start
+    model: Any
+    chat: ChatFormat
+    held: References
+    say: Say
+
+    def ids(self, rows: Sequence[PromptRow]) -> list[list[int]]:
+        """Return prompts as token ids, up to where the answer starts."""
+        return [self.chat.prompt_ids(row.prompt) for row in rows]
+
+    def cached(self, recipe: Recipe, build: Callable[[Path], None], **inputs: Any) -> Path:
+        """Return the folder of an artefact of this start model and other inputs."""
+        key = recipe.key(model=self.begin.folder.content, dtype=str(self.model.dtype), **inputs)
+        return together(Path(self.run.cache_root), recipe.kind, key, build)
+
+    def subspace(self, spec: SubspaceSpec) -> Path:
+        """Return the folder with the bases of the weight constraint."""
+        prompts = self.held.harmful_ids + (self.held.benign_ids if spec.held_on == "both" else [])
+
+        def build(folder: Path) -> None:
+            self.say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
+            basis.build(self.model, prompts, spec, self.chat.pad_id, folder)
+
+        return self.cached(recipes.SUBSPACE, build, prompts=digest(prompts), spec=asdict(spec))
+
+    def texts(self) -> list[Sequence[int]]:
+        """Return what an autoencoder is trained on: refused harmful prompts and benign text, at the set shares."""
+        run, pools = self.run, self.begin.pools
+        harmful: list[Sequence[int]] = list(self.held.refusals)
+        benign: list[Sequence[int]] = [*self.ids(self.held.benign), *self.ids(pools.get("harmless", "alignment"))]
+        rows = pools.task_rows(run.data, run.task).train[: run.data.n_train]
+        benign += [self.chat.encode(row.prompt, row.response).input_ids for row in rows]
+        return activations.blend(harmful, benign, run.sae.n_tokens, run.sae.harmful_share, run.sae.seed)
+
+    def autoencoder(self, layer: int) -> Path:
+        """Return the folder of the autoencoder of a layer's output."""
+        config, pad_id, texts = self.run.sae, self.chat.pad_id, self.texts()
+
+        def build(folder: Path) -> None:
+            data, held_out = activations.split(texts, config.held_out, config.seed)
+            x = activations.collect(self.model, layer, data, pad_id)
+            y = activations.collect(self.model, layer, held_out, pad_id, unlike=data)
+            if distributed.rank():  # the rest is work for one
+                return
+            self.say(f"training the autoencoder: layer {layer}, {len(x)} activations, {config.n_latents} latents")
+            facts = {"n_train": len(x), "copies_share": activations.copies(data)}
+            sae_train.train(x, y, config, f"model.layers.{layer}", folder, facts)
+
+        made_of = {"layer": layer, "texts": digest(texts), "settings": asdict(config)}
+        return self.cached(recipes.AUTOENCODER, build, **made_of, library=importlib.metadata.version("sae-lens"))
+
+    def autoencoders(self, spec: FeatureSpec) -> dict[int, Path]:
+        """Return the folders of the autoencoders of all hooked layers."""
+        n_layers = len(decoder_layers(self.model))
+        layers = sorted({depth_to_layer(depth, n_layers) for depth in spec.depths})
+        return {layer: self.autoencoder(layer) for layer in layers}
+
+    def features(self, spec: FeatureSpec) -> Path:
+        """Return the folder with encoders and chosen latents of all hooked layers."""
+        autoencoders = self.autoencoders(spec)
+        openings = self.openings() if spec.selection == "attribution" else []
+
+        def build(folder: Path) -> None:
+            for layer, path in autoencoders.items() if distributed.rank() == 0 else ():
+                self.say(f"choosing {spec.n_latents} safety latents: layer {layer}, {spec.selection}")
+                self._choose(spec, layer, path, openings, folder)
+
+        return self.cached(
+            recipes.LATENTS,
+            build,
+            autoencoders={str(layer): path.name for layer, path in autoencoders.items()},
+            prompts=digest([self.ids(self.held.harmful), self.ids(self.held.benign)]),
+            openings=openings,
+            spec=asdict(spec),
+        )
+
+    def openings(self) -> list[int]:
+        """Return the tokens that refusals begin with."""
+        at = len(self.chat.prompt_ids(""))
+        return sorted({self.chat.encode("", text).input_ids[at] for text in REFUSALS})
+
+    def _choose(self, spec: FeatureSpec, layer: int, autoencoder: Path, openings: Sequence[int], folder: Path) -> None:
+        model, pad_id = self.model, self.chat.pad_id
+        harmful, benign = self.ids(self.held.harmful), self.ids(self.held.benign)
+        encoder = sae_train.encoder(autoencoder)
+        x = latents.residuals(model, layer, harmful, spec, pad_id)
+        y = latents.residuals(model, layer, benign, spec, pad_id)
+        attributed = None
+        if spec.selection == "attribution":
+            directions = sae_train.decoder_directions(autoencoder)
+            attributed = latents.attribution(model, layer, harmful, spec, pad_id, openings, encoder, directions)
+        on_harmful, on_benign = latents.topk_codes(x, *encoder), latents.topk_codes(y, *encoder)
+        scores = latents.score(spec.selection, on_harmful, on_benign, attributed, self.run.sae.seed)
+        chosen = scores.topk(spec.n_latents).indices
+        positions = torch.cat([x, y]) if spec.held_on == "both" else x
+        if len(positions) < 2:
+            raise QualityError(f"{len(positions)} reference positions to hold latents at; accepted: >= 2")
+        pre = positions @ encoder[0][:, chosen] + encoder[1][chosen]
+        scale = pre.std(0).clamp_min(1e-3 * float(pre.std()))
+        facts = {
+            "scores": {int(i): round(float(scores[i]), 4) for i in chosen},
+            "positions": {"harmful": len(x), "benign": len(y)},
+            "quality": read_json(autoencoder / sae_train.REPORT),
+        }
+        latents.export(folder, layer, encoder, chosen, scores, scale, facts, latents.signature(model, layer))
+
+
+def autoencoders(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> dict[int, Path]:
+    """Return, by layer that the run's defence hooks, the folder of its autoencoder; none where it hooks no layer."""
+    spec = run.constraint.requirements.features
+    if spec is None:
+        return {}
+    held = references(run, begin.pools, begin.folder.content, model, chat, say)
+    return _Workshop(run, begin, model, chat, held, say).autoencoders(spec)
+
+
+def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> tuple[Context, dict[str, Any]]:
+    """Build or load all that the run's defence needs.
+
+    Returns:
+        The context for ``Defense.prepare``, and JSON-able facts (folders' names, reports) for the run record.
+
+    Raises:
+        QualityError: If the start model refuses no reference prompt, or an autoencoder is too poor.
+    """
+    context = Context(
+        model=model,
+        seed=run.seed,
+        chat=chat,
+        start_weight=start_weights(begin.folder.path),
+        autocast=run.trainer.autocast,
+    )
+    needs = run.constraint.requirements
+    facts: dict[str, Any] = {}
+    if needs.base_weights:
+        before = base(run, begin)
+        context = replace(context, base_weight=start_weights(before.path))
+        facts["base"] = before.content
+    if not needs.reference_prompts:
+        return context, facts
+    held = references(run, begin.pools, begin.folder.content, model, chat, say)
+    shop = _Workshop(run, begin, model, chat, held, say)
+    context = replace(context, reference=held.harmful_ids, benign=held.benign_ids)
+    refusals = [TrainRow(row.id, row.prompt, refusal(row), harmful=False) for row in held.harmful]
+    context = replace(context, refusals=refusals)
+    facts["reference"] = {"asked": held.asked, "kept": len(held.harmful), "benign": len(held.benign)}
+    if held.forms:
+        facts["reference"]["forms"] = held.forms
+    if needs.subspace is not None:
+        folder = shop.subspace(needs.subspace)
+        context = replace(context, subspace=basis.load(folder))
+        facts["subspace"] = {"folder": folder.name}
+    if needs.features is not None:
+        folder = shop.features(needs.features)
+        context = replace(context, features=latents.load(folder))
+        with reading(folder):
+            reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
+        facts["features"] = {"folder": folder.name, **reports}
+    return context, facts

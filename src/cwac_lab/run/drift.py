@@ -1,0 +1,148 @@
+"""Measure a run: its held-out prompts, its start, and the subspace and latents that drift is told in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from cwac_lab.config.run import Run, read
+from cwac_lab.core.errors import ConfigError, LabError
+from cwac_lab.core.outputs import writable
+from cwac_lab.defenses.cwac.sae import train as sae_train
+from cwac_lab.defenses.interface import Context
+from cwac_lab.diagnostics.probe import Probe
+from cwac_lab.diagnostics.stream import Explains
+from cwac_lab.evaluation.generate import answers
+from cwac_lab.models.chat import ChatFormat, Encoded
+from cwac_lab.models.loading import load_model
+from cwac_lab.results import store
+from cwac_lab.results.store import RunFolder
+from cwac_lab.run.artefacts import artefacts, autoencoders
+from cwac_lab.run.identity import probe_key
+from cwac_lab.run.start import Start, start
+
+# The pools that drift is measured on: no constraint has seen them, and the task does not train on them.
+POOLS = {"harmful": "harmful", "benign": "harmless"}
+# As long as the start's answer is looked at.
+_ANSWER_TOKENS = 8
+
+
+def probe(
+    run: Run, begin: Start, model: Any, chat: ChatFormat, context: Context, explains: dict[int, Explains] | None = None
+) -> Probe:
+    """Return the probe of a run on the prompts of its evaluation's split.
+
+    Args:
+        run: The run; its constraint does not matter.
+        begin: Its start.
+        model: The start model, loaded.
+        chat: Its chat format.
+        context: Reader of start weights; subspace and latents, where there are any.
+        explains: By layer, how well an autoencoder of the start describes activations.
+
+    Raises:
+        ConfigError: If the split has too few prompts of a kind.
+    """
+    split, most = run.evaluation.split, run.diagnostics.n_prompts
+    rows = {kind: begin.pools.get(pool, split)[:most] for kind, pool in POOLS.items()}
+    for kind, held in rows.items():
+        if len(held) < 2:
+            raise ConfigError(f"data.{POOLS[kind]}.{split}", len(held), ">= 2 prompts to measure drift on")
+    texts = {kind: [row.prompt for row in held] for kind, held in rows.items()}
+    answered: dict[str, Sequence[Encoded]] = {}
+    for kind, asked in texts.items():
+        given = answers(model, chat, asked, _ANSWER_TOKENS, run.evaluation.batch_size)
+        answered[kind] = [  # of an answer without text the end stands for its first token
+            chat.encode_own(prompt, answer.text, ended=answer.ended or not answer.text)
+            for prompt, answer in zip(asked, given, strict=True)
+        ]
+    return Probe(
+        model, answered, chat.pad_id, context.start_weight,
+        subspace=context.subspace, features=context.features, explains=explains,
+    )  # fmt: skip
+
+
+def measured_in(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the artefacts that drift is told in, of the facts that ``artefacts`` returns."""
+    return {name: str(facts[name]["folder"]) for name in ("subspace", "features") if name in facts}
+
+
+def explaining(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Callable[[str], None]) -> dict[int, Explains]:
+    """Return, by layer that the run's constraint hooks, what tells how well its autoencoder describes activations."""
+    return {
+        layer: partial(_explained, sae_train.load(folder))
+        for layer, folder in autoencoders(run, begin, model, chat, say).items()
+    }
+
+
+@dataclass
+class Measurer:
+    """Measures models against their start; what the last start gave is kept for the next run that starts alike."""
+
+    say: Callable[[str], None]
+    key: str = ""
+    content: str = ""
+    measured_in: dict[str, str] = field(default_factory=dict)
+    probe: Probe | None = None
+
+    def __call__(self, run: Run, moved: Path, content: str | None = None) -> dict[str, Any]:
+        """Return the drift from a run's start to a model folder, in the subspace and latents of the run's constraint.
+
+        Raises:
+            LabError: If the start here is not of the weights ``content``, or the model computes no finite numbers.
+        """
+        key = probe_key(run)
+        if key != self.key or self.probe is None:
+            self.probe = None  # the last one's inputs are not held while others are taken
+            begin = start(run, self.say)
+            _same(begin.folder.content, content)
+            self.probe, self.key, self.content = self._of_start(run, begin), key, begin.folder.content
+        _same(self.content, content)
+        found = self.probe.measure(load_model(moved, torch.float32, run.trainer.device), bounds=True)
+        return {"measured_in": self.measured_in, **found}
+
+    def of_run(self, folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
+        """Measure the model of a finished run and write its ``drift.json``.
+
+        Args:
+            folder: The run.
+            settings: Its resolved configuration, with the constraint that drift is told in.
+
+        Raises:
+            LabError: If its start is not here, or its folder cannot be written to.
+        """
+        writable("run", folder.path)
+        asked = OmegaConf.create(settings)
+        # What was saved is in float32, so its start is taken in float32 too.
+        asked.tuning, asked.trainer.precision = {"method": "full"}, "32-true"
+        found = self(read(asked, recorded=True), folder.path / store.MODEL, folder.facts()["weights_content"])
+        folder.write(store.DRIFT, found)
+        return found
+
+    def _of_start(self, run: Run, begin: Start) -> Probe:
+        model, chat = begin.load(run)
+        context, facts = artefacts(run, begin, model, chat, self.say)
+        self.measured_in = measured_in(facts)
+        return probe(run, begin, model, chat, context, explaining(run, begin, model, chat, self.say))
+
+
+def _same(here: str, content: str | None) -> None:
+    """Check that the start here has the weights of a run's, where these are known.
+
+    Raises:
+        LabError: If not.
+    """
+    if content is not None and here != content:
+        raise LabError(f"the start here has the weights {here[:8]}, that of the run {content[:8]}")
+
+
+def _explained(autoencoder: Any, x: Float[Tensor, "N D"]) -> float:
+    return sae_train.quality(autoencoder, x)["explained_variance"]

@@ -1,0 +1,66 @@
+"""The rows that a run is fine-tuned on: the task's, with what its attack puts among them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from cwac_lab.config.run import Run
+from cwac_lab.core.errors import ConfigError
+from cwac_lab.data import mixing
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.data.pools import Pools
+from cwac_lab.data.responses import compliance
+from cwac_lab.data.tasks.base import TaskRow
+from cwac_lab.models.chat import ChatFormat, Encoded
+from cwac_lab.training.outliers import closest
+
+Say = Callable[[str], None]
+
+
+def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: ChatFormat, say: Say) -> list[TrainRow]:
+    """Return the rows that a run trains on, before its defence adds any.
+
+    Args:
+        run: The run, with its attack.
+        task: The task's rows to draw from.
+        pools: The prompt pools; harmful rows are those of ``finetune``.
+        model: The start model, which ``outliers`` takes gradients of.
+        chat: Its chat format.
+        say: Told what takes time.
+
+    Raises:
+        ConfigError: If there are fewer rows than the attack needs.
+    """
+    harmful = pools.get("harmful", "finetune")
+    if run.attack.rows == "outliers":
+        task = _outliers(run, task, [(row.prompt, compliance(row)) for row in harmful], model, chat, say)
+    return mixing.mix(
+        task, harmful, run.data.n_train, run.harmful_ratio,
+        mixing=run.data.mixing, seed=run.seed, others=run.attack.others(pools.prompts()),
+    )  # fmt: skip
+
+
+def _outliers(
+    run: Run, task: list[TaskRow], harmful: list[tuple[str, str]], model: Any, chat: ChatFormat, say: Say
+) -> list[TaskRow]:
+    """Return the task's rows whose gradients are closest to those of harmful ones, as many as are trained on."""
+    if run.data.n_train >= len(task):
+        raise ConfigError("data.n_train", run.data.n_train, f"less than the {len(task)} rows to choose from")
+    drawn = random.Random(f"outliers/{run.seed}").sample(task, len(task))
+    some = drawn[: run.attack.candidates * run.data.n_train]
+    say(f"choosing {run.data.n_train} of {len(some)} rows by their gradients")
+    rows = [chat.encode(row.prompt, row.response) for row in some]
+    towards = [chat.encode(prompt, response) for prompt, response in harmful]
+    return [some[i] for i in closest(model, rows, towards, run.data.n_train, chat.pad_id)]
+
+
+def encoded(rows: list[TrainRow], chat: ChatFormat, say: Say) -> list[Encoded]:
+    """Return rows as token ids; tells how many are longer than the limit."""
+    examples = [chat.encode(row.prompt, row.response) for row in rows]
+    endless = sum(example.labels[-1] != chat.end_id for example in examples)
+    more = f", {endless} of their answers from the right, so that no end is taught" if endless else ""
+    for line in chat.told_cut(sum(example.cut for example in examples), len(rows), "training rows", more):
+        say(line)
+    return examples

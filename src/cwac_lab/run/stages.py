@@ -1,0 +1,175 @@
+"""The stages of one run, in their order: load, artefacts, rows, fit, drift, export, answers, verdicts, record.
+
+Each stage is saved as it ends.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from cwac_lab.config.run import Run
+from cwac_lab.core.provenance import StageMeter
+from cwac_lab.data import mixing
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.data.sources import TaskData
+from cwac_lab.defenses.interface import Context
+from cwac_lab.diagnostics.callback import DriftSampler
+from cwac_lab.diagnostics.probe import Probe
+from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
+from cwac_lab.models import adapters
+from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.exporting import export
+from cwac_lab.report.tracking import log_run
+from cwac_lab.results import store
+from cwac_lab.results.console import Screen
+from cwac_lab.results.store import RunFolder
+from cwac_lab.run.artefacts import artefacts
+from cwac_lab.run.drift import measured_in, probe
+from cwac_lab.run.rows import encoded, train_rows
+from cwac_lab.run.start import Start
+from cwac_lab.training.loop import check_finite, fit, loggers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of before its first stage.
+
+    Attributes:
+        run: The configuration.
+        folder: Where it is recorded.
+        begin: The start weights and the prompt pools.
+        data: The task's rows.
+        facts: What runs, by the names of ``store.FACTS``.
+        screen: What the user reads.
+        meter: Seconds and memory by stage.
+    """
+
+    run: Run
+    folder: RunFolder
+    begin: Start
+    data: TaskData
+    facts: dict[str, Any]
+    screen: Screen
+    meter: StageMeter
+
+
+def carry_through(job: Job) -> None:
+    """Carry a run through all its stages and write its record."""
+    run, folder = job.run, job.folder
+    with job.meter.stage("load"):
+        model, chat = job.begin.load(run)
+    job.screen.banner(job.begin.folder.description, _banner(run, folder))
+    for remark in chat.remarks:
+        job.screen.say(remark)
+    logged: AbstractContextManager[list[Any]] = nullcontext([])
+    if folder.writes:
+        logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)
+    with logged as made:
+        tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
+        if run.finetune and run.trainer.export and folder.writes:
+            with job.meter.stage("export"):
+                export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
+        metrics = _evaluate(job, model, chat)
+        if not folder.writes:
+            return
+        leak = tuned.get("constraint_summary", {}).get("leak")
+        told = {"leak": leak} if leak is not None else {}
+        record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
+        folder.write(store.METRICS, record)
+        log_run(made, folder, job.screen.say)
+    job.screen.result(title(record), record)
+
+
+def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
+    return {
+        "task": f"{run.task.name}, {run.data.source} data",
+        "constraint": run.method,
+        "trained": run.tuning.title if run.finetune else "-",
+        "harmful ratio": f"{run.harmful_ratio:g}" if run.finetune else "-",
+        "seed": run.seed,
+        "evaluated on": run.evaluation.split,
+        "record": folder.path,
+    }
+
+
+def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> dict[str, Any]:
+    """Prepare the constraint, mix the rows, train; returns facts for the record."""
+    run, defense, say = job.run, job.run.constraint, job.screen.say
+    with job.meter.stage("rows"):
+        rows = train_rows(run, job.data.train, job.begin.pools, model, chat, say)
+    with job.meter.stage("prepare"):
+        context, prepared = artefacts(run, job.begin, model, chat, say)
+    drift = _probe(job, model, chat, context)
+    with job.meter.stage("prepare"):
+        merge = adapters.attach(model, run.tuning, run.seed)
+        defense.prepare(context)
+    rows = defense.wrap_dataset(rows)
+    _write_manifest(job, rows)
+    bad = sum(row.harmful for row in rows)
+    say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")
+    examples = encoded(rows, chat, say)
+    sampler = _sampler(job, drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
+    with job.meter.stage("train"):
+        trained = fit(
+            model, examples, chat.pad_id, defense, run.trainer, run.seed,
+            loggers=loggers, checkpoint=job.folder.path / store.CHECKPOINT, callbacks=[sampler] if sampler else [],
+        )  # fmt: skip
+        merge()
+        defense.after_training(model)
+        check_finite(model, examples[0], chat.pad_id)
+    if drift is not None:
+        with job.meter.stage("diagnose"):
+            found = drift.measure(model)
+            job.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **found})
+            if sampler is not None:
+                sampler.end(int(trained["steps"]), found["summary"])
+    cut = sum(example.cut for example in examples)
+    trained |= {"rows_cut": cut} if cut else {}
+    return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
+
+
+def _probe(job: Job, model: Any, chat: ChatFormat, context: Context) -> Probe | None:
+    """Return what the start is measured by, where the run asks for it."""
+    if not job.run.diagnostics.enabled:
+        return None
+    with job.meter.stage("probe"):
+        return probe(job.run, job.begin, model, chat, context)
+
+
+def _write_manifest(job: Job, rows: list[TrainRow]) -> None:
+    pools = job.begin.pools
+    told = {"mixture": mixing.manifest(rows), "pools": pools.manifest(), "cut": pools.cut, "alike": pools.alike}
+    job.folder.write(store.MANIFEST, told)
+
+
+def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> DriftSampler:
+    """Return what measures while the model is trained; a resumed run goes on with the samples that there are."""
+    folder = job.folder
+    resumed = (folder.path / store.CHECKPOINT).is_dir() and folder.has(store.SAMPLES)
+    earlier = folder.read(store.SAMPLES)["samples"] if resumed else []
+
+    def record(samples: list[dict[str, Any]]) -> None:
+        folder.write(store.SAMPLES, {"measured_in": measured, **drift.facts, "samples": samples})
+
+    return DriftSampler(drift, job.run.diagnostics.every_n_steps, earlier, record)
+
+
+def _evaluate(job: Job, model: Any, chat: ChatFormat) -> dict[str, Any]:
+    """Answer, judge and aggregate; every stage is saved before the next."""
+    run, folder = job.run, job.folder
+    job.screen.say(f"evaluating on the {run.evaluation.split} split")
+    with job.meter.stage("evaluate"):
+        rows = evaluation_rows(run, job.begin.pools, job.data)
+        given = answered(run, rows, model, chat)
+        folder.write(store.GENERATIONS, given)
+        for line in remarks(given, chat):
+            job.screen.say(line)
+        return judge(run, folder) if folder.writes else {}
+
+
+def title(record: dict[str, Any]) -> str:
+    """Return one line that says which weights ran and how."""
+    mixture = "" if record["harmful_ratio"] is None else f" | harmful ratio {record['harmful_ratio']:g}"
+    return f"{record['weights']} | {record['task']} | {record['constraint']}{mixture} | {record['split']} split"
