@@ -14,9 +14,9 @@ from pathlib import Path
 from cwac_lab.core.errors import ConfigError, PoolOverlap
 from cwac_lab.data.near import groups, templated, told_apart
 from cwac_lab.data.sources import DataConfig, PromptRow, TaskData, load_prompts, normalise, split_task
+from cwac_lab.data.tasks.base import Task
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.data.taught import taught
-from cwac_lab.data.tasks.base import Task
 
 POOLS = ("alignment", "reference", "finetune", "validation", "test")
 # Kinds by the answer that is wanted. Among kinds of one answer near-duplicates are kept in one pool: what is learnt on
@@ -62,10 +62,9 @@ class Pools:
 
     def manifest(self) -> dict[str, dict[str, list[str]]]:
         """Return the ids of all prompts that a plan dealt, by kind and pool; shipped lists are part of the start."""
+        left_out = ALIGNMENT if self.shipped else None
         return {
-            kind: {
-                pool: [row.id for row in rows] for pool, rows in pools.items() if not (self.shipped and pool == ALIGNMENT)
-            }
+            kind: {pool: [row.id for row in rows] for pool, rows in pools.items() if pool != left_out}
             for kind, pools in self.rows.items()
         }
 

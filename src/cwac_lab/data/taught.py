@@ -5,7 +5,7 @@ A plan that names a pool ``alignment`` takes its prompts instead (``pools``).
 
 from __future__ import annotations
 
-from cwac_lab.cache import digest
+from cwac_lab.core.cache import digest
 from cwac_lab.data.responses import REFUSALS
 from cwac_lab.data.sources import PromptRow, embedded_prompts
 
