@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import cwac_lab
 import tiny
-from cwac_lab.config.run import run as config
+from cwac_lab.config import run as config
 from cwac_lab.models import loading
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -14,7 +14,7 @@ def main(config: DictConfig) -> None:
     from cwac_lab.config.run import read
 
     run = read(config)
-    from cwac_lab.results.console import Screen
+    from cwac_lab.report.console import Screen
     from cwac_lab.run.alignment import alignment_report, export
     from cwac_lab.run.start import start
 

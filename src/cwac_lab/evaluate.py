@@ -14,8 +14,8 @@ def main(config: DictConfig) -> None:
     from cwac_lab.config.run import read
     from cwac_lab.core.errors import ConfigError
     from cwac_lab.judges import check
+    from cwac_lab.report.console import Screen
     from cwac_lab.results import store
-    from cwac_lab.results.console import Screen
 
     folder = store.RunFolder(Path(config.run))
     if not folder.has(store.CONFIG):

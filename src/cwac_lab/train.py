@@ -28,7 +28,7 @@ def main(config: DictConfig) -> float:
     # What is read next takes seconds, which a mistake above need not wait for.
     from cwac_lab.core import distributed
     from cwac_lab.evaluation.verdicts import tuning_error
-    from cwac_lab.results.console import Screen
+    from cwac_lab.report.console import Screen
     from cwac_lab.results.store import METRICS
     from cwac_lab.run.execution import carry_out
 

@@ -229,7 +229,7 @@ def launched(folder, root, output, *more):
 def test_the_command_line_stops_in_one_line_before_weights_are_loaded(
     files, line, tiny_folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("cwac_lab.run.artefacts.aligned", lambda *_: pytest.fail("a start is made"))
+    monkeypatch.setattr("cwac_lab.run.start.aligned", lambda *_: pytest.fail("a start is made"))
     put(tmp_path, good() | files)
     with pytest.raises(SystemExit) as stopped:
         launched(tiny_folder, tmp_path, tmp_path / "out", "model.align=refusals")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from cwac_lab.config.run import run as config
+from cwac_lab.config import run as config
 from cwac_lab.core.errors import LabError
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.models import loading

@@ -23,7 +23,7 @@ ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 @pytest.fixture
 def no_weights(monkeypatch):
     """Whoever loads weights has found out too late."""
-    monkeypatch.setattr("cwac_lab.run.artefacts.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("cwac_lab.run.start.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 def in_the_way(root):

@@ -180,7 +180,7 @@ UNLIKE = {
 def test_models_that_are_no_states_of_one_are_one_line(case, tiny_folder, tmp_path, capsys, monkeypatch):
     changes, line = UNLIKE[case]
     after = changed(tmp_path / "after", **changes)
-    for where in ("cwac_lab.run.artefacts.load_model", "cwac_lab.run.drift.load_model"):
+    for where in ("cwac_lab.run.start.load_model", "cwac_lab.run.drift.load_model"):
         monkeypatch.setattr(where, lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as stopped:
         tiny.launch(diagnose.main, [f"before={tiny_folder}", f"after={after}", "measured_in=none"], "diagnose")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 import tiny
 from cwac_lab import results, train
 from cwac_lab.report import files
-from cwac_lab.results.console import Screen
+from cwac_lab.report.console import Screen
 from cwac_lab.results.store import runs
 from cwac_lab.run import identity, stages
 from cwac_lab.sweep import runner

@@ -12,7 +12,7 @@ import tiny
 from cwac_lab import results, tables, train
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
-from cwac_lab.results.console import Screen
+from cwac_lab.report.console import Screen
 from cwac_lab.run import identity
 from cwac_lab.sweep import cells, grid, runner
 

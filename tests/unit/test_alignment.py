@@ -1,5 +1,5 @@
 import tiny
-from cwac_lab.config.run import run as config
+from cwac_lab.config import run as config
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.evaluation.generate import Answer
 from cwac_lab.run import alignment

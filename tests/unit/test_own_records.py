@@ -12,9 +12,9 @@ from cwac_lab.evaluation.verdicts import tuning_error
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
+from cwac_lab.report.views import views
 from cwac_lab.results import select
 from cwac_lab.results.store import ATTACK_ROWS, run_key, runs
-from cwac_lab.tables import views
 
 OWN = Path(__file__).parents[2] / "experiments" / "sst2_drift"
 TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS, CHECKS = (

@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
     from cwac_lab.config.run import read
     from cwac_lab.evaluation.generate import generate
     from cwac_lab.evaluation.protocol import evaluation_rows
-    from cwac_lab.results.console import Screen
+    from cwac_lab.report.console import Screen
     from cwac_lab.run.start import start
 
     screen, run = Screen(), read(config)

@@ -102,7 +102,7 @@ def main(config: DictConfig) -> None:
     """Measure, print a table, write the file."""
     from cwac_lab.config.run import read
     from cwac_lab.models.loading import find, load_chat, load_model
-    from cwac_lab.results.console import Screen
+    from cwac_lab.report.console import Screen
     from cwac_lab.run.alignment import own_answers
     from cwac_lab.run.start import start
 

@@ -194,7 +194,7 @@ def main(config: DictConfig) -> None:
     """Print the table for plain fine-tuning, each part and the whole; then what a plain step cannot do without."""
     from cwac_lab.config.run import read
     from cwac_lab.data.batches import collate
-    from cwac_lab.results.console import Screen
+    from cwac_lab.report.console import Screen
     from cwac_lab.run.artefacts import artefacts
     from cwac_lab.run.start import start
 

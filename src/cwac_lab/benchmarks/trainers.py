@@ -172,7 +172,7 @@ def main(config: DictConfig) -> None:
     import torch
 
     from cwac_lab.config.run import read
-    from cwac_lab.results.console import Screen
+    from cwac_lab.report.console import Screen
     from cwac_lab.run.start import start
 
     screen, run = Screen(), read(config)

@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from cwac_lab import judges
 from cwac_lab.config.binding import bind, bind_target, mapping
-from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, EvaluationConfig, ProfileConfig
+from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ProfileConfig
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
@@ -26,6 +26,7 @@ from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
 from cwac_lab.evaluation import engines
+from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, LoggerConfig, TrainerConfig

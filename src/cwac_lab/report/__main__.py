@@ -13,8 +13,8 @@ def main(config: DictConfig) -> None:
     """Write ``output_root/report/index.html`` and say where it is; with ``wandb`` tables and figures go there too."""
     from cwac_lab.core.errors import MissingAsset, one_of
     from cwac_lab.core.outputs import writable
+    from cwac_lab.report.console import Screen
     from cwac_lab.report.page import write
-    from cwac_lab.results.console import Screen
 
     one_of("wandb", config.wandb, ("offline", "online", "off"))
     root = Path(config.output_root)

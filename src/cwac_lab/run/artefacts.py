@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -220,3 +220,46 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
             reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
         facts["features"] = {"folder": folder.name, **reports}
     return context, facts
+
+
+def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat) -> Iterator[str]:
+    """Yield a line on each artefact that ``artefacts`` returned, with its quality."""
+    if "reference" in facts:
+        held = facts["reference"]
+        yield f"reference: {held['kept']} of {held['asked']} harmful prompts, {held['benign']} benign ones"
+        for name, kept in held.get("forms", {}).items():
+            yield f"in the form {name}: {kept} of {held['asked']} harmful prompts"
+    if context.subspace is not None:
+        ranks = sorted(held.shape[1] for held in context.subspace.bases.values())
+        yield f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites"
+        for name, share in _covered(run, begin, context, facts, chat):
+            yield f"inputs within the subspace, {name}: {share:.4f}"
+    for features in context.features:
+        quality = facts["features"][f"layer{features.layer}"]["quality"]
+        yield (
+            f"autoencoder of layer {features.layer}: {quality['explained_variance']:.2f} of the held-out variance "
+            f"explained, L0 {quality['l0']:.0f}, {quality['dead_share']:.0%} dead; "
+            f"{len(features.latents)} safety latents chosen"
+        )
+
+
+def _covered(
+    run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat
+) -> Iterator[tuple[str, float]]:
+    """Yield how much of the inputs is held: of the reference prompts, form by form, and of the prompts to come."""
+    spec, subspace = run.constraint.requirements.subspace, context.subspace
+    assert spec is not None
+    assert subspace is not None
+    at = 0
+    for name, n in {"as they stand": facts["reference"]["kept"], **facts["reference"].get("forms", {})}.items():
+        if n:
+            ids = context.reference[at : at + n]
+            yield f"harmful reference prompts, {name}", basis.covered(context.model, ids, subspace, spec, chat.pad_id)
+        at += n
+    asking = chat.with_template(run.attack.template)
+    for kind in ("harmful", "harmless"):
+        rows = begin.pools.get(kind, run.evaluation.split)
+        ids = [asking.prompt_ids(run.attack.asked(row.prompt)) for row in rows]
+        name = f"{kind} prompts of {run.evaluation.split} as attack={run.attack.name} asks"
+        if ids:
+            yield name, basis.covered(context.model, ids, subspace, spec, chat.pad_id)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cwac_lab.config.run import Run, read
+from cwac_lab.core.cli import compose
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.core.outputs import writable
+from cwac_lab.core.overrides import text
 from cwac_lab.defenses.cwac.sae import train as sae_train
 from cwac_lab.defenses.interface import Context
+from cwac_lab.diagnostics.alike import check_alike
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.diagnostics.stream import Explains
 from cwac_lab.evaluation.generate import answers
+from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import load_model
 from cwac_lab.results import store
@@ -146,3 +151,58 @@ def _same(here: str, content: str | None) -> None:
 
 def _explained(autoencoder: Any, x: Float[Tensor, "N D"]) -> float:
     return sae_train.quality(autoencoder, x)["explained_variance"]
+
+
+def of_run(folder: RunFolder, asked: DictConfig, measure: Measurer) -> dict[str, Any]:
+    """Measure the model of a finished run and write its ``drift.json``.
+
+    Args:
+        folder: The run.
+        asked: What is measured: ``measured_in`` (a constraint) and ``n_prompts``.
+        measure: Measures it.
+
+    Raises:
+        ConfigError: If the run is not finished or has no model.
+    """
+    if not folder.done() or not folder.has(store.MODEL):
+        raise ConfigError("run", folder.path, f"a finished run with {store.MODEL}/ (trainer.export=true)")
+    settings = folder.config()
+    # All runs are told in the same directions and latents, whatever forms they held refusals in.
+    composed = compose([f"constraint={asked.measured_in}"])
+    settings |= {group: OmegaConf.to_container(composed[group], resolve=True) for group in ("constraint", "forms")}
+    settings["diagnostics"] = {"n_prompts": asked.n_prompts}
+    return measure.of_run(folder, settings)
+
+
+def of_folders(asked: DictConfig, measure: Measurer) -> dict[str, Any]:
+    """Measure one model folder, ``asked.after``, against another, ``asked.before``.
+
+    Raises:
+        ConfigError: If they cannot be compared.
+    """
+    for key in ("before", "after"):
+        if asked[key] is None or not (Path(asked[key]) / "config.json").is_file():
+            raise ConfigError(key, asked[key], "a folder that transformers loads a model from")
+    given = [text("model.path", asked.before), "model.align=none", f"constraint={asked.measured_in}"]
+    run = read(compose([*given, f"diagnostics.n_prompts={asked.n_prompts}", *asked.overrides]))
+    run.tuning, run.trainer = TuningConfig(), replace(run.trainer, precision="32-true")  # as the other one is loaded
+    for words in check_alike(Path(asked.before), Path(asked.after)):
+        measure.say(words)
+    return measure(run, Path(asked.after))
+
+
+def lacking(roots: Sequence[str]) -> list[RunFolder]:
+    """Return the finished runs of stores that have a model and no ``drift.json``.
+
+    Those that start alike stand together: they share what is taken from the start.
+    """
+    folders = [run for root in roots for run in store.runs(Path(root))]
+    found = (each for each in folders if each.has(store.MODEL) and each.done() and not each.has(store.DRIFT))
+    return sorted(found, key=_weights)
+
+
+def _weights(folder: RunFolder) -> str:
+    """Return the hash of the weights that a run started from, none where its record cannot be read."""
+    with suppress(LabError):
+        return str(folder.facts()["weights_content"])
+    return ""

@@ -15,8 +15,8 @@ from cwac_lab.core.gpus import one_of_several
 from cwac_lab.core.outputs import writable
 from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.protocol import judge
+from cwac_lab.report.console import Screen
 from cwac_lab.results import store
-from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import stages
 from cwac_lab.run.afterwards import catch_up

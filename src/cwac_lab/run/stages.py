@@ -21,9 +21,9 @@ from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remar
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.exporting import export
+from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
-from cwac_lab.results.console import Screen
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
-from cwac_lab.results.console import Screen
+from cwac_lab.report.console import Screen
 from cwac_lab.run.execution import carry_out
 from cwac_lab.run.identity import folder_of, identity
 from cwac_lab.sweep.cells import Cells

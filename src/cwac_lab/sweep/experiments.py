@@ -1,0 +1,60 @@
+"""Experiments: the runs that their grids ask for, made where they lack, and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+from cwac_lab.core.errors import MissingAsset, in_range
+from cwac_lab.core.overrides import text
+from cwac_lab.report.console import Screen
+from cwac_lab.report.files import write
+from cwac_lab.results.store import runs
+from cwac_lab.sweep import grid
+from cwac_lab.sweep.cells import Cells
+from cwac_lab.sweep.grid import Grid
+from cwac_lab.sweep.runner import Outcome, sweep
+
+
+def chosen(asked: DictConfig) -> list[Grid]:
+    """Return the grids that ``asked.exp`` names: one, several, or ``all``.
+
+    Raises:
+        ConfigError: If ``seeds`` or ``jobs`` is below 1, or there is no such experiment.
+        MissingAsset: If there is no experiment with a grid.
+    """
+    for key in ("seeds", "jobs"):
+        in_range(key, asked[key], 1)
+    names = list(asked.exp) if isinstance(asked.exp, ListConfig) else [str(asked.exp)]
+    folders = grid.find(Path(asked.experiments_root), None if names == ["all"] else names)
+    if not folders:
+        raise MissingAsset(f"experiments_root={asked.experiments_root}: no experiment with a {grid.FILE} there")
+    return [grid.read(folder, asked.profile_name) for folder in folders]
+
+
+def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -> list[Outcome]:
+    """Make the runs that grids lack, and a table a grid as its runs are there; returns those that failed.
+
+    Args:
+        grids: What runs there are to be.
+        root: Output folder.
+        asked: ``seeds`` and ``jobs``, and ``overrides`` for every run.
+        screen: What the user reads.
+    """
+    cells, failed = Cells(root), list[Outcome]()
+    for each in grids:
+        screen.say(f"{each.name}: {each.title}")
+        wanted = [(*run, *asked.overrides, text("output_root", root)) for run in each.runs(asked.seeds)]
+        found = sweep(wanted, asked.jobs, screen, screen.say, cells)
+        failed += [outcome for outcome in found if outcome.status == "failed"]
+        elsewhere = sum(outcome.status == "running" for outcome in found)
+        if elsewhere:
+            screen.say(f"{elsewhere} runs are left to another process: the table is without them")
+        paths = {outcome.path for outcome in found}
+        if any(outcome.status == "ok" for outcome in found):
+            print(write(root, each.name, [run for run in runs(root) if run.path in paths]))
+    for outcome in failed:
+        screen.say(f"{outcome.status}: {' '.join(outcome.overrides)}: {outcome.reason}", "red")
+    return failed
