@@ -118,17 +118,18 @@ def _build(
 ) -> None:
     model = load_model(start.path, device=run.trainer.device)
     harmful = pools.get("harmful", ALIGNMENT)
-    harmless = pools.get("harmless", ALIGNMENT) + pools.get("lookalike", ALIGNMENT)
+    harmless = [pools.get(kind, ALIGNMENT) for kind in ("lookalike", "harmless")]
     before = _measure(model, chat, pools, run)
-    say(f"aligning: {len(harmful)} refusals, {len(harmless)} harmless prompts (own answers, generated now)")
+    say(f"aligning: {len(harmful)} refusals, {sum(map(len, harmless))} harmless prompts (own answers, generated now)")
     examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
-    examples += own_answers(model, chat, harmless, run)
+    for rows in harmless:
+        examples += own_answers(model, chat, rows, run)
     for line in chat.told_cut(sum(example.cut for example in examples), len(examples), "rows of alignment"):
         say(line)
     adapter = folder / ADAPTER
     _train(model, examples, chat.pad_id, run, adapter)
-    rows = {"refusals": len(harmful), "own_answers": len(examples) - len(harmful)}
-    write_json(adapter / shipped.RECIPE, _recipe(start, pools, rows, run))
+    made_of = {"refusals": len(harmful), "own_answers": len(examples) - len(harmful)}
+    write_json(adapter / shipped.RECIPE, _recipe(start, pools, made_of, run))
     _merge(start, chat, adapter, folder)
     after = _measure(load_model(folder, device=run.trainer.device), chat, pools, run)
     write_json(folder / REPORT, {"judge": judge(), "models": {"before": before, "after": after}})
