@@ -286,7 +286,7 @@ def test_a_template_is_dealt_and_told(tmp_path):
     lists = {"mine": Prompts("harmful/mine")}
     found = build_pools(DataConfig(source="local", root=str(tmp_path), lists=lists, harmful=plan))
     assert {pool: len(found.get("harmful", pool)) for pool in plan} == dict.fromkeys(plan, 10)
-    assert len(found.prompts()) == 30
+    assert len({row.prompt for pool in plan for row in found.get("harmful", pool)}) == 30
     assert (found.cut, found.alike) == ({}, {"mine": 40})
     assert found.told() == [
         "data.lists.mine: 40 prompts are near-duplicates of each other, as of one template: "

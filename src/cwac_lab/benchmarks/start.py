@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from cwac_lab.core import cli
 from cwac_lab.core.cache import write_json
+from cwac_lab.core.errors import MissingAsset
 from cwac_lab.data.batches import collate
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.reading import find_file
@@ -73,8 +74,6 @@ def public_sets(root: Path | None, say: Callable[[str], None]) -> list[PromptSet
 
 def there(root: Path | None, file: str) -> bool:
     """Tell whether a folder has a list."""
-    from cwac_lab.core.errors import MissingAsset
-
     try:
         return root is not None and find_file(root, file).is_file()
     except MissingAsset:
@@ -102,8 +101,9 @@ def main(config: DictConfig) -> None:
     """Measure, print a table, write the file."""
     from cwac_lab.config.run import read
     from cwac_lab.models.loading import find, load_chat, load_model
+    from cwac_lab.models.shipped import adapter_digest
     from cwac_lab.report.console import Screen
-    from cwac_lab.run.alignment import own_answers
+    from cwac_lab.run.alignment import adapter_of, own_answers
     from cwac_lab.run.start import start
 
     screen, run = Screen(), read(config)
@@ -117,7 +117,7 @@ def main(config: DictConfig) -> None:
     before = perplexity(original, answers, chat.pad_id)
     report: dict[str, Any] = {
         "judge": judge(), "answer_tokens": TOKENS, "perplexity_on": f"{len(answers)} own answers of the original",
-        "models": {},
+        "adapter": adapter_digest(adapter_of(begin.folder.path)) if begin.before is not None else None, "models": {},
     }  # fmt: skip
     for folder in [each for each in (begin.before, begin.folder) if each is not None]:
         screen.say(f"{folder.description}: {sum(len(each.rows) for each in sets)} prompts")
