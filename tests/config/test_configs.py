@@ -10,13 +10,13 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 
-import tiny
 from cwac_lab import align, evaluate, prepare, tables, train
 from cwac_lab.config.run import read
 from cwac_lab.core import cli
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.models import adapters
+from support import tiny
 
 GROUPS = (
     "model",

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-import tiny
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.defenses.cwac import activation
@@ -18,7 +17,8 @@ from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Defense
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
-from held import ROWS, context, train
+from support import tiny
+from support.held import ROWS, context, train
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

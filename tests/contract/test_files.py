@@ -5,7 +5,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import tiny
 from cwac_lab import train
 from cwac_lab.config.run import read
 from cwac_lab.core.cache import read_jsonl, write_jsonl
@@ -20,7 +19,8 @@ from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.examples import trainer as example
 from cwac_lab.report import page
 from cwac_lab.results.store import RunFolder
-from file_cases import FILES, LISTS, ROWS, lines, prompts
+from support import tiny
+from support.file_cases import FILES, LISTS, ROWS, lines, prompts
 
 TASKS = {"sst2": SST2, "agnews": AGNews, "gsm8k": GSM8K, "pubmedqa": PubMedQA, "alpaca": Alpaca}
 

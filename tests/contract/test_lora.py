@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
 from cwac_lab.core.errors import LabError
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite, Defense
@@ -16,8 +15,9 @@ from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, _quantized, attach
 from cwac_lab.models.adapters import dense as as_float
 from cwac_lab.models.sites import linears
-from held import HALF, LORA, QLORA, ROWS, context, same, train, weights
-from held import start as start_of
+from support import tiny
+from support.held import HALF, LORA, QLORA, ROWS, context, same, train, weights
+from support.held import start as start_of
 
 # Dettmers et al. 2023, appendix E, to four places.
 NEGATIVE, POSITIVE = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911], [0.0796, 0.1609, 0.2461, 0.3379]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import tiny
 from cwac_lab.config import run as config
 from cwac_lab.core.errors import LabError
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.models import loading
 from cwac_lab.run import start
-from folder_cases import LOADED, REFUSED
-from folders import run_on
+from support import tiny
+from support.folder_cases import LOADED, REFUSED
+from support.folders import run_on
 
 
 @pytest.mark.parametrize(("make", "overrides", "told"), REFUSED.values(), ids=REFUSED)

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cwac_lab
-import tiny
 from cwac_lab import train
 from cwac_lab.core.cache import file_digest
 from cwac_lab.core.errors import LabError
@@ -22,8 +21,9 @@ from cwac_lab.models import loading, packaged
 from cwac_lab.models.architecture import Use
 from cwac_lab.models.loading import ModelConfig, content_digest, find, load_chat, load_model
 from cwac_lab.run import start
-from folder_cases import POINTER
-from folders import (
+from support import tiny
+from support.folder_cases import POINTER
+from support.folders import (
     WEIGHTS,
     adapter,
     beside,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-import tiny
 from cwac_lab import diagnose, tables, train
 from cwac_lab.core import outputs
 from cwac_lab.core.errors import LabError
 from cwac_lab.report import __main__ as report
 from cwac_lab.results import load, store
 from cwac_lab.results.store import RunFolder, runs
+from support import tiny
 
 ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 

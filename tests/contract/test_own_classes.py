@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-import tiny
 from cwac_lab import train
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.results import load
+from support import tiny
 
 MODULE = """
 from dataclasses import dataclass

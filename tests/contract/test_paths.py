@@ -6,11 +6,11 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-import tiny
 from cwac_lab import diagnose, tables, train
 from cwac_lab.core import cli, overrides
 from cwac_lab.core.errors import LabError
 from cwac_lab.results.store import runs
+from support import tiny
 
 HOME = os.path.expanduser("~")
 # An argument as a shell hands it over: what it sets its key to, or how its line goes on.

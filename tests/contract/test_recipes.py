@@ -4,14 +4,14 @@ import ast
 
 import pytest
 
-import recipes
 from cwac_lab.core.cache import read_json
 from cwac_lab.core.recipes import RECIPES
+from support import recipes
 
 
 def moved(kind, held, now):
     """Say what is to be done where a recipe is not as it was written down; None where it is."""
-    renew = f"python tests/recipes.py {kind}"
+    renew = f"python tests/support/recipes.py {kind}"
     changed = sorted(
         place for place in {*held["code"], *now["code"]} if held["code"].get(place) != now["code"].get(place)
     )
@@ -36,7 +36,7 @@ def test_a_recipe_number_is_raised_where_its_code_changes(kind):
     [
         (2, "a", None),
         (2, "b", "the code of x changed (m:f): raise its recipe number"),
-        (2, "b", "only renew the digest by `python tests/recipes.py x`"),
+        (2, "b", "only renew the digest by `python tests/support/recipes.py x`"),
         (3, "b", "the recipe number of x is 3: renew the digest"),
         (3, "a", "the recipe number of x is 3: renew the digest"),
         (1, "a", "was lowered"),

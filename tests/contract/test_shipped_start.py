@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiny
 from cwac_lab.config.run import read
 from cwac_lab.core.cache import read_json
 from cwac_lab.core.errors import ConfigError, LabError
@@ -24,6 +23,7 @@ from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.loading import ModelFolder, content_digest, load_model
 from cwac_lab.models.packaged import carry
 from cwac_lab.run import alignment
+from support import tiny
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "data"
 

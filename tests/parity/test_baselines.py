@@ -7,21 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-import tiny
-from by_hand import (
-    REFUSALS,
-    SITES,
-    assert_equal,
-    base_of,
-    batches,
-    context,
-    plain,
-    refusal_batch,
-    sft,
-    squared,
-    token_losses,
-    trained,
-)
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import cyclic
 from cwac_lab.data.mixing import TrainRow
@@ -36,6 +21,21 @@ from cwac_lab.defenses.literature.safegrad import SafeGrad
 from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.defenses.literature.start import StartLogits
 from cwac_lab.models.chat import IGNORED
+from support import tiny
+from support.by_hand import (
+    REFUSALS,
+    SITES,
+    assert_equal,
+    base_of,
+    batches,
+    context,
+    plain,
+    refusal_batch,
+    sft,
+    squared,
+    token_losses,
+    trained,
+)
 
 
 def l2(model, start, batch, step):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
-from by_hand import (
+from cwac_lab.core.errors import LabError
+from cwac_lab.defenses.interface import Context
+from cwac_lab.defenses.literature.asft import AsFT, rotated
+from cwac_lab.defenses.literature.safelora import SafeLoRA
+from support import tiny
+from support.by_hand import (
     SITES,
     assert_equal,
     base_of,
@@ -15,10 +19,6 @@ from by_hand import (
     sft,
     trained,
 )
-from cwac_lab.core.errors import LabError
-from cwac_lab.defenses.interface import Context
-from cwac_lab.defenses.literature.asft import AsFT, rotated
-from cwac_lab.defenses.literature.safelora import SafeLoRA
 
 
 def projected(ratio_of=None, *, mode, count, zero=False):

@@ -5,12 +5,12 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
-import tiny
 from cwac_lab import train
 from cwac_lab.config.run import INCIDENTAL
 from cwac_lab.core.cache import read_json
 from cwac_lab.results.store import RunFolder, flat, runs
 from cwac_lab.run import stages
+from support import tiny
 
 SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 DRIFT = "diagnostics.enabled=true"

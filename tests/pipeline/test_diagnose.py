@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-import tiny
 from cwac_lab import diagnose, train
 from cwac_lab.core.cache import read_json, read_jsonl, write_json
 from cwac_lab.diagnostics import evidence
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.run.drift import Measurer
+from support import tiny
 
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 

@@ -14,15 +14,14 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import spmd
-import tiny
-from contract.test_defenses import ACTIVE
 from cwac_lab import train
 from cwac_lab.config.run import read
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.core.errors import LabError
-from held import assert_moved_alike, weights
+from support import spmd, tiny
+from support.defenses import ACTIVE
+from support.held import assert_moved_alike, weights
 
 
 def processes(modes, strategies, folder):
@@ -30,7 +29,7 @@ def processes(modes, strategies, folder):
         (folder / strategy).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        distributed.launch(2, "spmd", [",".join(modes), ",".join(strategies), str(folder)])
+        distributed.launch(2, "support.spmd", [",".join(modes), ",".join(strategies), str(folder)])
 
 
 @pytest.fixture(scope="module")

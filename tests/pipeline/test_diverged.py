@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-import tiny
 from cwac_lab import align, tables, train
 from cwac_lab.core.cache import write_json
 from cwac_lab.core.errors import ConfigError, Diverged, QualityError, in_range
@@ -21,8 +20,9 @@ from cwac_lab.sweep import runner
 from cwac_lab.sweep.cells import Cells
 from cwac_lab.training import module
 from cwac_lab.training.module import Watch
-from held import LORA
-from held import train as trained
+from support import tiny
+from support.held import LORA
+from support.held import train as trained
 
 WILD = ("trainer.learning_rate=1e30", "trainer.gradient_clip=0", "trainer.schedule=constant", "trainer.epochs=2")
 

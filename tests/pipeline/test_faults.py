@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-import tiny
 from cwac_lab import results, train
 from cwac_lab.report import files
 from cwac_lab.report.console import Screen
@@ -19,6 +18,7 @@ from cwac_lab.results.store import runs
 from cwac_lab.run import identity, stages
 from cwac_lab.sweep import runner
 from cwac_lab.sweep.cells import Cells
+from support import tiny
 
 # Forked children start with everything imported, so that most of their short life is work.
 FORK = multiprocessing.get_context("fork")

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-import tiny
 from cwac_lab.core import linalg
 from cwac_lab.core.cache import write_jsonl
 from cwac_lab.core.errors import ConfigError, LabError
@@ -26,8 +25,9 @@ from cwac_lab.integrations import DefenseCallback, named, protect
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.sites import linears
 from cwac_lab.training.module import TrainData
-from held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
-from others import COMMON
+from support import tiny
+from support.held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
+from support.others import COMMON
 
 DEFENSES = {
     "none": Composite,

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 
-import tiny
 from cwac_lab import train
 from cwac_lab.results import load
+from support import tiny
 
 LAUNCHERS = {
     "joblib": ["hydra.launcher.n_jobs=2"],

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import tiny
 from cwac_lab.core.cache import read_json
+from support import tiny
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

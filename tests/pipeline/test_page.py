@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 
-import tiny
 from cwac_lab import train
 from cwac_lab.benchmarks.page import FLAGS, multiply
 from cwac_lab.core.cache import read_json
 from cwac_lab.report import __main__ as report
 from cwac_lab.report.page import render, write
 from cwac_lab.results.store import runs
+from support import tiny
 
 BROWSER = shutil.which("chromium")
 SPOKEN = {

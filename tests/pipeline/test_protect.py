@@ -3,11 +3,11 @@
 import pytest
 from safetensors.torch import load_file, save_file
 
-import tiny
 from cwac_lab.core.errors import LabError
 from cwac_lab.integrations import protect
-from held import PROMPTS, WIDE
-from others import ACTIVE, adapted, put_under, start_folder, trainer_of
+from support import tiny
+from support.held import PROMPTS, WIDE
+from support.others import ACTIVE, adapted, put_under, start_folder, trainer_of
 
 REFUSED = [
     ("none", "lora", {}, "lively", "protect: lora_B=not zero: accepted: new adapters"),

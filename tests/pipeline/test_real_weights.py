@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 import torch
 
-import tiny
 from cwac_lab import train
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.models.loading import ModelConfig, Weights, find, load_chat, load_model
+from support import tiny
 
 pytestmark = [
     pytest.mark.slow,

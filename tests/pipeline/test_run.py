@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tiny
 from cwac_lab import evaluate, tables, train
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.results import load
+from support import tiny
 
 CONSTRAINTS = ("none", "weight", "activation", "coupled")
 RATES = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike", "incoherent")

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import tiny
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import LabError
 from cwac_lab.defenses.cwac.subspace.basis import leading
@@ -16,8 +15,9 @@ from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.models.adapters import dense
 from cwac_lab.models.sites import linears
 from cwac_lab.training.checkpoint import Resume
-from held import FULL, LORA, PROMPTS, QLORA, ROWS, Kill, Killed, same, train, weights
-from others import ACTIVE, adapted, loaded, logits, put_under, start, start_folder, trainer_of
+from support import tiny
+from support.held import FULL, LORA, PROMPTS, QLORA, ROWS, Kill, Killed, same, train, weights
+from support.others import ACTIVE, adapted, loaded, logits, put_under, start, start_folder, trainer_of
 
 IN_TRAINER = [
     ("none", "qlora"),

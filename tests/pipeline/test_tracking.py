@@ -10,7 +10,6 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-import tiny
 from cwac_lab import train
 from cwac_lab.core.cache import read_jsonl
 from cwac_lab.core.errors import MissingAsset
@@ -19,6 +18,7 @@ from cwac_lab.report import tracking
 from cwac_lab.report.tracking import log_run, log_store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.training import loop
+from support import tiny
 
 BLOCK, FULL, LAST = 32768, 1, 4
 

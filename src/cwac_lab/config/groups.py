@@ -9,7 +9,11 @@ from cwac_lab.core.errors import in_range, one_of
 
 @dataclass
 class ProfileConfig:
-    """The ``profile`` group: which weights are used; its YAML also overlays other groups."""
+    """The ``profile`` group: which weights are used; its YAML also overlays other groups.
+
+    Attributes:
+        name: Which of a model's weights are used: packaged ones on a CPU, small ones of the hub, or the paper's.
+    """
 
     name: str = "embedded"
 

@@ -40,13 +40,24 @@ INCIDENTAL = (
     *("evaluation.judges", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
-# What does not set runs apart in tables either; in the key of a run it always counts as one device.
+# The same, where rounding is another.
 ALIKE = (*INCIDENTAL, "trainer.devices")
 
 
 @dataclass
 class Run:
-    """A checked configuration: plain settings, and the task and defence as objects."""
+    """A checked configuration: plain settings, and the task and defence as objects.
+
+    Attributes:
+        constraint_name: Name of the method's row in tables (key ``label``); by default from the constraint's parts.
+        harmful_ratio: Share of harmful rows in the fine-tuning set.
+        seed: Draws the mixture, the order of batches and the factors of LoRA. The aligned start, the pools of prompts
+            and the test rows do not depend on it.
+        finetune: False evaluates the start itself, the first row of every table.
+        force: Make a run again that is already recorded.
+        output_root: Folder of records, tables and pages.
+        cache_root: Folder of what runs share: weights, starts, subspaces, autoencoders.
+    """
 
     task: Task
     constraint: Composite
