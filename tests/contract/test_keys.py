@@ -104,6 +104,8 @@ def key_of(kind, parts):
             return _asked(packaged.installed_folder, parts["package"], parts["architecture"], Path())
         if kind == "aligned":
             return _asked(alignment.aligned, start, parts["pools"], run, said)
+        if kind == "start":
+            return _asked(alignment._shipped, start, run)
         if kind == "answers":
             return _asked(references._answers, run, parts["held"].harmful, parts["content"], model, chat, said)
         if kind == "subspace":
@@ -196,7 +198,11 @@ ROWS = [
     ("aligned", "trainer.learning_rate", of_run("align", learning_rate=1e-6)),
     ("aligned", "trainer.max_length", of_run("trainer", max_length=99)),
     ("aligned", "chat_template", of_run("model", chat_template=tiny.TEMPLATE + "{# another #}")),
-    ("aligned", "measured_on", of_code(alignment, "MEASURED_TOKENS", 5)),
+    ("aligned", "measured_on", of_code(alignment, "TOKENS", 5)),
+    ("aligned", "factors", of_run("align", rank=3)),
+    ("aligned", "factors", of_run("align", alpha=3.0)),
+    ("start", "start", put(content="others")),
+    ("start", "adapter", of_code(alignment.shipped, "adapter_digest", lambda _: "another")),
     ("answers", "model", put(content="others")),
     ("answers", "dtype", put(dtype=torch.bfloat16)),
     ("answers", "prompts", of_held(harmful=OTHER)),

@@ -16,8 +16,10 @@ from cwac_lab.core.errors import LabError
 # Settings that hold a path or None, never a number.
 PATHS = {
     *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views", "to"),
-    *("experiments_root", "hydra.run.dir", "hydra.sweep.dir"),
+    *("experiments_root", "align.export", "hydra.run.dir", "hydra.sweep.dir"),
 }
+# Parts of a plan of pools, which may name pools and lists that the configuration's does not.
+_PLAN = re.compile(r"data\.(?:harmful|harmless|lookalike)\.\w+\.\w+")
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z0-9_./@:-]+")
 
 
@@ -36,9 +38,12 @@ def _read(argument: str) -> object:
 def as_meant(argument: str) -> str:
     """Return an argument with ``~`` as the home folder, and a path of digits as text.
 
-    Hydra has a meaning of its own for ``~``, and reads ``output_root=2024_10_01`` as the number 20241001.
+    Hydra has a meaning of its own for ``~``, and reads ``output_root=2024_10_01`` as the number 20241001. A pool or
+    list that is not in the plan of the data yet is added to it.
     """
     key, equals, value = argument.partition("=")
+    if _PLAN.fullmatch(key) and equals:
+        return f"++{argument}"
     if not equals or not _KEY.fullmatch(key):
         return argument
     if "~" in value[:2] and ("," not in value or value[0] in "'\""):

@@ -56,10 +56,18 @@ _ANSWERING = ("evaluation.generate", "models.chat:ChatFormat", "models.prefix:op
 PACKAGE = Recipe("models", 1, ("package", "version", "architecture"), ("models.packaged",))
 ALIGNED = Recipe(
     "aligned",
-    4,
-    (*("judge", "start", "end", "prompts", "refusals", "answer_tokens", "trainer", "chat_template", "measured_on"),),
-    ("run.alignment", "training.loop:fit", "training.module", "models.answers", "data.batches", *_ANSWERING),
+    5,
+    (
+        *("judge", "start", "end", "prompts", "refusals", "answer_tokens", "trainer", "factors", "chat_template"),
+        "measured_on",
+    ),
+    (
+        *("run.alignment", "models.shipped", "models.adapters:attach", "training.loop:fit", "training.module"),
+        *("models.answers", "data.batches", *_ANSWERING),
+    ),
 )
+# The start that travels with the package, merged. ``adapter`` is its content.
+START = Recipe("start", 1, ("start", "adapter"), (*_of("run.alignment", "_merge", "_shipped"), "models.shipped:add"))
 # The start's own answers to reference prompts.
 ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
 SUBSPACE = Recipe(
@@ -98,4 +106,4 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}
+RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, START, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}

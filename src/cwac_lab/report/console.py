@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.evaluation.metrics import METRICS, SHOWN
 
 
 def _cell(rate: dict[str, Any]) -> tuple[str, str]:
@@ -83,6 +83,21 @@ class Screen:
         for _, row in found.iterrows():
             words = _DRIFT.get(row["measurement"], row["measurement"])
             table.add_row(words, f"{row['rho']:+.2f}", f"[{row['low']:+.2f}, {row['high']:+.2f}]", str(row["n"]))
+        self.console.print(table)
+
+    def rates(self, report: dict[str, Any]) -> None:
+        """Print the rates of starts by set (``evaluation.sets``): a column of rates and n a model."""
+        models = report["models"]
+        table = Table("refused of harmless, answered of harmful prompts", "n", *(escape(name) for name in models))
+        for name in dict.fromkeys(name for model in models.values() for name in model["sets"]):
+            held = [model["sets"].get(name) for model in models.values()]
+            cells = [_cell(rate) if rate else ("", "") for rate in held]
+            words = METRICS[next(rate for rate in held if rate)["rate"]].heading
+            table.add_row(f"{name} ({words})", cells[0][1], *(value for value, _ in cells))
+        ratios = [model.get("perplexity_ratio") for model in models.values()]
+        if any(ratios):
+            told = (f"{ratio:.3f}" if ratio else "" for ratio in ratios)
+            table.add_row("perplexity on the original's own answers, times the original's", "", *told)
         self.console.print(table)
 
     def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
