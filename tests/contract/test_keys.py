@@ -19,7 +19,7 @@ from cwac_lab.data import attacks
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import PromptRow
-from cwac_lab.data.tasks.agnews import AGNEWS
+from cwac_lab.data.tasks.agnews import AGNews
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
@@ -277,10 +277,10 @@ def test_the_key_of_a_run_changes_with_every_setting_that_is_not_incidental(run)
 
 def test_the_key_of_a_run_has_the_name_of_a_class_and_not_its_place(run, monkeypatch):
     module = types.ModuleType("moved_there")
-    module.SST2, module.AGNEWS = SST2, AGNEWS
+    module.SST2, module.AGNews = SST2, AGNews
     monkeypatch.setitem(sys.modules, "moved_there", module)
     settings, task = run.resolved, run.resolved["task"]
-    moved, other = ({**settings, "task": {**task, "_target_": f"moved_there.{name}"}} for name in ("SST2", "AGNEWS"))
+    moved, other = ({**settings, "task": {**task, "_target_": f"moved_there.{name}"}} for name in ("SST2", "AGNews"))
     assert run_key(moved, {}) == run_key(settings, {}) != run_key(other, {})
 
 
