@@ -33,6 +33,7 @@ from cwac_lab.results.record import (
     Metrics,
     Provenance,
     Record,
+    made_under,
     valid,
 )
 
@@ -238,12 +239,8 @@ def _row(run: Record) -> tuple[dict[str, Any], _Verdicts]:
     for file, verdicts in said.items():
         if unknown := sorted({name for verdict in verdicts for name in verdict} - _FIELDS.keys()):
             raise LabError(f"{run.path / file}: {unknown[0]}: accepted: {', '.join(_FIELDS)}")
-    row = {
-        "name": run.path.name,
-        "status": told["status"],
-        "reason": told.get("reason"),
-        "ended": told.get("heartbeat"),
-    }
+    row = {"name": run.path.name, "status": told["status"], "reason": told.get("reason")}
+    row |= {"ended": told.get("heartbeat"), "schema": made_under(content[PROVENANCE]) if started else None}
     row |= {column: _json(content[name]) if name in content else None for name, column in _JSON.items()}
     return row | {"verdicts": digest(said)}, said
 
