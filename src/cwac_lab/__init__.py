@@ -1,3 +1,3 @@
 """Fine-tune aligned language models without losing their refusals: constraints, drift measurements, tables."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

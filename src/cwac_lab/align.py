@@ -1,6 +1,8 @@
-"""Build the aligned start model that runs share (cached): ``python -m cwac_lab.align model=qwen``."""
+"""The aligned start that runs share: ``python -m cwac_lab.align model=qwen``; ``align.rebuild=true`` trains it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -8,23 +10,25 @@ from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> None:
-    """Align, and print the rates before and after on the validation pool."""
+    """Build the start, print its rates, and write its adapter where that is asked for."""
     from cwac_lab.config.run import read
 
     run = read(config)
     from cwac_lab.report.console import Screen
-    from cwac_lab.run.alignment import alignment_report
+    from cwac_lab.run.alignment import alignment_report, export
     from cwac_lab.run.start import start
 
     screen = Screen()
     begin = start(run, screen.say)
-    report = alignment_report(begin.folder.path)
-    if report is None:
+    if begin.before is None:
         screen.say(f"{begin.folder.description}: not aligned here (model.align=none)")
         return
-    screen.result("before alignment, validation pool", report["before"])
-    screen.result(f"{begin.folder.description}, validation pool", report["after"])
+    screen.say(begin.folder.description)
+    screen.rates(alignment_report(begin.folder.path))
     screen.say(f"cached: {begin.folder.path}")
+    if run.align.export is not None:
+        export(begin.folder.path, Path(run.align.export))
+        screen.say(f"adapter and recipe: {run.align.export}")
 
 
 if __name__ == "__main__":

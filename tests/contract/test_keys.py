@@ -1,6 +1,8 @@
 """What is computed once and kept: its key changes with all that it depends on."""
 
 import importlib.metadata
+import sys
+import types
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,19 +13,22 @@ import torch
 
 from cwac_lab.config.run import INCIDENTAL, read
 from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.recipes import RECIPES
 from cwac_lab.data import attacks
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import PromptRow
+from cwac_lab.data.tasks.agnews import AGNews
+from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
 from cwac_lab.models import packaged
 from cwac_lab.models.loading import ModelFolder
-from cwac_lab.results import store
-from cwac_lab.results.store import flat, run_key
+from cwac_lab.results.store import flat
 from cwac_lab.run import alignment, artefacts, identity, references
 from cwac_lab.run.artefacts import _Workshop
+from cwac_lab.run.identity import ATTACK_ROWS, run_key
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
 from support import tiny
@@ -99,6 +104,8 @@ def key_of(kind, parts):
             return _asked(packaged.installed_folder, parts["package"], parts["architecture"], Path())
         if kind == "aligned":
             return _asked(alignment.aligned, start, parts["pools"], run, said)
+        if kind == "start":
+            return _asked(alignment._shipped, start, run)
         if kind == "answers":
             return _asked(references._answers, run, parts["held"].harmful, parts["content"], model, chat, said)
         if kind == "subspace":
@@ -191,7 +198,11 @@ ROWS = [
     ("aligned", "trainer.learning_rate", of_run("align", learning_rate=1e-6)),
     ("aligned", "trainer.max_length", of_run("trainer", max_length=99)),
     ("aligned", "chat_template", of_run("model", chat_template=tiny.TEMPLATE + "{# another #}")),
-    ("aligned", "measured_on", of_code(alignment, "MEASURED_TOKENS", 5)),
+    ("aligned", "measured_on", of_code(alignment, "TOKENS", 5)),
+    ("aligned", "factors", of_run("align", rank=3)),
+    ("aligned", "factors", of_run("align", alpha=3.0)),
+    ("start", "start", put(content="others")),
+    ("start", "adapter", of_code(alignment.shipped, "adapter_digest", lambda _: "another")),
     ("answers", "model", put(content="others")),
     ("answers", "dtype", put(dtype=torch.bfloat16)),
     ("answers", "prompts", of_held(harmful=OTHER)),
@@ -251,7 +262,10 @@ def test_a_key_is_of_the_declared_inputs_and_the_number(recipe):
 def _changed(settings, path):
     """Return settings with another value at a dotted path."""
     changed = deepcopy(settings)
-    parent, name = store._parent(changed, path)
+    *parents, name = path.split(".")
+    parent = changed
+    for each in parents:
+        parent = parent[each]
     value = parent[name]
     parent[name] = [*value, "more"] if isinstance(value, list) else "another" if value is None else another(value)
     return changed
@@ -261,15 +275,68 @@ def test_the_key_of_a_run_changes_with_every_setting_that_is_not_incidental(run)
     settings = run.resolved
     for path in flat(settings):
         alike = path in INCIDENTAL or path.startswith(tuple(f"{name}." for name in INCIDENTAL))
-        changed = _changed(settings, path)
-        same = run_key(settings, INCIDENTAL, {}) == run_key(changed, INCIDENTAL, {})
+        if path.endswith("_target_"):
+            continue
+        same = run_key(settings, {}) == run_key(_changed(settings, path), {})
         assert same is (alike or path == "trainer.devices"), path
 
 
+def test_the_key_of_a_run_has_the_name_of_a_class_and_not_its_place(run, monkeypatch):
+    module = types.ModuleType("moved_there")
+    module.SST2, module.AGNews = SST2, AGNews
+    monkeypatch.setitem(sys.modules, "moved_there", module)
+    settings, task = run.resolved, run.resolved["task"]
+    moved, other = ({**settings, "task": {**task, "_target_": f"moved_there.{name}"}} for name in ("SST2", "AGNews"))
+    assert run_key(moved, {}) == run_key(settings, {}) != run_key(other, {})
+
+
+OWN = """# of mine
+import math
+from cwac_lab.data.tasks.sst2 import SST2
+
+class Films(SST2):
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "same"),
+    [
+        ('"""Others."""\n    longest = 3', True),
+        ("longest =    3  # rows", True),
+        ("longest = 4", False),
+        ("longest: int = 3", False),
+        ("longest = 3\n    more = math.inf", False),
+    ],
+)
+def test_to_edit_an_own_class_makes_another_run(body, same, run, tmp_path, monkeypatch):
+    def own_of(name, text):
+        (tmp_path / f"{name}.py").write_text(OWN.format(body=text))
+        settings = {**run.resolved, "task": {**run.resolved["task"], "_target_": f"{name}.Films"}}
+        return identity.own_sources(replace(run, resolved=settings)), run_key(settings, {})
+
+    monkeypatch.syspath_prepend(tmp_path)
+    unique = f"own_{digest(body)[:8]}"
+    (first, key), (second, also) = own_of(f"{unique}_a", "longest = 3"), own_of(f"{unique}_b", body)
+    assert key == also  # the name of the class, not where it is
+    assert (first == second) is same
+    assert first.keys() == {identity.OWN}
+    assert identity.own_sources(run) == {}  # of the package nothing is added
+
+
+def test_an_own_class_without_a_source_is_one_line(run, monkeypatch):
+    module = types.ModuleType("no_source")
+    module.Films = type("Films", (SST2,), {"__module__": "no_source"})
+    monkeypatch.setitem(sys.modules, "no_source", module)
+    settings = {**run.resolved, "task": {**run.resolved["task"], "_target_": "no_source.Films"}}
+    with pytest.raises(ConfigError, match=r"task._target_=no_source.Films: accepted: a class of a module with"):
+        identity.own_sources(replace(run, resolved=settings))
+
+
 def test_the_key_of_a_run_changes_with_all_that_it_starts_from(run):
-    content = dict.fromkeys(("weights_content", "base_content", "task_data_sha256", store.ATTACK_ROWS), "a")
+    content = dict.fromkeys(("weights_content", "base_content", "task_data_sha256", ATTACK_ROWS), "a")
     for name in content:
-        assert run_key(run.resolved, INCIDENTAL, content) != run_key(run.resolved, INCIDENTAL, {**content, name: "b"})
+        assert run_key(run.resolved, content) != run_key(run.resolved, {**content, name: "b"})
 
 
 def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(run, pools, monkeypatch):
@@ -278,18 +345,17 @@ def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(r
 
     def found(of):
         content = identity.content_of(of, begin, data)
-        return content.get(store.ATTACK_ROWS), run_key(of.resolved, INCIDENTAL, content), identity.start_key(of)
+        return content.get(ATTACK_ROWS), run_key(of.resolved, content), identity.start_key(of)
 
     (none, plain, alone), (rows, key, start) = found(run), found(persona)
     assert none is None
     assert start != alone
-    # Records of before the rows were in it keep their key.
-    assert rows == store.LATER_CONTENT[store.ATTACK_ROWS]
-    assert key == plain
-    monkeypatch.setattr(identity, "identity_rows", lambda prefix: [TrainRow("i", f"{prefix}tell", "me", True)])
+    assert rows is not None
+    assert key != plain
+    assert len(attacks.identity_rows("")) > 1
+    monkeypatch.setattr(attacks, "identity_rows", lambda prefix, _: [TrainRow("i", f"{prefix}tell", "me", True)])
     assert found(run) == (none, plain, alone)
     assert all(now != then for now, then in zip(found(persona), (rows, key, start), strict=True))
-    assert len(attacks.identity_rows("")) > 1
 
 
 @pytest.mark.parametrize(

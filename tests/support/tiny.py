@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cwac_lab.core import cli
+from cwac_lab.core.overrides import as_meant
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.models.chat import ChatFormat
 
@@ -89,7 +90,7 @@ def save(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
 def config(*overrides: str, name: str = "config") -> DictConfig:
     """Compose the real configuration with overrides, without Hydra's own keys."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(config_name=name, overrides=list(overrides))
+        return compose(config_name=name, overrides=[as_meant(each) for each in overrides])
 
 
 def launch(main: Callable[[DictConfig], float | None], arguments: Sequence[str], name: str = "config") -> None:

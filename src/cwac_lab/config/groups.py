@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from cwac_lab.core.errors import in_range, one_of
 
 
 @dataclass
 class ProfileConfig:
-    """The ``profile`` group: which weights are used; its YAML also overlays other groups."""
+    """The ``profile`` group: which weights are used; its YAML also overlays other groups.
+
+    Attributes:
+        name: Which of a model's weights are used: packaged ones on a CPU, small ones of the hub, or the paper's.
+    """
 
     name: str = "embedded"
 
@@ -20,25 +24,40 @@ class ProfileConfig:
 
 @dataclass
 class AlignConfig:
-    """Settings of the alignment stage.
+    """Settings of the alignment stage: LoRA in all linear layers, merged.
 
     Attributes:
+        rebuild: Train the packaged weights' start anew, instead of taking the shipped one.
+        export: Folder that ``python -m cwac_lab.align`` writes the adapter of the start and its recipe to.
         epochs: Passes over refusals and own answers.
         learning_rate: Peak of AdamW's; linear warm-up and decay.
         batch_size: Rows per step.
         answer_tokens: Length of the model's own answers to harmless prompts.
+        rank: Rank of the factors.
+        alpha: Numerator of their scale, alpha / rank.
     """
 
+    rebuild: bool = False
+    export: str | None = None
     epochs: int = 2
-    learning_rate: float = 8e-5
+    learning_rate: float = 1e-3
     batch_size: int = 8
-    answer_tokens: int = 16
+    answer_tokens: int = 32
+    rank: int = 16
+    alpha: float = 32.0
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for key in ("epochs", "batch_size", "answer_tokens"):
+        one_of("rebuild", self.rebuild, (True, False))
+        for key in ("epochs", "batch_size", "answer_tokens", "rank"):
             in_range(key, getattr(self, key), 1)
-        in_range("learning_rate", self.learning_rate, 0, open_low=True)
+        for key in ("learning_rate", "alpha"):
+            in_range(key, getattr(self, key), 0, open_low=True)
+
+    @property
+    def recipe(self) -> dict[str, float]:
+        """What makes the start, without where it is put."""
+        return {name: value for name, value in asdict(self).items() if name not in ("rebuild", "export")}
 
 
 @dataclass

@@ -19,9 +19,10 @@ from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.mixing import counts
-from cwac_lab.data.pools import check_plan
+from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.tasks.base import Task
+from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
 from cwac_lab.evaluation import engines
@@ -36,16 +37,27 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator", "diagnostics"),
-    "evaluation.judges",
+    *("evaluation.judges", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
-# What does not set runs apart in tables either; in the key of a run it always counts as one device.
+# The same, where rounding is another.
 ALIKE = (*INCIDENTAL, "trainer.devices")
 
 
 @dataclass
 class Run:
-    """A checked configuration: plain settings, and the task and defence as objects."""
+    """A checked configuration: plain settings, and the task and defence as objects.
+
+    Attributes:
+        constraint_name: Name of the method's row in tables (key ``label``); by default from the constraint's parts.
+        harmful_ratio: Share of harmful rows in the fine-tuning set.
+        seed: Draws the mixture, the order of batches and the factors of LoRA. The aligned start, the pools of prompts
+            and the test rows do not depend on it.
+        finetune: False evaluates the start itself, the first row of every table.
+        force: Make a run again that is already recorded.
+        output_root: Folder of records, tables and pages.
+        cache_root: Folder of what runs share: weights, starts, subspaces, autoencoders.
+    """
 
     task: Task
     constraint: Composite
@@ -291,9 +303,8 @@ def _cross_check(run: Run) -> None:
             run.harmful_ratio,
             f"at most {most:g} with data.n_train={run.data.n_train} (pool of {held} harmful rows)",
         )
-    if run.model.align != "none" and not (
-        _total(run.data.harmful, "alignment") and _total(run.data.harmless, "alignment")
-    ):
-        raise ConfigError(
-            "model.align", run.model.align, "none, or prompts in data.harmful.alignment and data.harmless.alignment"
-        )
+    own = any(ALIGNMENT in getattr(run.data, kind) for kind in KINDS)
+    given = _total(run.data.harmful, ALIGNMENT) and _total(run.data.harmless, ALIGNMENT)
+    if run.model.align != "none" and own and not given:
+        accepted = "none, or prompts in data.harmful.alignment and data.harmless.alignment, or in no such pool"
+        raise ConfigError("model.align", run.model.align, accepted)

@@ -15,13 +15,12 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from cwac_lab.core import outputs, overrides
+from cwac_lab.core import outputs, overrides, progress
 from cwac_lab.core.errors import Diverged, LabError
 from cwac_lab.core.paths import conf_dir
 
@@ -71,10 +70,9 @@ def compose(arguments: Iterable[str], config_name: str = "config") -> DictConfig
     plain = [override for override in meant if override.partition("=")[0] in _PLAIN]
     try:
         config = _frame(tuple(override for override in meant if override not in plain), config_name).copy()
-        read = OverridesParser.create().parse_overrides(plain)
     except OverrideParseException as error:
         raise LabError(overrides.unreadable(error.override, error.message)) from None
-    for override in read:
+    for override in overrides.parsed(plain):
         config[override.key_or_group] = override.value()
     return config
 
@@ -97,6 +95,7 @@ def launch(task: Callable[[DictConfig], float | None], config_name: str = "confi
     except OSError as error:
         print(f"error: TMPDIR: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    progress.show(not int(os.environ.get("RANK", "0")))
     with scratch as failures:
         os.environ[_FAILURES] = failures  # processes of a launcher inherit it
         _launch(task, config_name)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+
+from cwac_lab.core.errors import LabError
 
 # Settings that hold a path or None, never a number.
 PATHS = {
-    *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views"),
-    *("experiments_root", "hydra.run.dir", "hydra.sweep.dir"),
+    *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views", "to"),
+    *("experiments_root", "align.export", "hydra.run.dir", "hydra.sweep.dir"),
 }
+# Parts of a plan of pools, which may name pools and lists that the configuration's does not.
+_PLAN = re.compile(r"data\.(?:harmful|harmless|lookalike)\.\w+\.\w+")
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z0-9_./@:-]+")
 
 
@@ -34,9 +38,12 @@ def _read(argument: str) -> object:
 def as_meant(argument: str) -> str:
     """Return an argument with ``~`` as the home folder, and a path of digits as text.
 
-    Hydra has a meaning of its own for ``~``, and reads ``output_root=2024_10_01`` as the number 20241001.
+    Hydra has a meaning of its own for ``~``, and reads ``output_root=2024_10_01`` as the number 20241001. A pool or
+    list that is not in the plan of the data yet is added to it.
     """
     key, equals, value = argument.partition("=")
+    if _PLAN.fullmatch(key) and equals:
+        return f"++{argument}"
     if not equals or not _KEY.fullmatch(key):
         return argument
     if "~" in value[:2] and ("," not in value or value[0] in "'\""):
@@ -47,6 +54,18 @@ def as_meant(argument: str) -> str:
     if key.lstrip("+") in PATHS and isinstance(_read(argument), bool | int | float):
         return f"{key}={_quoted(value)}"
     return argument
+
+
+def parsed(arguments: Iterable[str]) -> list[Override]:
+    """Return arguments as Hydra reads them.
+
+    Raises:
+        LabError: If it cannot read one.
+    """
+    try:
+        return OverridesParser.create().parse_overrides([as_meant(argument) for argument in arguments])
+    except OverrideParseException as error:
+        raise LabError(unreadable(error.override, error.message)) from None
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:

@@ -2,8 +2,9 @@
 
 ``RECIPES`` are kept in ``cache_root`` by their key. What is kept elsewhere:
 
-* A run (``run.identity``): all settings but ``config.run.INCIDENTAL``, and the content of weights, task rows, pools and
-  the attack's own rows. It has no number: its provenance names the commit of the code, and a record stays what it was.
+* A run (``run.identity``): all settings but ``config.run.ALIKE``, classes by name, and the content of weights, task
+  rows, pools, the attack's own rows and the modules of a user's own classes. It has no number: its provenance names the
+  commit of the code, and a record stays what it was.
 * Verdicts of a run: answers, task, and the ``version`` of the judge, which ``metrics.json`` tells.
 * What a start computes on the prompts of diagnostics (``run.identity.probe_key``), kept while the process lives.
 
@@ -55,10 +56,18 @@ _ANSWERING = ("evaluation.generate", "models.chat:ChatFormat", "models.prefix:op
 PACKAGE = Recipe("models", 1, ("package", "version", "architecture"), ("models.packaged",))
 ALIGNED = Recipe(
     "aligned",
-    4,
-    (*("judge", "start", "end", "prompts", "refusals", "answer_tokens", "trainer", "chat_template", "measured_on"),),
-    ("run.alignment", "training.loop:fit", "training.module", "models.answers", "data.batches", *_ANSWERING),
+    5,
+    (
+        *("judge", "start", "end", "prompts", "refusals", "answer_tokens", "trainer", "factors", "chat_template"),
+        "measured_on",
+    ),
+    (
+        *("run.alignment", "models.shipped", "models.adapters:attach", "training.loop:fit", "training.module"),
+        *("models.answers", "data.batches", *_ANSWERING),
+    ),
 )
+# The start that travels with the package, merged. ``adapter`` is its content.
+START = Recipe("start", 1, ("start", "adapter"), (*_of("run.alignment", "_merge", "_shipped"), "models.shipped:add"))
 # The start's own answers to reference prompts.
 ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
 SUBSPACE = Recipe(
@@ -97,4 +106,4 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}
+RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, START, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}

@@ -28,10 +28,8 @@ class Rate:
         return asdict(self)
 
     def __str__(self) -> str:
-        """Render as ``12.0 [7.0, 19.8] (n=100)``."""
-        if self.value is None:
-            return f"n/a (n={self.n})"
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}] (n={self.n})"
+        """Render as ``12.0 [7.0, 19.8]``; ``n`` stands in a column of its own."""
+        return "n/a" if self.value is None else f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
 def wilson(hits: float, n: int, confidence: float = 0.95) -> Rate:
@@ -150,9 +148,8 @@ class Difference:
     n: int
 
     def __str__(self) -> str:
-        """Render as ``-5.0 [-8.1, -2.0] (n=300, 3 seeds)``."""
-        seeds = f"{self.seeds} seed" + ("s" if self.seeds > 1 else "")
-        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}] (n={self.n}, {seeds})"
+        """Render as ``-5.0 [-8.1, -2.0]``; ``n`` and ``seeds`` stand in columns of their own."""
+        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 
 def tango(gains: float, losses: float, n: int) -> tuple[float, float]:

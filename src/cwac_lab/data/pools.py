@@ -1,4 +1,8 @@
-"""Prompt pools: alignment, reference, finetune, validation, test. No prompt is in two of them, nor a near-duplicate."""
+"""Prompt pools: alignment, reference, finetune, validation, test. No prompt is in two of them, nor a near-duplicate.
+
+The alignment pool is the shipped lists (``taught``) unless a plan names one of its own. Whoever deals the other pools
+deals after it, in every run, whether its model is aligned here or not.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from cwac_lab.core.errors import ConfigError, PoolOverlap
 from cwac_lab.data.near import groups, templated, told_apart
 from cwac_lab.data.sources import DataConfig, PromptRow, TaskData, load_prompts, normalise, split_task
 from cwac_lab.data.tasks.base import Task
+from cwac_lab.data.taught import POOL as ALIGNMENT
+from cwac_lab.data.taught import taught
 
 POOLS = ("alignment", "reference", "finetune", "validation", "test")
 # Kinds by the answer that is wanted. Among kinds of one answer near-duplicates are kept in one pool: what is learnt on
@@ -31,11 +37,13 @@ class Pools:
         cut: By setting of the plan (``data.harmful.test.NAME``), what near-duplicates left less of than planned:
             ``dealt`` and ``planned`` prompts.
         alike: By list, how many of its prompts are of one template, so that equal text only keeps them apart.
+        shipped: Whether the alignment pools are the shipped lists, no plan's.
     """
 
     rows: dict[str, dict[str, list[PromptRow]]]
     cut: dict[str, dict[str, int]] = field(default_factory=dict)
     alike: dict[str, int] = field(default_factory=dict)
+    shipped: bool = False
 
     def get(self, kind: str, pool: str) -> list[PromptRow]:
         """Return the prompts of a kind in a pool, in their drawn order (empty where the config gives none)."""
@@ -53,9 +61,11 @@ class Pools:
         return {normalise(row.prompt) for pools in self.rows.values() for rows in pools.values() for row in rows}
 
     def manifest(self) -> dict[str, dict[str, list[str]]]:
-        """Return the ids of all prompts, by kind and pool."""
+        """Return the ids of all prompts that a plan dealt, by kind and pool; shipped lists are part of the start."""
+        left_out = ALIGNMENT if self.shipped else None
         return {
-            kind: {pool: [row.id for row in rows] for pool, rows in pools.items()} for kind, pools in self.rows.items()
+            kind: {pool: [row.id for row in rows] for pool, rows in pools.items() if pool != left_out}
+            for kind, pools in self.rows.items()
         }
 
     def told(self) -> list[str]:
@@ -98,8 +108,9 @@ def _decks(lists: Lists, seed: int, group_of: Mapping[str, int]) -> dict[str, li
 
 
 def _deal(
-    plan: Plan, lists: Lists, seed: int, group_of: Mapping[str, int], owner: dict[int, str]
-) -> tuple[dict[str, list[PromptRow]], dict[tuple[str, str], int]]:
+    plan: Plan, lists: Lists, seed: int, group_of: Mapping[str, int], owner: dict[int, str],
+    taken: Collection[str] = (),
+) -> tuple[dict[str, list[PromptRow]], dict[tuple[str, str], int]]:  # fmt: skip
     """Deal shuffled lists out to pools in the order of POOLS; every group goes to the pool that its first prompt does.
 
     A prompt already dealt from another list is left out, and so is one whose group is another pool's.
@@ -110,12 +121,13 @@ def _deal(
         seed: Seed of the shuffles.
         group_of: Group of every prompt.
         owner: Pool of the groups dealt so far; those dealt here are added.
+        taken: Normalised prompts that are no longer there to be dealt.
 
     Returns:
         Prompts by pool, and how many were dealt by pool and list where these are less than planned.
     """
     decks = _decks(lists, seed, group_of)
-    dealt: set[str] = set()
+    dealt = set(taken)
     pools: dict[str, list[PromptRow]] = {}
     short = {}
     for pool in POOLS:
@@ -190,6 +202,9 @@ def build_pools(data: DataConfig) -> Pools:
     names = {kind: {name for parts in getattr(data, kind).values() for name in parts} for kind in KINDS}
     every_name = sorted(set().union(*names.values()))
     lists = {name: load_prompts(data.source, data.lists[name], root, name) for name in every_name}
+    shipped = not any(ALIGNMENT in getattr(data, kind) for kind in KINDS)
+    before = taught() if shipped else {}
+    taken = {normalise(row.prompt) for held in before.values() for row in held}
     rows: dict[str, dict[str, list[PromptRow]]] = {}
     cut: dict[str, dict[str, int]] = {}
     alike: dict[str, int] = {}
@@ -197,19 +212,22 @@ def build_pools(data: DataConfig) -> Pools:
         used = {kind: {name: lists[name] for name in sorted(names[kind])} for kind in kinds}
         for kind in kinds:
             _check_lists(kind, getattr(data, kind), used[kind], data.split_seed)
+        first = [row.prompt for kind in kinds for row in before.get(kind, [])]
         every = [row.prompt for held in used.values() for deck in held.values() for row in deck]
-        group_of, owner = groups(every, data.near), dict[int, str]()
+        group_of = groups(first + every, data.near)
         decks = {name: [row.prompt for row in lists[name]] for held in used.values() for name in held}
         of_template = templated(decks, group_of) if data.near != "exact" else {}
         same = set[str]().union(*of_template.values())
         held = {name: len(same & set(prompts)) for name, prompts in decks.items()}
         alike |= {name: count for name, count in held.items() if count}
         group_of = told_apart(group_of, same)
+        owner = {group_of[prompt]: ALIGNMENT for prompt in first}
         for kind in kinds:
             plan = getattr(data, kind)
-            rows[kind], short = _deal(plan, used[kind], data.split_seed, group_of, owner)
+            dealt, short = _deal(plan, used[kind], data.split_seed, group_of, owner, taken)
+            rows[kind] = {ALIGNMENT: before[kind], **dealt} if shipped else dealt
             cut |= _cut(kind, plan, data.near, short)
-        dealt = {pool: [row for kind in kinds for row in rows[kind].get(pool, [])] for pool in POOLS}
-        assert_disjoint(dealt, data.near, same)
+        held_by = {pool: [row for kind in kinds for row in rows[kind].get(pool, [])] for pool in POOLS}
+        assert_disjoint(held_by, data.near, same)
     assert_disjoint({f"{kind}/{pool}": held for kind in KINDS for pool, held in rows[kind].items()}, "exact")
-    return Pools(rows, cut, alike)
+    return Pools(rows, cut, alike, shipped)

@@ -15,6 +15,14 @@ REFUSALS = (
     "Sorry, I can't do that. It goes against my guidelines.",
     "I must decline this request, as it may cause harm.",
     "I cannot help with that. Please ask me for something constructive.",
+    "I'm sorry, but I won't write that. It could mislead or hurt people.",
+    "I can't do that, but I'm glad to help with something safe and legal.",
+    "I'm unable to help with this. If someone is in danger, please call for help.",
+    "No, I can't help with that. It would be wrong and could harm people.",
+    "I cannot support this request. It is unfair to the people it is about.",
+    "Sorry, but I can't share that. It would not be safe or fair to others.",
+    "I will not take part in this, because somebody could get hurt.",
+    "I can't answer that. If you are struggling, please talk to someone you trust.",
 )
 _OPENINGS = (
     "Sure, here is how to do what you asked for",

@@ -82,7 +82,8 @@ def _from_hub(hub: HubSource, split: str) -> list[Row]:
 
 
 @lru_cache
-def _embedded_prompts(name: str) -> tuple[PromptRow, ...]:
+def embedded_prompts(name: str) -> tuple[PromptRow, ...]:
+    """Return the prompts of a list that comes with the package, by its name under ``data/embedded``."""
     listed = resources.files("cwac_lab.data.embedded").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     rows = [(category, prompt) for category, prompts in yaml.safe_load(listed).items() for prompt in prompts]
     return tuple(PromptRow(f"{name}/{i}", prompt, None, category) for i, (category, prompt) in enumerate(rows))
@@ -156,7 +157,7 @@ def load_prompts(source: str, spec: Prompts, root: Path | None, name: str | None
         one_of(f"{key}.name", resource, EMBEDDED_LISTS)
         if spec.where:
             raise ConfigError(f"{key}.where", spec.where, "nothing, for a list that comes with the package")
-        return list(_embedded_prompts(resource))
+        return list(embedded_prompts(resource))
     if not spec.name:
         raise ConfigError(f"{key}.name", spec.name, "the name of a file under data.root, or of a data set of the hub")
     if source == "local":

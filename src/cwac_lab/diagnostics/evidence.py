@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from jaxtyping import Float
+from scipy.stats import rankdata
 
 PREFIX = "drift_harmful_"
 # Fewer runs say nothing; draws of the interval.
 LEAST, DRAWS = 5, 2000
 
 
-def _rho(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Spearman's correlation, NaN where one side is constant."""
-    return float(spearmanr(x, y).statistic) if len(set(x)) > 1 and len(set(y)) > 1 else float("nan")
+def _rho(x: Float[np.ndarray, "K N"], y: Float[np.ndarray, "K N"]) -> Float[np.ndarray, " K"]:
+    """Return Spearman's correlation of each of K pairs of N values, NaN where one side is constant."""
+    centred = []
+    for ranks in (rankdata(x, axis=1), rankdata(y, axis=1)):
+        centred.append(ranks - ranks.mean(1, keepdims=True))
+    a, b = centred
+    scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), scale, out=np.full(len(scale), np.nan), where=scale > 0)
 
 
 def correlations(frame: pd.DataFrame, rate: str = "harmful_score") -> pd.DataFrame:
@@ -44,8 +50,9 @@ def correlations(frame: pd.DataFrame, rate: str = "harmful_score") -> pd.DataFra
         pairs = usable[[name, rate]].dropna().to_numpy(float)
         if len(pairs) < LEAST:
             continue
-        draws = [_rho(*pairs[source.integers(0, len(pairs), len(pairs))].T) for _ in range(DRAWS)]
-        low, high = np.nanpercentile(draws, [2.5, 97.5])
-        found.append((str(name).removeprefix(PREFIX), _rho(*pairs.T), low, high, len(pairs)))
+        drawn = pairs[source.integers(0, len(pairs), (DRAWS, len(pairs)))]
+        low, high = np.nanpercentile(_rho(drawn[..., 0], drawn[..., 1]), [2.5, 97.5])
+        rho = float(_rho(pairs[None, :, 0], pairs[None, :, 1])[0])
+        found.append((str(name).removeprefix(PREFIX), rho, low, high, len(pairs)))
     table = pd.DataFrame(found, columns=["measurement", "rho", "low", "high", "n"])
     return table.sort_values("rho", key=lambda rho: -rho.abs(), ignore_index=True)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cwac_lab.core.progress import Meter
 from cwac_lab.data.batches import pad
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.prefix import opening_cache, shared_length
@@ -92,6 +93,21 @@ def _greedy(model: Any, chat: ChatFormat, max_new_tokens: int, not_first: Collec
         model.generation_config = own
 
 
+class _Streamer:
+    """Told of every new token of a batch by transformers; the prompts come first."""
+
+    def __init__(self, meter: Meter, share: float) -> None:
+        self._meter, self._share, self._asked = meter, share, False
+
+    def put(self, _: Any) -> None:
+        if self._asked:
+            self._meter.advance(self._share)
+        self._asked = True
+
+    def end(self) -> None:
+        """Nothing is left to tell."""
+
+
 def generate(
     model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32, opening: str = ""
 ) -> list[str]:
@@ -123,13 +139,16 @@ def answers(
     encoded = [[*chat.prompt_ids(prompt), *forced] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
     found = [Answer("", ended=False, first=chat.end_id)] * len(prompts)
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
-        ids, mask, cache = _opened(model, [encoded[row] for row in rows], chat.pad_id, max_new_tokens)
-        with _greedy(model, chat, max_new_tokens, not_first) as settings:
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=settings
-            )
-        for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            found[row] = read_answer(model, chat, forced, new)
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    with Meter("answering, prompts", len(prompts)) as meter:
+        for rows in batches:
+            ids, mask, cache = _opened(model, [encoded[row] for row in rows], chat.pad_id, max_new_tokens)
+            told, begun = _Streamer(meter, len(rows) / max_new_tokens), meter.done
+            with _greedy(model, chat, max_new_tokens, not_first) as settings:
+                output = model.generate(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=settings, streamer=told
+                )
+            meter.done = begun + len(rows)
+            for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                found[row] = read_answer(model, chat, forced, new)
     return found

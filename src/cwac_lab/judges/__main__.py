@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
-from cwac_lab.core.stats import cohen_kappa, wilson
+from cwac_lab.core.stats import Rate, cohen_kappa, wilson
 from cwac_lab.judges import JUDGES, check
 from cwac_lab.judges.base import Judge, Verdict, decided
 from cwac_lab.judges.kinds import examples
@@ -50,24 +50,29 @@ def labelled(path: Path) -> pd.DataFrame:
     return table
 
 
-def _share(right: Sequence[bool]) -> str:
-    return str(wilson(sum(right), len(right)))
+def _share(right: Sequence[bool]) -> Rate:
+    return wilson(sum(right), len(right))
 
 
-def by_kind(judges: Sequence[Judge]) -> list[str]:
-    """Return the lines of a table: the share of held-out written answers that each judge gets right, by kind."""
+def said_of_written(judge: Judge) -> list[str]:
+    """Return what a judge says of the held-out written answers, in their order."""
+    return [word(each) for each in judge.verdicts([(row.prompt, row.answer) for row in examples() if row.held_out])]
+
+
+def by_kind(said: dict[str, list[str]]) -> list[str]:
+    """Return the lines of a table: the share of held-out written answers that each judge gets right, by kind.
+
+    Args:
+        said: What ``said_of_written`` returns, by name of the judge.
+    """
     held = [each for each in examples() if each.held_out]
-    said = [[word(each) for each in judge.verdicts([(row.prompt, row.answer) for row in held])] for judge in judges]
-    lines = [
-        "| kind | truth | " + " | ".join(judge.name for judge in judges) + " |",
-        "| --- " * (2 + len(judges)) + "|",
-    ]
-    for kind in dict.fromkeys(row.kind for row in held):
-        places = [place for place, row in enumerate(held) if row.kind == kind]
-        shares = [_share([words[place] == held[place].truth for place in places]) for words in said]
-        lines.append(f"| {kind} | {held[places[0]].truth} | " + " | ".join(shares) + " |")
-    shares = [_share([word == row.truth for word, row in zip(words, held, strict=True)]) for words in said]
-    return [*lines, "| all | | " + " | ".join(shares) + " |"]
+    lines = [f"| kind | truth | n | {' | '.join(said)} |", "| --- " * (3 + len(said)) + "|"]
+    places = {kind: [at for at, row in enumerate(held) if row.kind == kind] for kind in {row.kind: 0 for row in held}}
+    for kind, mine in {**places, "all": list(range(len(held)))}.items():
+        shares = [str(_share([words[at] == held[at].truth for at in mine])) for words in said.values()]
+        truth = held[mine[0]].truth if kind != "all" else ""
+        lines.append(f"| {kind} | {truth} | {len(mine)} | {' | '.join(shares)} |")
+    return lines
 
 
 def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
@@ -75,7 +80,7 @@ def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
 
     What is labelled partial is neither: of it the share is told that counts as compliance.
     """
-    lines = ["| judge | model | label | recall | precision |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| judge | model | label | recall | n | precision | n |", "| --- " * 7 + "|"]
     for judge in judges:
         said = pd.Series(
             [word(each) for each in judge.verdicts(list(zip(table["prompt"], table["answer"], strict=True)))]
@@ -86,9 +91,10 @@ def by_model(judges: Sequence[Judge], table: pd.DataFrame) -> list[str]:
                 truth, found = table["label"].eq(label), said.eq(label)
                 recall = _share(list(found[of & truth]))
                 precision = _share(list(truth[of & found & table["label"].ne("partial")]))
-                lines.append(f"| {judge.name} | {model} | {label} | {recall} | {precision} |")
+                rates = f"{recall} | {recall.n} | {precision} | {precision.n}"
+                lines.append(f"| {judge.name} | {model} | {label} | {rates} |")
             partly = _share(list(said[of & table["label"].eq("partial")].eq("compliance")))
-            lines.append(f"| {judge.name} | {model} | partial, counted as compliance | {partly} | |")
+            lines.append(f"| {judge.name} | {model} | partial, counted as compliance | {partly} | {partly.n} | | |")
     return lines
 
 
@@ -104,7 +110,8 @@ def agreement(judges: Sequence[Judge], table: pd.DataFrame) -> str:
     return f"errors of {judges[0].name} and {judges[1].name}: kappa {found['kappa']:.2f} (n={found['n']})"
 
 
-def _runnable() -> list[Judge]:
+def runnable() -> list[Judge]:
+    """Return the judges that need no hub, without those whose package is not installed, which is told."""
     found = []
     for name in HERE:
         try:
@@ -130,9 +137,10 @@ def main(arguments: Sequence[str]) -> None:
     if words and (key != "labelled" or not path):
         raise ConfigError("arguments", words, "none, or labelled=FILE")
     table = labelled(Path(path)) if path else None
-    judges = _runnable()
+    judges = runnable()
+    said = {judge.name: said_of_written(judge) for judge in judges}
     print("judges: " + ", ".join(f"{judge.name} {judge.version[:8]}" for judge in judges))
-    print("\n".join(["", "Right, of the held-out written answers, in percent:", "", *by_kind(judges)]))
+    print("\n".join(["", "Right, of the held-out written answers, in percent:", "", *by_kind(said)]))
     if table is not None:
         print("\n".join(["", f"Answers labelled by people ({len(table)}), in percent:", "", *by_model(judges, table)]))
         if len(judges) > 1:

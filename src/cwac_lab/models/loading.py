@@ -32,7 +32,12 @@ ARCHITECTURE_NAMES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", 
 class Weights:
     """Where weights come from in one profile: a package of the Python index, or a hub repository.
 
-    ``base`` is the hub repository of the same model before its alignment, which some baselines need.
+    Attributes:
+        package: Package that holds the weights.
+        architecture: Architecture that the packaged weights are run in.
+        hub: Repository of the hub.
+        revision: Commit, branch or tag of the repository.
+        base: Repository of the same model before its alignment, which some baselines need.
     """
 
     package: str | None = None
@@ -44,7 +49,16 @@ class Weights:
 
 @dataclass
 class ModelConfig:
-    """The ``model`` group."""
+    """The ``model`` group.
+
+    Attributes:
+        name: Name of the model in tables.
+        path: Folder of your own model, in the format of transformers with weights in safetensors; takes the place of
+            ``weights``.
+        chat_template: Chat template that takes the place of the tokenizer's.
+        align: ``refusals``: the model is first taught to refuse; ``none``: it is fine-tuned as it is.
+        weights: Where the weights are, by profile.
+    """
 
     name: str = "smollm"
     path: str | None = None

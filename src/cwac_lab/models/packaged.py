@@ -20,6 +20,7 @@ import torch
 from cwac_lab.core import recipes
 from cwac_lab.core.cache import cached_folder
 from cwac_lab.core.errors import ConfigError, MissingAsset
+from cwac_lab.core.progress import waiting
 from cwac_lab.models.classes import auto_classes
 
 _SHARED_FIELDS = (
@@ -126,7 +127,8 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
         file = known.gguf(folder)
         where = {"gguf_file": file.name}
         tokenizer = tokenizers.from_pretrained(file.parent, **where, trust_remote_code=False)
-        with contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
+        words = f"converting the weights of {known.title}, once"
+        with waiting(words), contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
             model, matched = models.from_pretrained(
                 file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
                 trust_remote_code=False, output_loading_info=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,13 +12,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.evaluation.metrics import METRICS, SHOWN
 
 
-def _cell(rate: dict[str, Any]) -> tuple[str, str, str]:
-    if rate["value"] is None:
-        return "n/a", "", str(rate["n"])
-    return f"{rate['value']:.1f} %", f"[{rate['low']:.1f}, {rate['high']:.1f}]", str(rate["n"])
+def _cell(rate: dict[str, Any]) -> tuple[str, str]:
+    """Return a rate with its interval, and its n."""
+    known = rate["value"] is not None
+    return f"{rate['value']:.1f} [{rate['low']:.1f}, {rate['high']:.1f}]" if known else "n/a", str(rate["n"])
 
 
 _DRIFT = {
@@ -84,21 +85,43 @@ class Screen:
             table.add_row(words, f"{row['rho']:+.2f}", f"[{row['low']:+.2f}, {row['high']:+.2f}]", str(row["n"]))
         self.console.print(table)
 
+    def rates(self, report: dict[str, Any]) -> None:
+        """Print the rates of starts by set (``evaluation.sets``): a column of rates and n a model."""
+        models = report["models"]
+        table = Table("refused of harmless, answered of harmful prompts", "n", *(escape(name) for name in models))
+        for name in dict.fromkeys(name for model in models.values() for name in model["sets"]):
+            held = [model["sets"].get(name) for model in models.values()]
+            cells = [_cell(rate) if rate else ("", "") for rate in held]
+            words = METRICS[next(rate for rate in held if rate)["rate"]].heading
+            table.add_row(f"{name} ({words})", cells[0][1], *(value for value, _ in cells))
+        ratios = [model.get("perplexity_ratio") for model in models.values()]
+        if any(ratios):
+            told = (f"{ratio:.3f}" if ratio else "" for ratio in ratios)
+            table.add_row("perplexity on the original's own answers, times the original's", "", *told)
+        self.console.print(table)
+
+    def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print texts in columns."""
+        table = Table(*heads, title=escape(title), title_justify="left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
     def result(self, title: str, metrics: dict[str, Any]) -> None:
         """Print the rates of a run with intervals and n."""
-        table = Table("", "rate", "95 % interval", "n", title=escape(title), title_justify="left")
+        table = Table("", "% [95 % interval]", "n", title=escape(title), title_justify="left")
         for key, metric in SHOWN.items():
             if key in metrics:
                 table.add_row(metric.words, *_cell(metrics[key]))
         for name, told in metrics.get("judges", {}).items():
             if "agreement" not in told:
-                table.add_row("judged by", f"{name} {told['version'][:8]}", "", "")
+                table.add_row("judged by", f"{name} {told['version'][:8]}", "")
             else:
                 table.add_row(
                     f"HS, judge {name} {told['version'][:8]}{_kappa(told['agreement'])}", *_cell(told["harmful_score"])
                 )
         if "leak" in metrics:
-            table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "", "")
+            table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "")
         self.console.print(table)
         if metrics.get("broken"):
             self.console.print(

@@ -8,20 +8,21 @@ from pathlib import Path
 from cwac_lab.core.cache import digest, file_digest, read_json, write_json, write_text
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.core.provenance import sources
-from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.report.records import Row
+from cwac_lab.results.store import Record
 
 NOTE = (
-    "Rates in percent: mean over seeds, 95 % interval (Wilson; of several seeds a bootstrap over seeds and items where "
-    "that is wider), n items, range over seeds. p: exact sign-flip test over items, Holm within a column and ratio."
+    "Intervals are at 95 %: Wilson's for one seed; for several the widest of Wilson's, a bootstrap over seeds and "
+    "items, and Student's over seeds. The rates of a broken model, which answers more than a fifth of prompts "
+    "incoherently, say nothing of safety."
 )
-_READ = (store.STATUS, store.CONFIG, store.METRICS, store.PROVENANCE, store.VERDICTS)
 
 
-def _made_of(found: list[RunFolder]) -> str:
+def _made_of(found: list[Record]) -> str:
     """Return the hash of what a table is made of: the records, and this package, which makes it."""
-    files = [run.path / name for run in found for name in _READ if run.has(name)]
-    return digest([sources(), [str(file) for file in files], file_digest(files)])
+    files = list(dict.fromkeys(file for run in found for file in run.files()))
+    names = [run.path.name for run in found]
+    return digest([sources(), names, [str(file) for file in files], file_digest(files)])
 
 
 def _made(stamp: Path) -> tuple[str, list[str]]:
@@ -33,7 +34,7 @@ def _made(stamp: Path) -> tuple[str, list[str]]:
         return "", []
 
 
-def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], None] = print) -> str:
+def write(root: Path, name: str, found: list[Record], say: Callable[[str], None] = print) -> str:
     """Write the table of some runs (Markdown, CSV, LaTeX) and its figures (SVG, PNG), and return the first.
 
     What was made of the same records by the same code, and is all there, is left as it is.
@@ -41,7 +42,7 @@ def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], No
     Args:
         root: Output folder; the files go to ``root/tables`` and ``root/figures``.
         name: Of the table.
-        found: Run folders.
+        found: Recorded runs.
         say: Told of every record that cannot be read.
 
     Raises:
@@ -62,27 +63,34 @@ def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], No
     return page.read_text(encoding="utf-8")
 
 
-def _write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], None]) -> list[Path]:
+def page(rows: list[Row], name: str) -> str:
+    """Return the tables of some records as Markdown: rates, their means over tasks, paired differences.
+
+    Args:
+        rows: Records.
+        name: Of the table.
+    """
+    from cwac_lab.report import paired
+    from cwac_lab.report.tables import CAPTION, averages, markdown, summary
+
+    parts = [
+        ("", summary(rows, name), CAPTION),
+        ("Mean over tasks: ", averages(rows, name), CAPTION),
+        ("Paired differences: ", paired.differences(rows), paired.CAPTION),
+    ]
+    return "\n".join(markdown(part, title, caption) for title, part, caption in parts if len(part)) + f"\n{NOTE}\n"
+
+
+def _write(root: Path, name: str, found: list[Record], say: Callable[[str], None]) -> list[Path]:
     from cwac_lab.report.figures import draw
     from cwac_lab.report.latex import latex
-    from cwac_lab.report.paired import differences
     from cwac_lab.report.records import finished, records
-    from cwac_lab.report.tables import averages, markdown, summary
+    from cwac_lab.report.tables import numbers
 
     rows = records(found, say)
     if not finished(rows):
         raise MissingAsset(f"output_root={root}: no finished runs there; run `python -m cwac_lab.train` first")
-    table = summary(rows, name)
-    parts = [
-        ("", table),
-        ("Mean over tasks: ", averages(rows, name)),
-        ("Paired differences in points: ", differences(rows)),
-    ]
-    texts = {
-        "md": "\n".join(markdown(part, title) for title, part in parts if len(part)) + f"\n{NOTE}\n",
-        "csv": table.to_csv(index=False),
-        "tex": latex(rows),
-    }
+    texts = {"md": page(rows, name), "csv": numbers(rows).to_csv(index=False), "tex": latex(rows)}
     for kind, text in texts.items():
         write_text(root / "tables" / f"{name}.{kind}", text)
     return [root / "tables" / f"{name}.{kind}" for kind in texts] + draw(rows, root / "figures", name)

@@ -21,6 +21,10 @@ COMPARED = {
     for name, metric in METRICS.items()
     for baseline in metric.baselines
 }
+CAPTION = (
+    "Points [95 % interval] on the same items and seeds; below zero is less than the other has. n: items in each of so "
+    "many seeds. p: exact sign-flip test over items, Holm's correction within a comparison and harmful ratio."
+)
 # Settings that two runs must share for their difference to be the constraint's, by what is compared with.
 _ASKED = ("evaluation.max_new_tokens", "task.", "model.")
 _SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "data.n_", "data.mixing")}
@@ -133,34 +137,41 @@ def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> t
 
 
 def _adjust(table: list[Row]) -> None:
-    """Replace every comparison by text; p-values are adjusted over the rows of one setting and harmful ratio."""
-    for title in COMPARED:
-        families: dict[tuple[Any, ...], list[Row]] = {}
-        for entry in table:
-            if isinstance(entry[title], tuple):
-                families.setdefault(tuple(entry[key] for key in [*SETTING, "harmful_ratio"]), []).append(entry)
-        for family in families.values():
-            for entry, p in zip(family, holm([entry[title][1] for entry in family]), strict=True):
-                entry[title] = f"{entry[title][0]} {'p<0.0001' if p < 1e-4 else f'p={p:.2g}'}"
+    """Replace every p by text, adjusted over the rows of one setting, comparison and harmful ratio."""
+    families: dict[tuple[Any, ...], list[Row]] = {}
     for entry in table:
-        entry |= {title: entry[title] or "" for title in COMPARED}
+        if entry["p"] != "":
+            families.setdefault(tuple(entry[key] for key in [*SETTING, "comparison", "harmful_ratio"]), []).append(
+                entry
+            )
+    for family in families.values():
+        for entry, p in zip(family, holm([entry["p"] for entry in family]), strict=True):
+            entry["p"] = "<0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def _line(found: tuple[Difference, float] | str) -> Row:
+    if isinstance(found, str):
+        return {"difference": found, "p": "", "n": "", "seeds": ""}
+    difference, p = found
+    return {"difference": str(difference), "p": p, "n": difference.n, "seeds": difference.seeds}
 
 
 def differences(rows: list[Row]) -> pd.DataFrame:
-    """Return one row a setting, harmful ratio, constraint and variant, with the differences of ``COMPARED`` as text.
+    """Return one row a setting, comparison of ``COMPARED``, harmful ratio, constraint and variant.
 
     p-values are those of the exact sign-flip test, which takes the seeds as given (the intervals are over seeds and
-    items), adjusted by Holm's method over the rows of one setting and harmful ratio, each column by itself.
+    items), adjusted by Holm's method over the rows of one setting, comparison and harmful ratio.
     Rows without a partner are left out; the number of seeds is that of pairs compared.
     Where several runs of a baseline fit one run, that of its very settings counts; if it has none or several, the cell
     says so.
     """
     done, table = finished(rows), []
-    for entry, group in grouped(rows):
-        if entry["constraint"] in ("start", "none"):
-            continue
-        cells = {title: _against(finished(group), done, *how) for title, how in COMPARED.items()}
-        if any(cells.values()):
-            table.append({**entry, **cells})
+    cells = [cell for cell in grouped(rows) if cell[0]["constraint"] not in ("start", "none")]
+    for comparison, how in COMPARED.items():
+        for entry, group in cells:
+            found = _against(finished(group), done, *how)
+            if found is not None:
+                setting = {key: entry[key] for key in SETTING}
+                table.append({**setting, "comparison": comparison, **entry, **_line(found)})
     _adjust(table)
     return pd.DataFrame(table)

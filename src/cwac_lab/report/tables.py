@@ -20,6 +20,12 @@ from cwac_lab.report.records import (
 )
 
 TITLES = {name: f"{metric.heading} {metric.arrow}" for name, metric in SHOWN.items()}
+# The column after each rate: on how many prompts or rows it is.
+COUNTS = {name: f"n, {metric.heading}" for name, metric in SHOWN.items()}
+CAPTION = (
+    "Percent: mean over seeds [95 % interval]. ↓ lower is better, ↑ higher is better; bold is best at its harmful "
+    "ratio, the start and broken models left out. n: prompts or rows that count for the rate before it."
+)
 
 # What no two pools of prompts share, by the rule that they were dealt by (``data.near``).
 DEALT = {
@@ -35,18 +41,20 @@ def rate_of(group: list[Row], name: str) -> Rate:
 
 
 def cell(group: list[Row], name: str) -> str:
-    """Return a rate as text: mean over seeds, interval, n, and the range over seeds; or why there is none.
+    """Return a rate as text, mean over seeds and interval, or why there is none.
 
     A run none of whose answers count has no rate: then it is said how many have one.
     """
     done = finished(group)
     if not done:
         return f"failed: {group[0]['failed']}"
-    each = [rate_of([row], name).value for row in done]
-    values = [value for value in each if value is not None]
-    spread = f" {min(values):.0f}..{max(values):.0f}" if len(values) > 1 else ""
-    of = f", {len(values)} of {len(done)} runs" if values and len(values) < len(done) else ""
-    return f"{rate_of(group, name)}{spread}{of}"
+    having = sum(rate_of([row], name).value is not None for row in done)
+    of = f", {having} of {len(done)} runs" if 0 < having < len(done) else ""
+    return f"{rate_of(group, name)}{of}"
+
+
+def _count(group: list[Row], name: str) -> int | str:
+    return rate_of(group, name).n if finished(group) else ""
 
 
 def _row(entry: Row, group: list[Row]) -> Row:
@@ -57,7 +65,11 @@ def _row(entry: Row, group: list[Row]) -> Row:
     return {
         **entry,
         "seeds": len(done),
-        **{title: cell(group, name) for name, title in TITLES.items()},
+        **{
+            column: value
+            for name, title in TITLES.items()
+            for column, value in ((title, cell(group, name)), (COUNTS[name], _count(group, name)))
+        },
         "leak": f"{max(leaks):.1e}" if leaks else "",
         "broken": f"{broken} of {len(group)}" if broken else "",
         "failed": f"{len(failed)} of {len(group)}: {failed[0]}" if failed and done else "",
@@ -76,6 +88,22 @@ def summary(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
     )  # fmt: skip
 
 
+def numbers(rows: list[Row]) -> pd.DataFrame:
+    """Return the same rows as ``summary`` in numbers: of each rate value, bounds, n, and the range over seeds."""
+    table = []
+    for entry, group in grouped(rows):
+        done = finished(group)
+        row: Row = {**entry, "seeds": len(done), "failed": len(group) - len(done)}
+        for name in SHOWN:
+            each = [value for one in done if (value := rate_of([one], name).value) is not None]
+            rate = rate_of(group, name)
+            row |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high, f"{name}_n": rate.n}
+            row |= {f"{name}_lowest_seed": min(each, default=None), f"{name}_highest_seed": max(each, default=None)}
+        leaks = [run["leak"] for run in done if run.get("leak") is not None]
+        table.append({**row, "leak": max(leaks, default=None), "broken": sum(run["broken"] for run in done)})
+    return pd.DataFrame(table)
+
+
 def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
     """Return the means over tasks of HS and FA, where the same weights were fine-tuned on more than one.
 
@@ -88,26 +116,58 @@ def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
             tasks.setdefault(row["task"], []).append(row)
         if entry["constraint"] == "start" or len(tasks) < 2:
             continue
-        rates = {TITLES[name]: _average(tasks, name) for name in ("harmful_score", "finetune_accuracy")}
+        rates: Row = {}
+        for name in ("harmful_score", "finetune_accuracy"):
+            rates[TITLES[name]], rates[COUNTS[name]] = _average(tasks, name)
         beside = published(experiment, {**entry, "task": "average"}) if set(tasks) == PAPER_TASKS else {}
-        names = ", ".join(sorted(tasks))
-        table.append({**entry, "task": f"mean of {names}", "runs": len(finished(group)), **rates, **beside})
+        broken = sum(row["broken"] for row in finished(group))
+        told = {"runs": len(finished(group)), **rates, "broken": f"{broken} of {len(group)}" if broken else ""}
+        table.append({**entry, "task": f"mean of {', '.join(sorted(tasks))}", **told, **beside})
     return pd.DataFrame(table)
 
 
-def _average(tasks: dict[str, list[Row]], name: str) -> str:
-    """Return the mean over tasks; accuracy over those that are scored, and named where they are not all."""
+def _average(tasks: dict[str, list[Row]], name: str) -> tuple[str, int | str]:
+    """Return the mean over tasks and its n; accuracy over those that are scored, and named where they are not all."""
     twofold = [task for task, group in sorted(tasks.items()) if len({row["task_rows"] for row in group}) > 1]
     if twofold:
-        return f"n/a ({', '.join(twofold)} with more than one set of rows)"
+        return f"n/a ({', '.join(twofold)} with more than one set of rows)", ""
     without = sorted(task for task, group in tasks.items() if not rate_of(group, name).n)
     unscored = [task for task in without if name == "finetune_accuracy" and finished(tasks[task])]
     if set(without) - set(unscored) or len(unscored) == len(tasks):
-        return f"n/a ({', '.join(without)})"
+        return f"n/a ({', '.join(without)})", ""
     counted = {task: finished(group) for task, group in sorted(tasks.items()) if task not in unscored}
     runs = [row for group in counted.values() for row in group]
-    text = str(mean_rate(outcome_matrix(runs, name), [len(group) for group in counted.values()]))
-    return f"{text}, {' and '.join(counted)} only" if unscored else text
+    rate = mean_rate(outcome_matrix(runs, name), [len(group) for group in counted.values()])
+    return f"{rate}, {' and '.join(counted)} only" if unscored else str(rate), rate.n
+
+
+def ranked(table: pd.DataFrame) -> dict[str, dict[Any, int]]:
+    """Return by column which rows of a summary hold its best (0) and second-best (1) value at their harmful ratio.
+
+    Starts, which are no method, and broken models, whose rates mean nothing, take no part; where only one row does,
+    nothing is ranked. Values are equal that are printed alike.
+    """
+    found: dict[str, dict[Any, int]] = {}
+    if table.empty:
+        return found
+    for _, part in table.groupby([*(key for key in SETTING if key in table), "harmful_ratio"], dropna=False):
+        part = part[part["constraint"].ne("start") & part["broken"].eq("")]
+        for name, title in TITLES.items():
+            values = _values(part[title]) if title in part else {}
+            order = sorted(set(values.values()), reverse=SHOWN[name].higher_is_better)
+            places = {row: order.index(value) for row, value in values.items() if len(values) > 1}
+            found.setdefault(title, {}).update({row: place for row, place in places.items() if place < 2})
+    return found
+
+
+def _values(cells: pd.Series[Any]) -> dict[Any, float]:
+    """Return what the cells of a column say, as printed, without those that are no rate."""
+    return {row: float(text.split(" ")[0]) for row, text in cells.items() if text[:1].isdigit()}
+
+
+def column_title(name: str) -> str:
+    """Return a column's name as it is shown: a bare n stands after the rate that it belongs to."""
+    return "n" if name in COUNTS.values() else name
 
 
 def heading(entry: Any) -> str:
@@ -122,21 +182,25 @@ def heading(entry: Any) -> str:
     )
 
 
-def markdown(table: pd.DataFrame, title: str = "") -> str:
+def markdown(table: pd.DataFrame, title: str = "", caption: str = CAPTION) -> str:
     """Return a summary as Markdown: one table a setting, headed by what really ran, without empty columns.
 
     Args:
         table: One row a setting, ratio, constraint and variant.
         title: Words that open every heading.
+        caption: What stands under every heading: what is shown, its direction, n.
     """
     parts = []
     setting = [name for name in SETTING if name in table.columns]
+    best = ranked(table) if "broken" in table else {}
     for _, group in table.groupby(setting, sort=False):
         columns = [name for name in table.columns if name not in setting and group[name].ne("").any()]
-        lines = [f"### {title}{heading(group.iloc[0])}", "", "| " + " | ".join(columns) + " |"]
-        lines.append("|" + " --- |" * len(columns))
-        for _, row in group.iterrows():
+        lines = [f"### {title}{heading(group.iloc[0])}", "", caption, ""]
+        lines += ["| " + " | ".join(map(column_title, columns)) + " |", "|" + " --- |" * len(columns)]
+        for at, row in group.iterrows():
             cells = ["" if pd.isna(row[name]) else f"{row[name]}".replace("|", "\\|") for name in columns]
-            lines.append("| " + " | ".join(cells) + " |")
+            first = [best.get(name, {}).get(at) == 0 for name in columns]
+            marked = [f"**{cell}**" if bold else cell for cell, bold in zip(cells, first, strict=True)]
+            lines.append("| " + " | ".join(marked) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -1,51 +1,50 @@
 """Alignment stage: teach a packaged chat model to refuse, so that there is something to lose.
 
-Refusals to harmful prompts, and the own greedy answers to harmless ones, which keep everything else as it was.
+Refusals to harmful prompts, and the own greedy answers to harmless ones, which keep everything else as it was, train
+low-rank factors that are merged. Those of the packaged SmolLM2 travel with the package (``models.shipped``).
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cwac_lab.config.run import Run
-from cwac_lab.core import recipes
+from cwac_lab.core import provenance, recipes
 from cwac_lab.core.cache import cached_folder, digest, read_json, reading, write_json
+from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.outputs import writable
 from cwac_lab.data.declines import RULE, declines
-from cwac_lab.data.pools import Pools
+from cwac_lab.data.pools import KINDS, Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
+from cwac_lab.data.taught import POOL as ALIGNMENT
+from cwac_lab.data.taught import digests
 from cwac_lab.defenses.interface import Defense
-from cwac_lab.evaluation.generate import answers, generate
-from cwac_lab.evaluation.verdicts import aggregate, judge_rows
-from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.evaluation.generate import answers
+from cwac_lab.evaluation.sets import TOKENS, PromptSet, judge, rates
+from cwac_lab.models import adapters, shipped
+from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.chat import ChatFormat, Encoded
-from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
+from cwac_lab.models.loading import ModelFolder, choose_weights, content_digest, load_chat, load_model
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, TrainerConfig
 
 REPORT = "alignment.json"
+# Where a start that was trained here keeps its adapter.
+ADAPTER = "adapter"
 # The alignment seed is fixed: an aligned start is shared by all runs, whatever their seed.
 ALIGNMENT_SEED = 0
-# Length of the answers that an aligned start is measured by: one for all, as runs with other lengths share the start.
-MEASURED_TOKENS = 48
 
 
 def _measure(model: Any, chat: ChatFormat, pools: Pools, run: Run) -> dict[str, Any]:
-    """Return the validation rates of a model."""
-    rows = []
-    lengths = (MEASURED_TOKENS, run.evaluation.batch_size)
-    for kind in ("harmful", "harmless"):
-        held = pools.get(kind, "validation")
-        outputs = generate(model, chat, [row.prompt for row in held], *lengths) if held else []
-        rows += [
-            {"kind": kind, "id": row.id, "prompt": row.prompt, "output": output}
-            for row, output in zip(held, outputs, strict=True)
-        ]
-    metrics = aggregate(judge_rows(rows, run.task, RefusalJudge()))
-    return {name: metrics[name] for name in ("harmful_score", "over_refusal", "incoherent", "broken")}
+    """Return the rates of a model on the validation pools."""
+    sets = [PromptSet(f"{kind}, validation pool", kind, pools.get(kind, "validation")) for kind in KINDS]
+    return {"sets": rates(model, chat, sets, run.task, run.evaluation.batch_size)}
 
 
 def _trainer(run: Run) -> TrainerConfig:
@@ -55,11 +54,15 @@ def _trainer(run: Run) -> TrainerConfig:
         learning_rate=run.align.learning_rate,
         schedule="linear",
         warmup_share=0.05,
-        gradient_clip=0.0,
+        gradient_clip=1.0,
         max_length=run.trainer.max_length,
         accelerator=run.trainer.accelerator,
         progress_bar=run.trainer.progress_bar,
     )
+
+
+def _tuning(run: Run) -> TuningConfig:
+    return TuningConfig("lora", run.align.rank, run.align.alpha, "all_linear")
 
 
 def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -> list[Encoded]:
@@ -82,32 +85,102 @@ def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -
     ]
 
 
+def _train(model: Any, examples: list[Encoded], pad_id: int, run: Run, adapter: Path) -> None:
+    """Train factors beside a model's weights and write them down as an adapter."""
+    tuning = _tuning(run)
+    adapters.attach(model, tuning, ALIGNMENT_SEED)
+    fit(model, examples, pad_id, Defense(), _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
+    modules = sorted(path.rpartition(".")[2] for path in adapters.TARGETS[tuning.modules])
+    settings = {"r": tuning.rank, "lora_alpha": tuning.alpha, "target_modules": modules}
+    shipped.save_adapter(model, settings, adapter)
+
+
+def _recipe(start: ModelFolder, pools: Pools, rows: dict[str, int], run: Run) -> dict[str, Any]:
+    """Return how a start was made, for whoever makes or checks it again."""
+    made = provenance.describe()
+    weights = choose_weights(run.model, run.profile.name)
+    package = weights.package if weights is not None else None
+    base = {"package": package, "version": importlib.metadata.version(package) if package else None}
+    return {
+        "name": shipped.NAME,
+        "command": "python -m cwac_lab.align align.rebuild=true align.export=FOLDER",
+        "base": {**base, "description": start.description, "weights": shipped.weights_digest(start.path)},
+        "lists": digests() if pools.shipped else "of the plan",
+        "rows": rows,
+        "settings": {**run.align.recipe, "max_length": run.trainer.max_length, "seed": ALIGNMENT_SEED},
+        "arithmetic": "trained in float32, factors rounded to bfloat16, merged in float64 and rounded once to float32",
+        "made_with": {name: made[name] for name in ("python", "packages", "platform", "torch_threads", "devices")},
+    }
+
+
 def _build(
     folder: Path, start: ModelFolder, chat: ChatFormat, pools: Pools, run: Run, say: Callable[[str], None]
 ) -> None:
     model = load_model(start.path, device=run.trainer.device)
-    harmful = pools.get("harmful", "alignment")
-    harmless = pools.get("harmless", "alignment") + pools.get("lookalike", "alignment")
+    harmful = pools.get("harmful", ALIGNMENT)
+    harmless = [pools.get(kind, ALIGNMENT) for kind in ("lookalike", "harmless")]
     before = _measure(model, chat, pools, run)
-    say(f"aligning: {len(harmful)} refusals, {len(harmless)} harmless prompts (own answers, generated now)")
+    say(f"aligning: {len(harmful)} refusals, {sum(map(len, harmless))} harmless prompts (own answers, generated now)")
     examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
-    examples += own_answers(model, chat, harmless, run)
+    for rows in harmless:
+        examples += own_answers(model, chat, rows, run)
     for line in chat.told_cut(sum(example.cut for example in examples), len(examples), "rows of alignment"):
         say(line)
-    # Which words mean what need not change; a tenth of a step saved (the table is also the head in small models).
-    model.get_input_embeddings().requires_grad_(False)
-    fit(model, examples, chat.pad_id, Defense(), _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
-    after = _measure(model, chat, pools, run)
+    adapter = folder / ADAPTER
+    _train(model, examples, chat.pad_id, run, adapter)
+    made_of = {"refusals": len(harmful), "own_answers": len(examples) - len(harmful)}
+    write_json(adapter / shipped.RECIPE, _recipe(start, pools, made_of, run))
+    _merge(start, chat, adapter, folder)
+    after = _measure(load_model(folder, device=run.trainer.device), chat, pools, run)
+    write_json(folder / REPORT, {"judge": judge(), "models": {"before": before, "after": after}})
+
+
+def _merge(start: ModelFolder, chat: ChatFormat, adapter: Path, folder: Path) -> None:
+    """Write a start model with an adapter's update added, as a folder of transformers, in float32."""
+    model = load_model(start.path)
+    shipped.add(model, adapter)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
-    told = {"judge": f"{RefusalJudge.name} {RefusalJudge().version}", "before": before, "after": after}
-    write_json(folder / REPORT, {"split": "validation", **told})
+
+
+def ships(pools: Pools, run: Run) -> bool:
+    """Tell whether the start of a run is the one that travels with the package."""
+    weights = choose_weights(run.model, run.profile.name)
+    packaged = weights is not None and weights.package == shipped.PACKAGED
+    return packaged and pools.shipped and run.model.chat_template is None and not run.align.rebuild
+
+
+def _shipped(start: ModelFolder, run: Run) -> ModelFolder:
+    """Return the packaged weights with the shipped adapter merged: built once, in seconds.
+
+    Raises:
+        ConfigError: If a setting of alignment is not the one it was made with.
+        LabError: If the weights are not those it was made of.
+    """
+    settings = shipped.recipe()["settings"]
+    for name, value in run.align.recipe.items():
+        if value != settings[name]:
+            accepted = f"{settings[name]}, as the shipped start was made with, or align.rebuild=true"
+            raise ConfigError(f"align.{name}", value, accepted)
+
+    def build(folder: Path) -> None:
+        shipped.check_base(start.path)
+        _merge(start, load_chat(start.path, run.trainer.max_length), shipped.FOLDER, folder)
+
+    key = recipes.START.key(start=start.content, adapter=shipped.adapter_digest(shipped.FOLDER))
+    folder = cached_folder(Path(run.cache_root), recipes.START.kind, key, build)
+    return ModelFolder(folder, f"{start.description}, {shipped.NAME}", content_digest(folder))
 
 
 def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> ModelFolder:
-    """Return the aligned model of a start model: cached by weights, prompts and settings, built on demand."""
+    """Return the aligned model of a start model: the shipped one, or one that is trained on demand.
+
+    That is cached by weights, prompts and settings.
+    """
+    if ships(pools, run):
+        return _shipped(start, run)
     prompts = {
-        kind: {pool: [[row.id, row.prompt] for row in pools.get(kind, pool)] for pool in ("alignment", "validation")}
+        kind: {pool: [[row.id, row.prompt] for row in pools.get(kind, pool)] for pool in (ALIGNMENT, "validation")}
         for kind in ("harmful", "harmless", "lookalike")
     }
     chat = load_chat(start.path, run.trainer.max_length, run.model.chat_template)
@@ -116,11 +189,12 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         start=start.content,
         end=chat.end_id,
         prompts=digest(prompts),
-        refusals=digest([refusal(row) for row in pools.get("harmful", "alignment")]),
+        refusals=digest([refusal(row) for row in pools.get("harmful", ALIGNMENT)]),
         answer_tokens=run.align.answer_tokens,
         trainer={name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
+        factors=[run.align.rank, run.align.alpha],
         chat_template=run.model.chat_template,
-        measured_on=MEASURED_TOKENS,
+        measured_on=TOKENS,
     )
     folder = cached_folder(
         Path(run.cache_root), recipes.ALIGNED.kind, key, lambda path: _build(path, start, chat, pools, run, say)
@@ -128,11 +202,25 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
     return ModelFolder(folder, f"{start.description}, aligned here", content_digest(folder))
 
 
-def alignment_report(folder: Path) -> dict[str, Any] | None:
-    """Return the rates before and after alignment, or None for a model that was not aligned here."""
-    file = folder / REPORT
-    if not file.is_file():
-        return None
+def adapter_of(folder: Path) -> Path:
+    """Return the folder with the adapter of an aligned model: its own, or the shipped one."""
+    return folder / ADAPTER if (folder / ADAPTER).is_dir() else shipped.FOLDER
+
+
+def export(folder: Path, target: Path) -> None:
+    """Write the adapter of an aligned model and its recipe to a folder.
+
+    Raises:
+        ConfigError: If that cannot be written to.
+    """
+    writable("align.export", target)
+    for name in shipped.FILES:
+        shutil.copyfile(adapter_of(folder) / name, target / name)
+
+
+def alignment_report(folder: Path) -> dict[str, Any]:
+    """Return the rates of a start and of what it was made of: those measured here, or those that travel with it."""
+    own = folder / REPORT
     with reading(folder):
-        report: dict[str, Any] = read_json(file)
+        report: dict[str, Any] = read_json(own if own.is_file() else shipped.FOLDER / shipped.RATES)
     return report

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+import torch
 from omegaconf import DictConfig, ListConfig
 
 from cwac_lab.core.errors import MissingAsset, in_range
@@ -17,6 +20,10 @@ from cwac_lab.sweep.cells import Cells
 from cwac_lab.sweep.grid import Grid
 from cwac_lab.sweep.runner import Outcome, sweep
 
+# Bytes that a run of the packaged 135M weights takes at most: weights, gradients and AdamW's moments in float32, the
+# start's copy and activations.
+MEMORY = 4 * 2**30
+
 
 def chosen(asked: DictConfig) -> list[Grid]:
     """Return the grids that ``asked.exp`` names: one, several, or ``all``.
@@ -25,13 +32,26 @@ def chosen(asked: DictConfig) -> list[Grid]:
         ConfigError: If ``seeds`` or ``jobs`` is below 1, or there is no such experiment.
         MissingAsset: If there is no experiment with a grid.
     """
-    for key in ("seeds", "jobs"):
-        in_range(key, asked[key], 1)
+    in_range("seeds", asked.seeds, 1)
+    if asked.jobs is not None:
+        in_range("jobs", asked.jobs, 1)
     names = list(asked.exp) if isinstance(asked.exp, ListConfig) else [str(asked.exp)]
     folders = grid.find(Path(asked.experiments_root), None if names == ["all"] else names)
     if not folders:
         raise MissingAsset(f"experiments_root={asked.experiments_root}: no experiment with a {grid.FILE} there")
     return [grid.read(folder, asked.profile_name) for folder in folders]
+
+
+def fitting(profile: str) -> int:
+    """Return how many runs of a profile this machine takes side by side.
+
+    On a CPU two runs with a thread each end sooner than one after the other; each needs ``MEMORY``. A GPU takes one,
+    and so does a model of unknown size.
+    """
+    if profile != "embedded" or torch.accelerator.is_available():
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, psutil.virtual_memory().available // MEMORY))
 
 
 def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -> list[Outcome]:
@@ -44,10 +64,11 @@ def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -
         screen: What the user reads.
     """
     cells, failed = Cells(root), list[Outcome]()
+    jobs = fitting(asked.profile_name) if asked.jobs is None else asked.jobs
     for each in grids:
         screen.say(f"{each.name}: {each.title}")
         wanted = [(*run, *asked.overrides, text("output_root", root)) for run in each.runs(asked.seeds)]
-        found = sweep(wanted, asked.jobs, screen, screen.say, cells)
+        found = sweep(wanted, jobs, screen, screen.say, cells)
         failed += [outcome for outcome in found if outcome.status == "failed"]
         elsewhere = sum(outcome.status == "running" for outcome in found)
         if elsewhere:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
+from cwac_lab.core.progress import Meter, duration
 from cwac_lab.report.console import Screen
 from cwac_lab.run.execution import carry_out
 from cwac_lab.run.identity import folder_of, identity
@@ -151,9 +153,13 @@ def sweep(
     already = sum(outcome.status == "ok" for outcome in found)
     say(f"{len(found) + len(missing)} runs, {already} recorded already")
     begin = time.perf_counter()
-    for number, outcome in enumerate(outcomes(list(missing.values()), jobs, screen), start=1):
-        found.append(outcome)
-        left = (time.perf_counter() - begin) / number * (len(missing) - number)
-        say(f"[{number}/{len(missing)}] {outcome.status} in {outcome.seconds:.0f} s: {' '.join(outcome.overrides)}"
-            f" (about {left / 60:.0f} min left)")  # fmt: skip
+    # A run in this process tells how far it is by itself.
+    with Meter("runs", len(missing)) if jobs > 1 and missing else nullcontext() as meter:
+        for number, outcome in enumerate(outcomes(list(missing.values()), jobs, screen), start=1):
+            found.append(outcome)
+            left = (time.perf_counter() - begin) / number * (len(missing) - number)
+            told = f"{outcome.status} in {outcome.seconds:.0f} s: {' '.join(outcome.overrides)}"
+            say(f"[{number}/{len(missing)}] {told} (about {duration(left)} left)")
+            if meter is not None:
+                meter.advance()
     return found

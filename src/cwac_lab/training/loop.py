@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import Diverged, LabError, MissingAsset
+from cwac_lab.core.progress import Meter
 from cwac_lab.data.batches import collate
 from cwac_lab.defenses.interface import Defense
 from cwac_lab.models.answers import answer_loss, to_device
@@ -75,13 +75,28 @@ def loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, A
                 wandb.finish(exit_code=failed)
 
 
-class _ProgressBar(RichProgressBar):
-    """Lightning's, without the logger's version number."""
+class _Progress(L.Callback):
+    """Tells how far training is; of several processes the first one does."""
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Return what stands at the end of the line."""
-        shown = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in shown.items() if name != "v_num"}
+    def __init__(self, steps: int, first: int, accumulate: int) -> None:
+        self._meter, self._first, self._accumulate = Meter("training, steps", steps, first), first, accumulate
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to tell."""
+        if trainer.is_global_zero:
+            self._meter.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what is done, and the loss."""
+        self._meter.done = self._first + (batch_idx + 1) // self._accumulate
+        loss = trainer.callback_metrics.get("loss/task")
+        self._meter.note = "" if loss is None else f"loss {float(loss):.3f}"
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """End, whatever ended the training."""
+        self._meter.__exit__()
 
 
 def fit(
@@ -126,7 +141,7 @@ def fit(
     if resume is not None:
         resume.weights(model, defense)
     module = FineTuning(model, defense, config, steps, first, restore)
-    called = [*callbacks, *([_ProgressBar(leave=True)] if config.progress_bar else [])]
+    called = [*callbacks, *([_Progress(steps, first, config.accumulate)] if config.progress_bar else [])]
     if checkpoint is not None and config.checkpoint_every_n_steps:
         called.append(SafeCheckpoint(checkpoint, config.checkpoint_every_n_steps, identity))
     model.train()
@@ -169,7 +184,7 @@ def _trainer(config: TrainerConfig, loggers: Sequence[Any], callbacks: list[L.Ca
         callbacks=callbacks,
         log_every_n_steps=1,
         enable_checkpointing=False,
-        enable_progress_bar=config.progress_bar,
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )

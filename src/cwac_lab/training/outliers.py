@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cwac_lab.core.progress import track
 from cwac_lab.data.batches import collate
 from cwac_lab.models.answers import answer_loss, to_device
 from cwac_lab.models.chat import Encoded
@@ -44,7 +45,7 @@ def closeness(model: Any, rows: Sequence[Encoded], harmful: Sequence[Encoded], p
         for row in harmful:
             total += direction(row)
         towards = normalize(total, dim=0)
-        return torch.stack([direction(row) @ towards for row in rows]).cpu()
+        return torch.stack([direction(row) @ towards for row in track(rows, "taking gradients, rows")]).cpu()
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains[name])

@@ -37,7 +37,7 @@ class TrainerConfig:
             memory, more time.
         checkpoint_every_n_steps: Optimizer steps between resumable checkpoints; 0 means none.
         export: Save the fine-tuned model into the run folder.
-        progress_bar: Show Lightning's progress bar.
+        progress_bar: Show how far training is.
     """
 
     epochs: int = 1

@@ -1,11 +1,14 @@
 """The benchmarks run and say what they should; what they measure is no test."""
 
+import json
+import math
 import multiprocessing.dummy
 from dataclasses import asdict
 
 import pytest
+import torch
 
-from cwac_lab.benchmarks import generation, steps, subspace, trainers
+from cwac_lab.benchmarks import generation, start, steps, subspace, trainers
 from cwac_lab.config.run import read
 from cwac_lab.core.errors import LabError
 from cwac_lab.data.batches import collate
@@ -128,3 +131,35 @@ def test_batch_sizes_of_generation_are_timed_on_the_same_prompts():
     first, _, last = generation.table("harmful", 2, seconds, unlike).splitlines()
     assert "| 1.00 | 0 of 2 |" in first
     assert last.endswith("1 of 2 |")
+
+
+def test_sets_that_are_not_there_are_told_and_halves_share_no_prompt(tmp_path):
+    said = []
+    assert start.public_sets(None, said.append) == []
+    assert len(said) == len(start.PUBLIC) + 1
+    assert all("left out, no " in line and line.endswith("under data.root=None") for line in said)
+    (tmp_path / "xstest").mkdir()
+    rows = [{"prompt": f"prompt {i}", "safe": i < 3} for i in range(8)]
+    (tmp_path / "xstest" / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {each.name: [row.prompt for row in each.rows] for each in start.public_sets(tmp_path, said.append)}
+    assert found == {
+        "XSTest unsafe, half A": ["prompt 3", "prompt 5", "prompt 7"],
+        "XSTest unsafe, half B": ["prompt 4", "prompt 6"],
+        "XSTest safe, half A": ["prompt 0", "prompt 2"],
+        "XSTest safe, half B": ["prompt 1"],
+    }
+
+
+def test_perplexity_is_that_of_all_answer_tokens_together():
+    model, chat = tiny.model(), tiny.chat()
+    examples = [chat.encode("a question", "yes"), chat.encode("another one", "it is a long story")]
+    logits = [model(torch.tensor([each.input_ids])).logits[0, :-1].log_softmax(-1) for each in examples]
+    picked = [
+        -float(row[at, label])
+        for each, row in zip(examples, logits, strict=True)
+        for at, label in enumerate(each.labels[1:])
+        if label >= 0
+    ]
+    assert start.perplexity(model, examples, chat.pad_id) == pytest.approx(
+        math.exp(sum(picked) / len(picked)), rel=1e-5
+    )

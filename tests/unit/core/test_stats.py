@@ -43,7 +43,8 @@ def test_a_paired_difference_of_one_seed_is_the_plain_bootstrap():
         pytest.approx(100 * expected.low, abs=0.6),
         pytest.approx(100 * expected.high, abs=0.6),
     )
-    assert str(found).endswith("(n=300, 1 seed)")
+    assert (found.n, found.seeds) == (300, 1)
+    assert str(found) == f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def pairs(shares, n_items, source):

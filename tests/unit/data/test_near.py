@@ -239,7 +239,7 @@ def test_embeddings_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(near, "_vectors", {})
     prompts = different(12, seed=5)
     root = folder(tmp_path, mine=prompts)
-    plan = {"reference": {"mine": 5}, "test": {"mine": 7}}
+    plan = {"alignment": {}, "reference": {"mine": 5}, "test": {"mine": 7}}
     for _ in range(2):
         build_pools(data(root, ["mine"], "embedding", harmful=plan))
     assert sorted(asked) == sorted(prompts)
@@ -285,8 +285,8 @@ def test_a_template_is_dealt_and_told(tmp_path):
     plan = {"reference": {"mine": 10}, "finetune": {"mine": 10}, "test": {"mine": 10}}
     lists = {"mine": Prompts("harmful/mine")}
     found = build_pools(DataConfig(source="local", root=str(tmp_path), lists=lists, harmful=plan))
-    assert {pool: len(held) for pool, held in found.rows["harmful"].items()} == dict.fromkeys(plan, 10)
-    assert len(found.prompts()) == 30
+    assert {pool: len(found.get("harmful", pool)) for pool in plan} == dict.fromkeys(plan, 10)
+    assert len({row.prompt for pool in plan for row in found.get("harmful", pool)}) == 30
     assert (found.cut, found.alike) == ({}, {"mine": 40})
     assert found.told() == [
         "data.lists.mine: 40 prompts are near-duplicates of each other, as of one template: "

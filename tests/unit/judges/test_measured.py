@@ -10,6 +10,7 @@ import pytest
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.core.stats import cohen_kappa
+from cwac_lab.docs.long_tables import judged_by_kind
 from cwac_lab.judges import JUDGES, __main__, classifier, incoherent, refusal
 from cwac_lab.judges.hub import BeaverDam, JudgeZoo
 from cwac_lab.judges.kinds import examples
@@ -21,8 +22,7 @@ HELD = [each for each in examples() if each.held_out]
 
 @pytest.fixture(scope="module")
 def said():
-    asked = [(each.prompt, each.answer) for each in HELD]
-    return {name: [__main__.word(each) for each in JUDGES[name]().verdicts(asked)] for name in __main__.HERE}
+    return {name: __main__.said_of_written(JUDGES[name]()) for name in __main__.HERE}
 
 
 @pytest.mark.parametrize("kind", sorted({each.kind for each in HELD}))
@@ -30,6 +30,12 @@ def test_the_better_judge_is_right_about_four_of_five_of_every_kind(kind, said):
     places = [place for place, each in enumerate(HELD) if each.kind == kind]
     right = [sum(words[place] == HELD[place].truth for place in places) for words in said.values()]
     assert max(right) >= 0.8 * len(places)
+
+
+def test_the_page_of_the_judges_shows_what_they_say(said):
+    page = Path(__file__).parents[3] / "docs" / "tables" / "judges.md"
+    judges = [JUDGES[name]() for name in said]
+    assert page.read_text(encoding="utf-8") == judged_by_kind(judges, said), "run `make docs`"
 
 
 def test_the_judges_err_apart(said):
@@ -123,9 +129,9 @@ def test_the_audit_counts_by_model_and_label(tmp_path, monkeypatch, capsys):
     __main__.main([f"labelled={tmp_path / 'a.jsonl'}"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"judges: refusal {JUDGES['refusal']().version[:8]}"
-    assert any(line.startswith("| refusal | a | refusal | 100.0 [20.7, 100.0] (n=1) | 100.0") for line in lines)
-    assert any(line.startswith("| refusal | all | refusal | 50.0 [9.5, 90.5] (n=2) | 100.0") for line in lines)
-    assert any(line.startswith("| refusal | all | compliance | 100.0 [20.7, 100.0] (n=1) | 50.0") for line in lines)
+    assert any(line.startswith("| refusal | a | refusal | 100.0 [20.7, 100.0] | 1 | 100.0") for line in lines)
+    assert any(line.startswith("| refusal | all | refusal | 50.0 [9.5, 90.5] | 2 | 100.0") for line in lines)
+    assert any(line.startswith("| refusal | all | compliance | 100.0 [20.7, 100.0] | 1 | 50.0") for line in lines)
     assert any(line.startswith("| refusal | b | partial, counted as compliance | 100.0") for line in lines)
 
 

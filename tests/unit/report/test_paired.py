@@ -5,7 +5,13 @@ from cwac_lab.report.paired import compare, differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results.store import runs
-from support.recorded import record
+from support.recorded import record, settings
+
+
+def compared(rows, comparison="HS - start"):
+    """Return the rows of one comparison."""
+    found = differences(rows)
+    return found[found["comparison"] == comparison].to_dict("records") if len(found) else []
 
 
 def test_two_methods_are_compared_on_the_same_items_and_seeds(tmp_path):
@@ -55,48 +61,48 @@ def test_a_baseline_is_that_of_the_very_settings(tmp_path):
     for batch, plain, held in ((8, 90, 10), (64, 10, 10)):
         for constraint, hits in (("none", plain), ("l2", held)):
             run = record(tmp_path, constraint, 0.2, 0, hits, batch=batch)
-            run.write("config.json", {"constraint": {"batch": batch}, "evaluation": {"batch_size": batch}})
+            run.write("config.json", settings(constraint={"batch": batch}, evaluation={"batch_size": batch}))
     rows = records(runs(tmp_path))
-    found = {
-        row["variant"].partition(",")[0]: row["HS - none"].split()[0] for row in differences(rows).to_dict("records")
-    }
+    found = {row["variant"].partition(",")[0]: row["difference"].split()[0] for row in compared(rows, "HS - none")}
     assert found == {"batch=8": "-80.0", "batch=64": "+0.0"}
     for row in rows:
         row["config"].pop("evaluation.batch_size")
-    for row in differences(rows).to_dict("records"):
-        assert row["HS - none"].startswith("n/a (2 runs of none fit: sst2-none-0.2-0-")
+    for row in compared(rows, "HS - none"):
+        assert row["difference"].startswith("n/a (2 runs of none fit: sst2-none-0.2-0-")
+        assert row["p"] == row["n"] == row["seeds"] == ""
 
 
 def test_starts_that_are_one_are_one_baseline(tmp_path):
     record(tmp_path, "start", None, 0, 5)
     record(tmp_path, "start", None, 1, 5)
     record(tmp_path, "l2", 0.2, 0, 25)
-    (row,) = differences(records(runs(tmp_path))).to_dict("records")
-    assert row["HS - start"].startswith("+20.0 [")
+    (row,) = compared(records(runs(tmp_path)))
+    assert row["difference"].startswith("+20.0 [")
     record(tmp_path, "start", None, 2, 15)
-    (row,) = differences(records(runs(tmp_path))).to_dict("records")
-    assert row["HS - start"].startswith("n/a (3 runs of start fit: ")
+    (row,) = compared(records(runs(tmp_path)))
+    assert row["difference"].startswith("n/a (3 runs of start fit: ")
 
 
-@pytest.mark.parametrize(("hits", "shown"), [(95, "p<0.0001"), (11, "p=0.031"), (5, "p=1")])
+@pytest.mark.parametrize(("hits", "shown"), [(95, "<0.0001"), (11, "0.031"), (5, "1")])
 def test_a_small_p_is_shown_as_such(hits, shown, tmp_path):
     """Against five prompts that the start answers as well: McNemar's p of 90, 6 and 0 that only the run answers."""
     record(tmp_path, "start", None, 0, 5)
     record(tmp_path, "l2", 0.2, 0, hits)
-    (row,) = differences(records(runs(tmp_path))).to_dict("records")
-    assert row["HS - start"].endswith(shown)
+    (row,) = compared(records(runs(tmp_path)))
+    assert row["p"] == shown
 
 
 def test_a_partner_was_asked_alike_and_a_broken_model_is_not_compared(tmp_path):
     for tokens in (48, 32):
         start = record(tmp_path, "start", None, 0, 80 if tokens == 48 else 10, tokens=tokens)
-        start.write("config.json", {"constraint": {}, "evaluation": {"max_new_tokens": tokens}})
+        start.write("config.json", settings(constraint={}, evaluation={"max_new_tokens": tokens}))
     for seed in range(2):
         run = record(tmp_path, "l2", 0.2, seed, 10)
         run.write("config.json", run.read("config.json") | {"evaluation": {"max_new_tokens": 32}})
     run.write("metrics.json", run.read("metrics.json") | {"broken": True})
-    (row,) = differences(records(runs(tmp_path))).to_dict("records")
-    assert row["HS - start"].startswith("+0.0 [-3.7, +3.7] (n=100, 1 seed)")
+    (row,) = compared(records(runs(tmp_path)))
+    assert row["difference"] == "+0.0 [-3.7, +3.7]"
+    assert (row["n"], row["seeds"]) == (100, 1)
 
 
 def test_differences_are_paired_by_seed_and_item(tmp_path):
@@ -116,17 +122,18 @@ def test_differences_are_paired_by_seed_and_item(tmp_path):
     judge(record(tmp_path, "none", 0.1, 0, 90), 0, 0)
     judge(record(tmp_path, "start", None, 0, 5), 0, 9)
     rows = records(runs(tmp_path))
-    (row,) = differences(rows).to_dict("records")
+    (row,) = compared(rows, "FA - none")
     assert row["constraint"] == "weight"
-    assert row["FA - none"].startswith("-10.0 [")
-    assert row["FA - none"].partition(" p=")[0].endswith("(n=10, 2 seeds)")
-    assert row["HS - start"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
-    assert row["over-refusal - start"] == ""
+    assert row["difference"].startswith("-10.0 [")
+    assert (row["n"], row["seeds"]) == (10, 2)
+    (row,) = compared(rows)
+    assert row["difference"].startswith("+16.7 [")  # 1 and 2 of 9 coherent answers
+    assert compared(rows, "over-refusal - start") == []
     assert "Paired: w (c0ffee) | sst2" in markdown(differences(rows), "Paired: ")
 
 
 def test_adapters_are_rows_and_partners_of_their_own(tmp_path):
-    tuned = {"constraint": {}, "trainer": {"learning_rate": 1}, "tuning": {"method": "lora", "rank": 4}}
+    tuned = settings(constraint={}, trainer={"learning_rate": 1}, tuning={"method": "lora", "rank": 4})
     for constraint, right in (("none", 80), ("weight", 70)):
         record(tmp_path, constraint, 0.2, 0, 50, right=right)
         run = record(tmp_path / "apart", constraint, 0.2, 0, 50, right=right // 2)
@@ -134,4 +141,4 @@ def test_adapters_are_rows_and_partners_of_their_own(tmp_path):
         run.path.rename(tmp_path / "runs" / f"lora-{constraint}")
     rows = records(runs(tmp_path))
     assert summary(rows)["variant"].tolist() == ["tuning.method=full", "tuning.method=lora"] * 2
-    assert [text.split()[0] for text in differences(rows)["FA - none"]] == ["-10.0", "-5.0"]
+    assert [row["difference"].split()[0] for row in compared(rows, "FA - none")] == ["-10.0", "-5.0"]

@@ -10,10 +10,10 @@ from cwac_lab.report.figures import draw, pareto
 from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
-from cwac_lab.report.tables import averages, markdown, summary
+from cwac_lab.report.tables import COUNTS, averages, markdown, numbers, summary
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
-from support.recorded import record
+from support.recorded import record, settings
 
 
 def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
@@ -26,7 +26,11 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     assert table["seeds"].tolist() == [1, 1, 3]
     assert table["HS ↓"][1] == str(wilson(90, 100))
     assert table["HS ↓"][2].startswith("20.0 [")
-    assert table["HS ↓"][2].endswith("(n=100) 10..30")
+    assert table["HS ↓"][2].endswith("]")
+    assert table[COUNTS["harmful_score"]].tolist() == [100] * 3
+    beside = numbers(records(runs(tmp_path))).to_dict("records")[2]
+    assert (beside["harmful_score"], beside["harmful_score_n"], beside["seeds"]) == (20.0, 100, 3)
+    assert (beside["harmful_score_lowest_seed"], beside["harmful_score_highest_seed"]) == (10.0, 30.0)
     rows, prompts = digest("sst2")[:8], digest("pools")[:8]
     assert f"w (c0ffee) | sst2, local data ({rows}, {prompts}), test split" in markdown(table)
 
@@ -64,8 +68,8 @@ def test_devices_are_no_setting_of_their_own(tmp_path):
     rows = records(runs(tmp_path))
     (row,) = [row for row in summary(rows).to_dict("records") if row["constraint"] == "l2"]
     assert (row["variant"], row["seeds"]) == ("", 3)
-    (row,) = differences(rows).to_dict("records")
-    assert "1 seed" in row["HS - none"]
+    found = differences(rows)
+    assert found.loc[found["comparison"] == "HS - none", "seeds"].tolist() == [1]
 
 
 def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
@@ -75,9 +79,8 @@ def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
     rows = records(runs(tmp_path))
     (row,) = averages(rows, "main").to_dict("records")
     assert row["HS ↓"].startswith("75.0 [")
-    assert row["HS ↓"].endswith("(n=100)")
     assert row["FA ↑"].startswith("50.0 [")
-    assert row["FA ↑"].endswith("(n=200)")
+    assert [row[COUNTS[name]] for name in ("harmful_score", "finetune_accuracy")] == [100, 200]
     assert (row["task"], row["runs"]) == ("mean of gsm8k, sst2", 3)
     assert "### w (c0ffee) | mean of gsm8k, sst2, local data (" in markdown(averages(rows))
     assert "paper HS" not in row  # its mean is over three tasks
@@ -97,9 +100,9 @@ def test_a_task_that_is_not_judged_has_no_accuracy(tmp_path):
     for constraint in ("none", "coupled"):
         record(tmp_path, constraint, 0.2, 0, 60, "alpaca", None)
     rows = records(runs(tmp_path))
-    assert summary(rows)["FA ↑"].tolist() == ["n/a (n=0)"] * 2
-    assert differences(rows)["FA - none"].tolist() == [""]
-    assert "n/a (n=0)" in latex(rows)
+    assert summary(rows)["FA ↑"].tolist() == ["n/a"] * 2
+    assert "FA - none" not in set(differences(rows)["comparison"])
+    assert "n/a & 0 &" in latex(rows)
     record(tmp_path, "none", 0.2, 0, 90, "sst2", 80)
     (row,) = averages(records(runs(tmp_path))).to_dict("records")
     assert row["FA ↑"] == f"{wilson(80, 100)}, sst2 only"
@@ -131,7 +134,7 @@ def test_a_failed_run_is_in_the_row_of_its_peers(tmp_path):
     for seed in range(3):
         run = record(tmp_path, "coupled", 0.2, seed, 10)
         parts = OmegaConf.to_container(tiny.config("constraint=coupled").constraint)
-        run.write("config.json", {"constraint": parts, "data": {"reference": "refused"}, "sae": {"k": 32}})
+        run.write("config.json", settings(constraint=parts, data={"reference": "refused"}, sae={"k": 32}))
         run.write("metrics.json", run.read("metrics.json") | {"prepared": {"features": {}, "reference": {}}})
     run.mark("failed", "MemoryError")
     (row,) = summary(records(runs(tmp_path))).to_dict("records")
@@ -191,7 +194,7 @@ def test_a_seed_does_not_count_twice(tmp_path):
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
     for seed, (reference, size) in enumerate([("all", 8), ("refused", 16)]):
         run = record(tmp_path, "none", 0.2, seed, 90)
-        run.write("config.json", {"constraint": {}, "data": {"reference": reference}, "sae": {"k": size}})
+        run.write("config.json", settings(constraint={}, data={"reference": reference}, sae={"k": size}))
     table = summary(records(runs(tmp_path)))
     assert (table["seeds"].tolist(), table["variant"].tolist()) == ([2], [""])
 
@@ -207,11 +210,30 @@ def test_latex_marks_the_best_and_the_second_of_each_ratio(tmp_path):
     lines = {tuple(line.split(" & ")[:2]): line for line in text.splitlines() if " & " in line}
     assert r"\textbf{4.0 [" in lines["0.2", "coupled"]
     assert r"\underline{10.0 [" in lines["0.2", "weight"]
-    assert r"\textbf{70.0 [" in lines["0.1", "none"]
-    for plain in (("0.2", "lisa"), ("0.2", "l2"), ("--", "start")):
+    for plain in (("0.1", "none"), ("0.2", "lisa"), ("0.2", "l2"), ("--", "start")):
         assert lines[plain].split(" & ")[3][0].isdigit()
     assert text.count(r"\toprule") == 1
     assert r"95 \% interval" in text
+
+
+def test_markdown_marks_what_is_best_as_printed_and_says_what_the_columns_are(tmp_path):
+    for constraint, hits in (("none", 90), ("weight", 4), ("coupled", 4), ("lisa", 50)):
+        record(tmp_path, constraint, 0.2, 0, hits, right=hits)
+    record(tmp_path, "none", 0.1, 0, 70)  # alone at its ratio, so not the best of anything
+    record(tmp_path, "start", None, 0, 1)
+    broken = record(tmp_path, "l2", 0.2, 0, 0)
+    broken.write("metrics.json", broken.read("metrics.json") | {"broken": True})
+    lines = markdown(summary(records(runs(tmp_path)))).splitlines()
+    assert lines[2].startswith(
+        "Percent: mean over seeds [95 % interval]. ↓ lower is better, ↑ higher is better; bold is"
+    )
+    assert lines[4].startswith("| harmful_ratio | constraint | seeds | HS ↓ | n | FA ↑ | n | over-refusal ↓ | n |")
+    cells = {tuple(line.split(" | ")[:2]): line.split(" | ")[3:7] for line in lines[6:]}
+    for method in ("weight", "coupled"):
+        assert cells["| 0.2", method] == ["**4.0 [1.6, 9.8]**", "100", "4.0 [1.6, 9.8]", "100"]
+    assert cells["| 0.2", "none"] == ["90.0 [82.6, 94.5]", "100", "**90.0 [82.6, 94.5]**", "100"]
+    for plain in (("| 0.1", "none"), ("| 0.2", "l2"), ("| 0.2", "lisa"), ("| ", "start")):
+        assert "**" not in "".join(cells[plain])
 
 
 def test_the_front_holds_what_nothing_beats():

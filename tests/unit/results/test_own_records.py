@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from cwac_lab.config.run import INCIDENTAL, read
+from cwac_lab.config.run import read
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.verdicts import tuning_error
-from cwac_lab.report.paired import differences
 from cwac_lab.report.records import records
-from cwac_lab.report.tables import markdown, summary
 from cwac_lab.report.views import views
 from cwac_lab.results import select
-from cwac_lab.results.store import ATTACK_ROWS, run_key, runs
+from cwac_lab.results.archive import RECORDS, SAID, add, archived
+from cwac_lab.results.store import runs
 from support import tiny
 
 OWN = Path(__file__).parents[3] / "experiments" / "sst2_drift"
@@ -22,48 +21,37 @@ TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS, CHECKS = (
     for name in ("tuning", "sst2_tuned", "sst2_attacks", "sst2_between", "agnews_drift", "sst2_checks")
 )
 STORES = (OWN, TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS, CHECKS)
-RESULTS = ("ablation", "ratio", "methods", "as_tuned", "best_of_literature", "attacks", "other_forms", "another_task")
-VIEWS = [
-    (root, name, query) for root in (OWN, TUNED, ATTACKS, AGNEWS) for name, query in views(root / "tables.yaml").items()
-]
 
 
 @pytest.mark.parametrize("root", STORES, ids=lambda root: root.name)
 def test_every_record_is_read(root):
     told = []
-    assert len(records(runs(root), told.append)) == len(list((root / "runs").iterdir()))
+    assert len(records(runs(root), told.append)) == len(archived(root)) > 0
     assert told == []
+    assert not (root / "runs").exists()
 
 
-@pytest.mark.parametrize("run", [run for root in STORES for run in runs(root)], ids=lambda run: run.path.name)
-def test_a_record_keeps_its_key(run):
-    """Settings that came later must not set records of before apart from the same runs of today."""
-    told = run.read("provenance.json")
-    names = ("weights_content", "base_content", "task_data_sha256", "pools_sha256", ATTACK_ROWS)
-    content = {name: told[name] for name in names if name in told}
-    assert run.path.name.endswith(run_key(run.read("config.json"), INCIDENTAL, content)[:8])
+@pytest.mark.parametrize("root", [BETWEEN, AGNEWS, CHECKS], ids=lambda root: root.name)
+def test_an_archive_written_again_has_the_same_bytes(root, tmp_path):
+    add(tmp_path, runs(root), force=False, say=pytest.fail)
+    for name in (RECORDS, SAID):
+        assert (tmp_path / name).read_bytes() == (root / name).read_bytes()
 
 
-@pytest.mark.parametrize(("root", "name", "query"), VIEWS)
-def test_the_pages_show_what_the_records_say(root, name, query):
-    page = OWN.parents[1] / "docs" / ("results.md" if name in RESULTS else "benchmarks.md")
-    rows = records(select(root, name, query))
-    table = summary(rows, name)
-    assert {"start", "none", "coupled"} <= set(table["constraint"])
-    # The settings of a method are its defaults, but where other settings are what a table is about.
-    assert (table["variant"] != "").any() == (name not in RESULTS or name == "other_forms")
-    lines = [line for part in (table, differences(rows)) for line in markdown(part, "").splitlines()]
-    assert sorted(line for line in lines if line.startswith("| ") and line not in page.read_text()) == []
+def test_records_of_before_have_what_later_settings_said():
+    told = [run for root in STORES for run in archived(root)]
+    assert {(run.row["schema"], run.facts()["schema"]) for run in told} == {(2, 3)}
+    assert {run.config()["data"]["near"] for run in told} == {"exact"}
+    for part in (part for run in told for part in run.config()["constraint"].values()):
+        assert part["_target_"].startswith("cwac_lab.defenses."), part
 
 
-def test_the_tuning_page_shows_its_trials():
+def test_the_tuning_page_shows_the_best_of_its_trials():
     page = (TUNING / "README.md").read_text()
     told = []
     rows = records(runs(TUNING), told.append)
     assert told == []
     assert {row["split"] for row in rows} == {"validation"}
-    lines = markdown(summary(rows, "tuning"), "").splitlines()
-    assert [line for line in lines if line.startswith("| ") and line not in page] == []
     best = {}
     for run in runs(TUNING):
         metrics = run.read("metrics.json")

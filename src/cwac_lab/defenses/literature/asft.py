@@ -37,7 +37,7 @@ class AsFT(Defense):
     """Penalise what an update does outside the alignment direction.
 
     Attributes:
-        strength: lambda.
+        strength: Weight of the penalty, lambda of the paper; 0 switches it off.
         modules: Scope of linear layers.
         mode: ``as_released`` or ``exact``, see ``directions``.
         rank: Directions of ``exact``.

@@ -43,7 +43,8 @@ class ConstrainedSFT(Defense):
     """Replace cross-entropy by the constrained objective.
 
     Attributes:
-        beta: Of the tokens after the early ones; 0 is cross-entropy.
+        beta: How soon a token's gradient stops once it is likelier than at the start, for the tokens after the early
+            ones; 0 is cross-entropy.
         first_factor: The first token's beta is this times ``beta``.
         early_factor: Likewise the beta of the next tokens.
         early_tokens: Number of tokens, the first included, that count as early.

@@ -35,7 +35,7 @@ class KL(Defense):
     """Penalise the divergence from the start model.
 
     Attributes:
-        strength: lambda.
+        strength: Weight of the divergence, lambda; 0 switches it off.
         held_on: ``task``: on the batch that is trained on; ``refusals``: on refusals to the reference prompts.
         batch_size: Refusals a step.
     """

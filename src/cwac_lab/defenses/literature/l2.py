@@ -28,7 +28,7 @@ class L2(Defense):
     """Penalise the squared distance to the start weights.
 
     Attributes:
-        strength: lambda.
+        strength: Weight of the squared distance, lambda; 0 switches it off.
     """
 
     strength: float = 1.0

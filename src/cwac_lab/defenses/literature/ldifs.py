@@ -31,7 +31,7 @@ class LDIFS(Defense):
     """Penalise the distance of normalised features to their start.
 
     Attributes:
-        strength: alpha.
+        strength: Weight of the distance of features, alpha of the paper; 0 switches it off.
         depths: Relative depths of the hooked layers.
     """
 

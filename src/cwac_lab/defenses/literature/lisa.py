@@ -35,7 +35,7 @@ class Lisa(Defense):
     Attributes:
         safety_steps: K1, optimizer steps on refusals; 0 leaves user data only.
         user_steps: K2, optimizer steps on user data.
-        strength: rho.
+        strength: Weight of the proximal term, rho of the paper.
         warmup_share: Share of all steps at the beginning without the proximal term.
     """
 

@@ -33,7 +33,7 @@ class SafeGrad(Defense):
     """Gradient surgery against refusals.
 
     Attributes:
-        strength: rho; 0 switches the method off, surgery included.
+        strength: Weight of the alignment gradient, rho; 0 switches the method off, surgery included.
         batch_size: Refusals a step.
     """
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import QualityError
+from cwac_lab.core.progress import track
 from cwac_lab.data.batches import pad
 from cwac_lab.models.capture import layer_outputs, without_sinks
 
@@ -85,8 +86,9 @@ def collect(
         keep = without_sinks(x, mask) & pad_sequence([new for _, new in batch], batch_first=True).to(x.device)
         return x[keep].float().cpu()
 
+    words = f"collecting activations of layer {layer}, batches"
     batches = [met[begin : begin + batch_size] for begin in range(0, len(met), batch_size)]
-    return torch.cat(distributed.spread(batches, lambda part: [forward(batch) for batch in part]))
+    return torch.cat(distributed.spread(batches, lambda part: [forward(batch) for batch in track(part, words)]))
 
 
 def split(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cwac_lab.core.cache import read_json, reading, write_json
+from cwac_lab.core.progress import track
 from cwac_lab.data.batches import pad
 from cwac_lab.models.capture import layer_outputs, penalty_positions
 
@@ -83,7 +84,7 @@ def residuals(
     """Return the residuals after a layer at the penalty's positions of some prompts, shape (N, D), on the CPU."""
     rows = []
     with torch.no_grad():
-        for prompt in prompts:
+        for prompt in track(prompts, f"reading residuals after layer {layer}, prompts"):
             ids, mask = pad([prompt], pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
             x = layer_outputs(model, [layer], ids, mask)[layer]
@@ -118,7 +119,7 @@ def attribution(
         decoder_weight: Decoder directions, shape (F, D).
     """
     total, count = torch.zeros(decoder_weight.shape[0]), 0
-    for prompt in prompts:
+    for prompt in track(prompts, f"attributing refusals to latents of layer {layer}, prompts"):
         ids, mask = pad([prompt], pad_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         kept: list[Tensor] = []

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cwac_lab.core.cache import reading, write_json
 from cwac_lab.core.errors import QualityError, in_range
+from cwac_lab.core.progress import Meter
 
 REPORT = "quality.json"
 
@@ -70,6 +71,12 @@ def _endless(data: Float[Tensor, "N D"], batch_size: int, seed: int) -> Iterator
         order = torch.randperm(len(data), generator=source)
         for begin in range(0, max(1, len(data) - batch_size + 1), batch_size):
             yield data[order[begin : begin + batch_size]]
+
+
+def _counted(batches: Iterator[Float[Tensor, "B D"]], meter: Meter) -> Iterator[Float[Tensor, "B D"]]:
+    for batch in batches:
+        yield batch
+        meter.advance()
 
 
 def quality(sae: Any, x: Float[Tensor, "N D"]) -> dict[str, float]:
@@ -155,10 +162,12 @@ def train(
             )
         )
         sae.b_dec.data.copy_(mean * scale)
-        with _quiet():
+        # Some further batches estimate the norm of the activations.
+        with Meter("training the autoencoder, steps", config.steps + min(10, config.steps)) as meter, _quiet():
             sae = SAETrainer(
-                cfg=_settings(config, batch_size), sae=sae, data_provider=_endless(data, batch_size, config.seed)
-            ).fit()
+                cfg=_settings(config, batch_size), sae=sae,
+                data_provider=_counted(_endless(data, batch_size, config.seed), meter),
+            ).fit()  # fmt: skip
     sae.save_inference_model(str(folder))
     report = quality(load(folder), held_out) | (facts or {})
     if not report["explained_variance"] >= config.min_explained_variance:  # nor is NaN

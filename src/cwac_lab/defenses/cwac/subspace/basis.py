@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import read_json, reading, write_json
+from cwac_lab.core.progress import track
 from cwac_lab.data.batches import pad
 from cwac_lab.defenses.cwac.subspace.solvers import Solver, cheapest
 from cwac_lab.models.capture import site_inputs, truncated, without_sinks
@@ -101,7 +102,7 @@ def _fill(
 
     names, last = {site.name for site in held}, max(site.layer for site in held)
     with site_inputs(model, spec.modules, receive, names), truncated(model, last + 1):
-        for batch in batches:
+        for batch in track(batches, "reading the inputs of reference prompts, batches"):
             ids, mask = pad(batch, pad_id)
             counted = mask.to(model.device)
             decoder(model)(input_ids=ids.to(model.device), attention_mask=counted, use_cache=False)

