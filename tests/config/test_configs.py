@@ -9,14 +9,17 @@ import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from cwac_lab import align, evaluate, prepare, tables, train
 from cwac_lab.config.run import read
 from cwac_lab.core import cli
-from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.models import adapters
 from support import tiny
+from support.cover import some
 
 GROUPS = (
     "model",
@@ -55,10 +58,20 @@ UNTUNED = {"none", "sft_plus_refusals"}
 TUNED = sorted(file.stem for file in (conf_dir() / "constraint").glob("*.yaml") if file.stem not in UNTUNED)
 
 
+def choices_of(method):
+    """Return the lists of overrides that a method is tuned over."""
+    space = yaml.safe_load((conf_dir() / f"search/{method}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    return [[f"{key}={choice}" for choice in split_choices(text)] for key, text in space.items()]
+
+
 @pytest.mark.parametrize("method", TUNED)
 def test_every_method_has_the_same_budget_of_trials(method):
-    space = yaml.safe_load((conf_dir() / f"search/{method}.yaml").read_text())["hydra"]["sweeper"]["params"]
-    choices = [[f"{key}={choice}" for choice in split_choices(text)] for key, text in space.items()]
+    assert len(set(itertools.product(*choices_of(method)))) == 4
+
+
+@pytest.mark.parametrize("method", some(TUNED, "coupled"))
+def test_every_trial_is_another_run_of_its_method(method):
+    choices = choices_of(method)
     trials = [read(tiny.config(f"search={method}", *trial)) for trial in itertools.product(*choices)]
     assert len({str(run.resolved) for run in trials}) == 4
     assert {run.evaluation.split for run in trials} == {"validation"}
@@ -167,10 +180,23 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize(("arguments", "expected"), BAD, ids=lambda value: " ".join(value)[:60])
+def test_bad_input_is_told_in_one_line(arguments, expected):
+    with pytest.raises((LabError, HydraException, OmegaConfBaseException)) as raised:
+        read(cli.compose(arguments))
+    line = cli._one_line(raised.value)
+    assert expected in line
+    assert "\n" not in line
+
+
 @pytest.mark.parametrize(
     ("entry", "arguments", "expected"),
-    [(train, *case) for case in BAD] + [(prepare, *case) for case in BAD[::9]],  # both read alike
-    ids=lambda value: " ".join(value) if isinstance(value, list) else getattr(value, "__name__", ""),
+    [
+        pytest.param(entry, *case, marks=() if place % 9 == 0 else pytest.mark.slow, id=f"{name}-{place}")
+        for place, case in enumerate(BAD)
+        for name, entry in (("train", train), ("prepare", prepare))
+        if entry is train or place % 9 == 0  # both read alike
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(entry, arguments, expected, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

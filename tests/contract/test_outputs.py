@@ -16,6 +16,7 @@ from cwac_lab.report import __main__ as report
 from cwac_lab.results import load, store
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
+from support.cover import some, table
 
 ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
@@ -65,8 +66,7 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("key", ["output_root", "cache_root"])
-@pytest.mark.parametrize("obstacle", OBSTACLES)
+@table(obstacle=OBSTACLES, key=["output_root", "cache_root"])
 def test_what_is_in_the_way_is_named(key, obstacle, tiny_folder, tmp_path, capsys, no_weights):
     root = obstacle(tmp_path / "stands")
     shared = [*tiny.small_run(tiny_folder, tmp_path / "fine"), "constraint=none", f"{key}={root}"]
@@ -105,9 +105,7 @@ def mounted(monkeypatch):
     return held
 
 
-@pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("key", ["output_root", "cache_root"])
-@pytest.mark.parametrize("code", ERRNOS)
+@table(code=ERRNOS, key=["output_root", "cache_root"], there=[True, False])
 def test_what_cannot_be_written_is_named(code, key, there, tiny_folder, tmp_path, capsys, no_weights, mounted):
     root = tmp_path / "mounted"
     root.mkdir()
@@ -169,7 +167,7 @@ def test_drift_is_not_measured_for_a_folder_that_takes_none(tiny_folder, tmp_pat
     assert line.startswith(f"run={run.path}: accepted: a folder that can be made and written to")
 
 
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("code", some([errno.EROFS, errno.EIO, errno.EACCES], errno.EROFS))
 def test_what_becomes_unwritable_meanwhile_is_one_line_and_loses_no_record(
     code, tiny_folder, tmp_path, capsys, monkeypatch
 ):
@@ -192,11 +190,13 @@ def test_what_becomes_unwritable_meanwhile_is_one_line_and_loses_no_record(
     assert [run.status for run in runs(tmp_path)] == ["ok", "failed"]
 
 
-@pytest.mark.parametrize(
-    "slip",
-    [FileNotFoundError(errno.ENOENT, "No such file or directory", "metrics.json"), OSError("no number"),
-     OSError(errno.EINVAL, "Invalid argument"), ValueError("a slip"), SafetensorError("header too large")],
-)  # fmt: skip
+SLIPS = [
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "metrics.json"), OSError("no number"),
+    OSError(errno.EINVAL, "Invalid argument"), ValueError("a slip"), SafetensorError("header too large"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", some(SLIPS, SLIPS[0], SLIPS[-1]))
 def test_a_slip_of_the_program_keeps_its_traceback(slip, tiny_folder, tmp_path, monkeypatch):
     def slipped(*_, **__):
         raise slip

@@ -11,6 +11,7 @@ from cwac_lab.core import cli, overrides
 from cwac_lab.core.errors import LabError
 from cwac_lab.results.store import runs
 from support import tiny
+from support.cover import some
 
 HOME = os.path.expanduser("~")
 # An argument as a shell hands it over: what it sets its key to, or how its line goes on.
@@ -61,11 +62,15 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("argument", READ)
-def test_a_path_is_read_as_it_is_meant(argument, capsys):
+def test_a_path_is_read_as_it_is_meant(argument):
+    assert cli.compose([argument]).model.path == READ[argument]
+
+
+@pytest.mark.parametrize("argument", some(READ, "model.path=~/m", "model.path='it\\'s'"))
+def test_the_command_line_reads_a_path_as_it_is_meant(argument):
     seen = []
     tiny.launch(lambda config: seen.append(config.model.path), [argument])
     assert seen == [READ[argument]]
-    assert cli.compose([argument]).model.path == READ[argument]
 
 
 @pytest.mark.parametrize("argument", HINTS)

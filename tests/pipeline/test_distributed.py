@@ -40,6 +40,14 @@ def folders(tmp_path_factory):
     return where
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """What two processes leave of the defences that stand for all."""
+    where = tmp_path_factory.mktemp("few")
+    processes(["few"], ["ddp", "fsdp"], where)
+    return where
+
+
 @pytest.fixture(params=["ddp", "fsdp"])
 def folder(request, folders):
     return folders / request.param
@@ -48,12 +56,11 @@ def folder(request, folders):
 alone = cache(spmd.trained)
 
 
-@pytest.mark.parametrize("tuning", spmd.TUNINGS)
-@pytest.mark.parametrize("name", ACTIVE)
-def test_two_processes_end_where_one_does(name, tuning, folder):
-    if name not in spmd.SHARDABLE and folder.name == "fsdp":
-        assert not ACTIVE[name]().shardable
-        return
+def of(table):
+    return [(strategy, name, tuning) for strategy, chosen in table.items() for name, tuning in chosen]
+
+
+def ends_where_one_does(folder, name, tuning):
     expected, summary = alone(name, tuning)
     file = folder / f"{name}-{tuning}.safetensors"
     assert_moved_alike(load_file(file), expected, weights(tiny.model()))
@@ -62,11 +69,29 @@ def test_two_processes_end_where_one_does(name, tuning, folder):
     assert leak == pytest.approx(summary.get("leak", 0.0), rel=0.3, abs=1e-5)
 
 
+@pytest.mark.parametrize(("strategy", "name", "tuning"), of(spmd.FEW))
+def test_two_processes_end_where_one_does(strategy, name, tuning, few):
+    ends_where_one_does(few / strategy, name, tuning)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "name", "tuning"), of(spmd.TABLE))
+def test_two_processes_end_where_one_does_under_every_defence(strategy, name, tuning, folders):
+    ends_where_one_does(folders / strategy, name, tuning)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_what_cannot_be_sharded_says_so(name):
+    assert ACTIVE[name]().shardable is (name in spmd.SHARDABLE)
+
+
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_within_them(folder):
     expected, _ = spmd.trained("coupled", "full", accumulate=2)
     assert_moved_alike(load_file(folder / "levers.safetensors"), expected, weights(tiny.model()))
 
 
+@pytest.mark.slow
 def test_what_two_processes_log_is_what_one_does(folder):
     spmd.watched([CSVLogger(folder, name="", version="alone")])
     found, expected = (pd.read_csv(folder / version / "metrics.csv") for version in ("together", "alone"))
@@ -74,6 +99,7 @@ def test_what_two_processes_log_is_what_one_does(folder):
     pd.testing.assert_frame_equal(found[list(expected)], expected, rtol=0.02, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
     for name in spmd.RESUMED:
         expected, _ = alone(name, "full", **spmd.LONG)
@@ -85,6 +111,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
         assert_moved_alike(by_one, expected, weights(tiny.model()))
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others(tmp_path):
     with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
         processes(["lose"], ["fsdp"], tmp_path)
@@ -107,12 +134,14 @@ def test_what_this_machine_has_not_is_one_line(chosen, line, capsys, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_on_two_devices_is_the_same_run(strategy, tmp_path, capsys):
     """Prepared, trained and evaluated by two processes; then one process finds it done, and repeats it alike."""
     model = tiny.save(tmp_path / "model")
     chosen = ["constraint=coupled", "constraint.activation.n_latents=8", "constraint.activation.depths=[0.5]"]
+    chosen.append("evaluation.judges=[refusal]")  # the other is trained anew in every process
     arguments = [*tiny.small_run(model, tmp_path), *chosen]
     command = [sys.executable, "-m", "cwac_lab.train", *arguments, "trainer.devices=2", f"trainer.strategy={strategy}"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -26,6 +26,7 @@ from cwac_lab.models.chat import Encoded
 from cwac_lab.models.sites import linears
 from cwac_lab.training.module import TrainData
 from support import tiny
+from support.cover import some, table
 from support.held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
 from support.others import COMMON
 
@@ -78,10 +79,9 @@ def other_trainer(model, rows, folder, **more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "peft"])
-@pytest.mark.parametrize("name", DEFENSES)
-def test_a_defence_ends_where_the_lightning_loop_ends(name, tuning, tmp_path):
-    build = DEFENSES[name]
+@table(name=DEFENSES, way=["full", "peft"])
+def test_a_defence_ends_where_the_lightning_loop_ends(name, way, tmp_path):
+    build, tuning = DEFENSES[name], {"full": FULL, "peft": LORA}[way]
     start = weights(tiny.model())
     expected, _ = train(build(), tuning=tuning, **SETTINGS)
     model, defense = tiny.model(), build()
@@ -120,7 +120,11 @@ ACCUMULATED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "tuning"), ACCUMULATED)
+# Rows of one kind of term each: of the weights, of the batch, of rows that the start answered.
+FEW = (("weight", FULL), ("kl", FULL), ("lisa", FULL), ("constrained_sft", LORA))
+
+
+@pytest.mark.parametrize(("name", "tuning"), some(ACCUMULATED, *FEW))
 def test_accumulation_changes_rounding_only(name, tuning, tmp_path):
     """Ten rows in steps of four: the last has two, in one piece."""
     builds = {**DEFENSES, "kl": lambda: KL(strength=20), "ldifs": lambda: LDIFS(strength=30)}

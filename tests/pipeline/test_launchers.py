@@ -17,13 +17,20 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_runs_of_a_launcher_are_recorded_and_a_failure_shows_in_the_exit_code(launcher, tmp_path):
     if launcher == "ray" and find_spec("hydra_plugins.hydra_ray_launcher") is None:
         pytest.skip("needs pip install 'cwac-lab[ray]'")
     model = tiny.save(tmp_path / "model")
     seeds = "-1,0,1" if launcher == "joblib" else "-1,0"
-    chosen = ["constraint=none", f"hydra/launcher={launcher}", *LAUNCHERS[launcher], f"seed={seeds}"]
+    chosen = [
+        "constraint=none",
+        "evaluation.judges=[refusal]",
+        f"hydra/launcher={launcher}",
+        *LAUNCHERS[launcher],
+        f"seed={seeds}",
+    ]
     command = [sys.executable, "-m", "cwac_lab.train", "-m", *tiny.small_run(model, tmp_path / "out"), *chosen]
     told = tmp_path / "told.txt"
     with told.open("w") as stream:  # not a pipe, which processes that outlive the command would keep open

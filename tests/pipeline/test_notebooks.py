@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, on tiny settings; what is committed has no outputs."""
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,19 @@ def test_outputs_are_stripped(path):
         assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_there(path):
+    found = 0
+    for cell in read_json(path)["cells"]:
+        code = "".join(line for line in cell["source"] if not line.lstrip().startswith(("!", "%")))
+        for node in ast.walk(ast.parse(code)) if cell["cell_type"] == "code" else ():
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(compile(ast.Module([node], []), str(path), "exec"), {})
+                found += 1
+    assert found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tiny_folder, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")

@@ -16,6 +16,7 @@ from cwac_lab.models.adapters import dense
 from cwac_lab.models.sites import linears
 from cwac_lab.training.checkpoint import Resume
 from support import tiny
+from support.cover import some
 from support.held import FULL, LORA, PROMPTS, QLORA, ROWS, Kill, Killed, same, train, weights
 from support.others import ACTIVE, adapted, loaded, logits, put_under, start, start_folder, trainer_of
 
@@ -58,6 +59,18 @@ IN_LIGHTNING = [
     ("safelora", "qlora"),
     ("asft", "full"),
 ]
+# For the fast set: every way of tuning, and each kind of defence once.
+FEW_IN_TRAINER = (
+    ("weight", "full"),
+    ("weight", "qlora"),
+    ("weight_update", "lora"),
+    ("coupled", "qlora"),
+    ("kl", "qlora"),
+    ("lisa", "full"),
+    ("safelora", "full"),
+    ("asft", "lora"),
+)
+FEW_IN_LIGHTNING = (("weight", "qlora"), ("coupled", "lora"), ("kl", "full"), ("lisa", "lora"), ("safelora", "qlora"))
 TUNING = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
 
@@ -98,7 +111,7 @@ class Seen(TrainerCallback):
                 model.get_parameter(name).copy_(value)
 
 
-@pytest.mark.parametrize(("name", "way"), IN_TRAINER)
+@pytest.mark.parametrize(("name", "way"), some(IN_TRAINER, *FEW_IN_TRAINER))
 def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(name, way, folder, tmp_path):
     ends = {}
     for saving in ("no", "steps"):
@@ -139,7 +152,7 @@ def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(name, wa
         assert defense.summary()["leak"] == pytest.approx(real, rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "way"), IN_LIGHTNING)
+@pytest.mark.parametrize(("name", "way"), some(IN_LIGHTNING, *FEW_IN_LIGHTNING))
 def test_the_own_loop_resumes_as_it_trained_and_exports_what_it_measured(name, way, tmp_path):
     settings = {"tuning": TUNING[way], "rows": ROWS[:16], "checkpoint_every_n_steps": 2}
     defense = ACTIVE[name]()

@@ -16,6 +16,7 @@ from cwac_lab.report.console import Screen
 from cwac_lab.run import identity
 from cwac_lab.sweep import cells, experiments, grid, runner
 from support import tiny
+from support.cover import some
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmful_ratio": 0.2},
@@ -57,17 +58,17 @@ def test_the_cells_of_a_profile_replace_the_others(tmp_path):
     assert len(cells["paper"]) == 2
 
 
+@pytest.mark.parametrize("profile", some(("embedded", "small", "paper"), "embedded"))
 @pytest.mark.parametrize("folder", grid.find(ROOT / "experiments", None), ids=lambda folder: folder.name)
-def test_every_grid_of_the_project_composes(folder):
-    """In every profile, each value of each key, and each constraint with each model."""
+def test_every_grid_of_the_project_composes(folder, profile):
+    """Each value of each key, and each constraint with each model."""
     assert (folder / "README.md").is_file()
-    for profile in ("embedded", "small", "paper"):
-        seen = set()
-        for overrides in grid.read(folder, profile).runs(1):
-            named = tuple(o for o in overrides if o.partition("=")[0] in ("model", "constraint", "finetune"))
-            if not seen.issuperset({named, *overrides}):
-                seen.update({named, *overrides})
-                runner.composed((*overrides, "trainer.accelerator=cpu"))
+    seen = set()
+    for overrides in grid.read(folder, profile).runs(1):
+        named = tuple(o for o in overrides if o.partition("=")[0] in ("model", "constraint", "finetune"))
+        if not seen.issuperset({named, *overrides}):
+            seen.update({named, *overrides})
+            runner.composed((*overrides, "trainer.accelerator=cpu"))
 
 
 def test_a_start_is_asked_as_each_attack_of_the_grid_asks():
@@ -102,7 +103,7 @@ def test_a_grid_that_cannot_be_read(content, message, tmp_path):
         grid.read(tmp_path / "other", "embedded")
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", some([1, 2], 1))
 def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     write(tmp_path / "exp", "mine", SMALL)
     launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", f"jobs={jobs}", "seeds=2")

@@ -61,5 +61,15 @@ def table(strength=1, turn=0, **factors: Iterable):
     return pytest.mark.parametrize(list(factors), rows)
 
 
+def some(rows, *kept):
+    """Return the rows of a test of which only some are in the fast set; the others are slow."""
+    rows = list(rows)
+    assert set(kept) <= set(rows), "a row that is kept is one of them"
+    return [
+        pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=() if row in kept else pytest.mark.slow)
+        for row in rows
+    ]
+
+
 def _word(name, value, place):
     return str(value) if isinstance(value, str | int | float) else f"{name}{place}"

@@ -19,6 +19,13 @@ from support.held import FULL, LORA, ROWS, Kill, Killed, train, weights
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
 SHARDABLE = [name for name in ACTIVE if name != "safegrad"]
 TUNINGS = {"full": FULL, "lora": LORA}
+# Every defence under both strategies and in both ways of tuning: the other way under the other strategy.
+TABLE = {
+    "ddp": [(name, ("full", "lora")[place % 2]) for place, name in enumerate(ACTIVE)],
+    "fsdp": [(name, ("lora", "full")[place % 2]) for place, name in enumerate(ACTIVE) if name in SHARDABLE],
+}
+# What stands for all in the fast set: weights restored and inputs projected, rows that change places, both at once.
+FEW = {"ddp": [("lisa+weight", "full"), ("safegrad", "lora")], "fsdp": [("coupled", "lora"), ("weight_both", "full")]}
 RESUMED = ["coupled", "lisa"]
 LONG = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
 
@@ -40,12 +47,20 @@ def save(folder, name, found, leak=0.0):
         save_file(found, folder / f"{name}.safetensors", {"leak": str(leak)})
 
 
+def rows(folder, strategy, chosen):
+    for name, tuning in chosen[strategy]:
+        found, summary = trained(name, tuning, devices=2, strategy=strategy)
+        save(folder, f"{name}-{tuning}", found, summary.get("leak", 0.0))
+
+
+def few(folder, strategy):
+    """The defences that stand for all."""
+    rows(folder, strategy, FEW)
+
+
 def table(folder, strategy):
     """Every defence."""
-    for tuning in TUNINGS:
-        for name in ACTIVE if strategy == "ddp" else SHARDABLE:
-            found, summary = trained(name, tuning, devices=2, strategy=strategy)
-            save(folder, f"{name}-{tuning}", found, summary.get("leak", 0.0))
+    rows(folder, strategy, TABLE)
     found, _ = trained("coupled", "full", devices=2, strategy=strategy, accumulate=2, gradient_checkpointing=True)
     save(folder, "levers", found)
 

@@ -21,6 +21,7 @@ from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.outliers import closeness, closest
 from support import tiny
+from support.cover import some
 
 # Attack: the harmful ratio it sets (None: the default's), and settings that it changes.
 ATTACKS = {
@@ -130,9 +131,7 @@ def test_another_template_asks_otherwise_and_ends_alike():
 RUN = ("identity_shift", "outlier_benign")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in RUN else pytest.mark.slow) for name in ATTACKS]
-)
+@pytest.mark.parametrize("name", some(ATTACKS, *RUN))
 def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path, capsys):
     fewer = ["data.n_train=8"] if name == "pure" else []
     tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none", f"attack={name}", *fewer])

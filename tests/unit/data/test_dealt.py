@@ -65,6 +65,7 @@ def test_pools_of_earlier_records_can_be_dealt_again():
         assert content_of(recorded, begin, TaskData([], [], []))["pools_sha256"] == told["pools_sha256"]
 
 
+@pytest.mark.slow
 @needs_public
 def test_five_characters_give_the_counts_that_were_reported():
     """23 pairs of reference and finetune prompts of the published runs, two of validation and test."""

@@ -51,6 +51,11 @@ def all_reviews() -> list[dict[str, Any]]:
     return reviews(MAX_ROWS, 9)
 
 
+@pytest.fixture(scope="module")
+def all_news() -> list[dict[str, Any]]:
+    return news(MAX_ROWS, 6)
+
+
 def equations(answer: str) -> list[tuple[int, str, int, int]]:
     return [(int(a), symbol, int(b), int(c)) for a, symbol, b, c in EQUATION.findall(answer)]
 
@@ -207,8 +212,8 @@ def test_news_classes_are_balanced(n: int, seed: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_news_items_have_news_length() -> None:
-    lengths = [len(row["text"].split()) for row in news(MAX_ROWS, 6)]
+def test_news_items_have_news_length(all_news: list[dict[str, Any]]) -> None:
+    lengths = [len(row["text"].split()) for row in all_news]
     assert min(lengths) >= 15
     assert max(lengths) <= 45
 
@@ -216,8 +221,8 @@ def test_news_items_have_news_length() -> None:
 @pytest.mark.parametrize(
     ("word", "least"), [("stadium", 2), ("Kites", 3), ("football", 2), ("Electronics", 3), ("satellite", 2)]
 )
-def test_news_classes_share_vocabulary(word: str, least: int, samples: dict[str, list[dict[str, Any]]]) -> None:
-    classes = {row["label"] for row in samples["news"] if word in row["text"]}
+def test_news_classes_share_vocabulary(word: str, least: int, all_news: list[dict[str, Any]]) -> None:
+    classes = {row["label"] for row in all_news if word in row["text"]}
     assert len(classes) >= least
 
 

@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 import pytest
 
-from support.cover import cover, table
+from support.cover import cover, some, table
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,14 @@ def test_a_table_is_the_whole_product_and_marks_what_is_beyond_the_cover(turn):
     assert len(fast) == 3
     assert {name for name, _ in fast} == {"a", "b", "c"}
     assert {way for _, way in fast} == {"x", ("y",)}
+
+
+def test_of_some_rows_the_others_are_slow():
+    rows = some([("a", 1), ("b", 2)], ("b", 2))
+    assert [(row.values, bool(row.marks)) for row in rows] == [(("a", 1), True), (("b", 2), False)]
+    assert [row.values for row in some("ab")] == [("a",), ("b",)]
+    with pytest.raises(AssertionError, match="one of them"):
+        some([("a", 1)], ("a", 2))
 
 
 def test_another_turn_gives_other_pairs():
