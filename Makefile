@@ -11,7 +11,7 @@ PROFILE ?= embedded
 JOBS ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gemma train align prepare evaluate tables report docs site test test-slow lint types format benchmark clean
+.PHONY: help setup setup-gemma train align prepare evaluate tables report docs site test test-all lint types format benchmark clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,11 +50,14 @@ site: $(READY)  ## the documents as a site under site/, checked for broken links
 	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-test: $(READY)  ## fast tests, no network
-	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+# Files go to the workers as a whole, in the order of `testpaths`: the longest first.
+PYTEST := $(BIN)/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY)  ## real weights; sweeps that are killed
-	$(BIN)/pytest -q -m slow $(ARGS)
+test: $(READY)  ## fast tests, no network; ARGS="tests/unit -k name ..."
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## all tests: every row of the tables, real weights, sweeps that are killed, the wheel
+	$(PYTEST) $(ARGS)
 
 lint: $(READY)  ## ruff: style and format
 	$(BIN)/ruff check .
