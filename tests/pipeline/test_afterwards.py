@@ -12,7 +12,7 @@ from cwac_lab.results.store import RunFolder, flat, runs
 from cwac_lab.run import stages
 from support import tiny
 
-SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
+SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3", tiny.BOTH_JUDGES)
 DRIFT = "diagnostics.enabled=true"
 # What may be asked for without another key; each is tried below, or nothing is made of it after training.
 ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prompts", "evaluation.judges"}

@@ -141,7 +141,6 @@ def test_a_run_on_two_devices_is_the_same_run(strategy, tmp_path, capsys):
     """Prepared, trained and evaluated by two processes; then one process finds it done, and repeats it alike."""
     model = tiny.save(tmp_path / "model")
     chosen = ["constraint=coupled", "constraint.activation.n_latents=8", "constraint.activation.depths=[0.5]"]
-    chosen.append("evaluation.judges=[refusal]")  # the other is trained anew in every process
     arguments = [*tiny.small_run(model, tmp_path), *chosen]
     command = [sys.executable, "-m", "cwac_lab.train", *arguments, "trainer.devices=2", f"trainer.strategy={strategy}"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -26,7 +26,6 @@ def test_runs_of_a_launcher_are_recorded_and_a_failure_shows_in_the_exit_code(la
     seeds = "-1,0,1" if launcher == "joblib" else "-1,0"
     chosen = [
         "constraint=none",
-        "evaluation.judges=[refusal]",
         f"hydra/launcher={launcher}",
         *LAUNCHERS[launcher],
         f"seed={seeds}",

@@ -18,7 +18,7 @@ RATES = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_loo
 @pytest.fixture(scope="module")
 def output(tiny_folder, tmp_path_factory):
     where = tmp_path_factory.mktemp("output")
-    shared = tiny.small_run(tiny_folder, where)
+    shared = [*tiny.small_run(tiny_folder, where), tiny.BOTH_JUDGES]
     for constraint in CONSTRAINTS:
         tiny.launch(train.main, [*shared, f"constraint={constraint}", *extra(constraint)])
     tiny.launch(train.main, [*shared, "finetune=false"])

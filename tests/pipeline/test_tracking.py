@@ -66,7 +66,7 @@ def read(file):
 @pytest.fixture(scope="module")
 def root(tiny_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("tracked")
-    shared = [*tiny.small_run(tiny_folder, root), "logger.wandb=offline", "constraint=none"]
+    shared = [*tiny.small_run(tiny_folder, root), "logger.wandb=offline", "constraint=none", tiny.BOTH_JUDGES]
     tiny.launch(train.main, [*shared, "diagnostics.enabled=true"])
     tiny.launch(train.main, [*shared, "constraint=l2"])
     tiny.launch(train.main, [*shared, "finetune=false"])

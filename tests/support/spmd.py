@@ -24,8 +24,8 @@ TABLE = {
     "ddp": [(name, ("full", "lora")[place % 2]) for place, name in enumerate(ACTIVE)],
     "fsdp": [(name, ("lora", "full")[place % 2]) for place, name in enumerate(ACTIVE) if name in SHARDABLE],
 }
-# What stands for all in the fast set: weights restored and inputs projected, rows that change places, both at once.
-FEW = {"ddp": [("lisa+weight", "full"), ("safegrad", "lora")], "fsdp": [("coupled", "lora"), ("weight_both", "full")]}
+# What stands for all in the fast set: both constraints, rows that change places, both ways of tuning.
+FEW = {"ddp": [("lisa+weight", "full")], "fsdp": [("coupled", "lora")]}
 RESUMED = ["coupled", "lisa"]
 LONG = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
 

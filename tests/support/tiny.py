@@ -111,6 +111,10 @@ def error_of(
     return str(line.removeprefix("error: "))
 
 
+# The classifier embeds what it learns from in every process that asks it, which takes ten seconds and more.
+BOTH_JUDGES = "evaluation.judges=[refusal,classifier]"
+
+
 def small_run(folder: Path, output: Path) -> list[str]:
     """Overrides that shrink the embedded default to seconds, on a tiny model."""
     kinds = {"harmful": "requests", "harmless": "instructions", "lookalike": "lookalikes"}
@@ -124,6 +128,7 @@ def small_run(folder: Path, output: Path) -> list[str]:
     return [
         f"model.path={folder}", "model.align=none", f"output_root={output}", "logger=csv",
         "trainer.progress_bar=false", "data.reference=all", "data.n_train=16", "data.n_validation=4", "data.n_test=4",
-        "trainer.batch_size=4", "evaluation.max_new_tokens=4", "sae.n_latents=96", "sae.k=8", "sae.n_tokens=400",
+        "trainer.batch_size=4", "evaluation.max_new_tokens=4", "evaluation.judges=[refusal]",
+        "sae.n_latents=96", "sae.k=8", "sae.n_tokens=400",
         "sae.steps=20", "sae.batch_size=64", "sae.min_explained_variance=-10", *sizes,
     ]  # fmt: skip
