@@ -20,10 +20,10 @@ from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
 from cwac_lab.models import packaged
 from cwac_lab.models.loading import ModelFolder
-from cwac_lab.results import store
-from cwac_lab.results.store import flat, run_key
+from cwac_lab.results.store import flat
 from cwac_lab.run import alignment, artefacts, identity, references
 from cwac_lab.run.artefacts import _Workshop
+from cwac_lab.run.identity import ATTACK_ROWS, run_key
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
 from support import tiny
@@ -251,7 +251,10 @@ def test_a_key_is_of_the_declared_inputs_and_the_number(recipe):
 def _changed(settings, path):
     """Return settings with another value at a dotted path."""
     changed = deepcopy(settings)
-    parent, name = store._parent(changed, path)
+    *parents, name = path.split(".")
+    parent = changed
+    for each in parents:
+        parent = parent[each]
     value = parent[name]
     parent[name] = [*value, "more"] if isinstance(value, list) else "another" if value is None else another(value)
     return changed
@@ -261,15 +264,16 @@ def test_the_key_of_a_run_changes_with_every_setting_that_is_not_incidental(run)
     settings = run.resolved
     for path in flat(settings):
         alike = path in INCIDENTAL or path.startswith(tuple(f"{name}." for name in INCIDENTAL))
-        changed = _changed(settings, path)
-        same = run_key(settings, INCIDENTAL, {}) == run_key(changed, INCIDENTAL, {})
+        if path.endswith("_target_"):
+            continue
+        same = run_key(settings, {}) == run_key(_changed(settings, path), {})
         assert same is (alike or path == "trainer.devices"), path
 
 
 def test_the_key_of_a_run_changes_with_all_that_it_starts_from(run):
-    content = dict.fromkeys(("weights_content", "base_content", "task_data_sha256", store.ATTACK_ROWS), "a")
+    content = dict.fromkeys(("weights_content", "base_content", "task_data_sha256", ATTACK_ROWS), "a")
     for name in content:
-        assert run_key(run.resolved, INCIDENTAL, content) != run_key(run.resolved, INCIDENTAL, {**content, name: "b"})
+        assert run_key(run.resolved, content) != run_key(run.resolved, {**content, name: "b"})
 
 
 def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(run, pools, monkeypatch):
@@ -278,14 +282,15 @@ def test_the_rows_of_an_attack_are_in_the_key_of_a_run_that_is_trained_on_them(r
 
     def found(of):
         content = identity.content_of(of, begin, data)
-        return content.get(store.ATTACK_ROWS), run_key(of.resolved, INCIDENTAL, content), identity.start_key(of)
+        return content.get(ATTACK_ROWS), run_key(of.resolved, content), identity.start_key(of)
 
     (none, plain, alone), (rows, key, start) = found(run), found(persona)
     assert none is None
     assert start != alone
+    assert rows is not None
     assert key != plain
-    told = [TrainRow("i", "tell", "me", True)]
-    monkeypatch.setattr(attacks, "identity_rows", lambda prefix, taken=(): told)
+    assert len(attacks.identity_rows("")) > 1
+    monkeypatch.setattr(attacks, "identity_rows", lambda prefix, _: [TrainRow("i", f"{prefix}tell", "me", True)])
     assert found(run) == (none, plain, alone)
     assert all(now != then for now, then in zip(found(persona), (rows, key, start), strict=True))
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cwac_lab.core import classes
 from cwac_lab.core.cache import digest, read_json, write_json
 from cwac_lab.core.paths import PACKAGE
 from cwac_lab.core.recipes import RECIPES, Recipe
@@ -22,18 +23,12 @@ _LEFT_OUT = ("annotation", "returns", "type_comment", "type_params", "kind")
 
 def plain(node: Any) -> Any:
     """Return a syntax tree as JSON, without comments, docstrings, imports and types; alike in all Pythons."""
-    if isinstance(node, list):
-        return [plain(each) for each in node if not _said(each)]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    parts = {name: plain(value) for name, value in ast.iter_fields(node) if name not in _LEFT_OUT}
-    return [type(node).__name__, {name: part for name, part in parts.items() if part not in ([], "None")}]
+    return classes.plain(node, _said, _LEFT_OUT)
 
 
 def _said(node: Any) -> bool:
     """Tell whether a statement is a docstring or an import."""
-    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    return text or isinstance(node, ast.Import | ast.ImportFrom)
+    return classes.docstring(node) or isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def _named(body: list[ast.stmt], name: str) -> ast.stmt:

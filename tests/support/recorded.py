@@ -2,6 +2,7 @@
 
 from cwac_lab.core.cache import digest
 from cwac_lab.evaluation.verdicts import aggregate
+from cwac_lab.results import schema2
 from cwac_lab.results.store import SCHEMA, RunFolder
 
 
@@ -9,10 +10,15 @@ def judged(kind, hits, n, field):
     return [{"kind": kind, "id": f"{kind}{i}", field: i < hits, "incoherent": False} for i in range(n)]
 
 
+def settings(**groups):
+    """A configuration of these groups, with those that every record has."""
+    return schema2.configuration(groups)
+
+
 def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **config):
     """Write the record of a finished run with ``hits`` of 100 prompts and ``right`` of 100 rows (None: not judged)."""
     run = RunFolder(folder / "runs" / f"{task}-{constraint}-{ratio}-{seed}-{digest(config)[:4]}")
-    run.write("config.json", {"constraint": config, "trainer": {"learning_rate": 1}})
+    run.write("config.json", settings(constraint=config, trainer={"learning_rate": 1}))
     verdicts = judged("harmful", hits, 100, "complied") + judged("harmless", 2, 100, "refused")
     verdicts += [
         {"kind": "task", "id": f"{task}{i}", "correct": None if right is None else i < right} for i in range(100)
@@ -23,6 +29,6 @@ def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **confi
              }  # fmt: skip
     content = {"task_data_sha256": digest(task), "pools_sha256": digest("pools")}
     run.write("provenance.json", facts | content)
-    run.write("metrics.json", {**facts, **aggregate(verdicts)})
+    run.write("metrics.json", {**facts, **aggregate(verdicts), "judges": schema2.UNVERSIONED, "stages": {}})
     run.mark("ok")
     return run

@@ -20,18 +20,23 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 
 def multiply(root: Path, target: Path, n: int) -> None:
-    """Copy the finished runs of a store over and over, with seeds of their own, until there are n."""
-    from cwac_lab.core.cache import read_json, write_json
+    """Write the records of a store's finished runs over and over, with seeds of their own, until there are n."""
     from cwac_lab.core.errors import MissingAsset
-    from cwac_lab.results.store import METRICS, runs
+    from cwac_lab.results.store import CONFIG, DRIFT, GENERATIONS, METRICS, PROVENANCE, RunFolder, runs
 
-    found = [run for run in runs(root) if run.done()]
+    found = [run for run in runs(root) if run.status == "ok"]
     if not found:
         raise MissingAsset(f"output_root={root}: no finished runs there; run `python -m cwac_lab.train` first")
     for i in range(n):
-        run, copy = found[i % len(found)], target / "runs" / f"{found[i % len(found)].path.name}-{i:03}"
-        shutil.copytree(run.path, copy, ignore=shutil.ignore_patterns("model", "checkpoint", ".lock"))
-        write_json(copy / METRICS, {**read_json(copy / METRICS), "seed": i})
+        run = found[i % len(found)]
+        copy = RunFolder(target / "runs" / f"{run.path.name}-{i:03}")
+        for name in (DRIFT, GENERATIONS, *run.verdict_files()):
+            if run.has(name):
+                copy.write(name, run.read(name))
+        copy.write(CONFIG, run.config())
+        copy.write(PROVENANCE, run.provenance())
+        copy.write(METRICS, {**run.facts(), "seed": i})
+        copy.mark("ok")
 
 
 def opening(page: Path, rounds: int, executable: str) -> list[float]:

@@ -39,7 +39,7 @@ INCIDENTAL = (
     "evaluation.judges",
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
-# What does not set runs apart in tables either; in the key of a run it always counts as one device.
+# The same, where rounding is another.
 ALIKE = (*INCIDENTAL, "trainer.devices")
 
 

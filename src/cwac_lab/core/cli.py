@@ -15,7 +15,6 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -71,10 +70,9 @@ def compose(arguments: Iterable[str], config_name: str = "config") -> DictConfig
     plain = [override for override in meant if override.partition("=")[0] in _PLAIN]
     try:
         config = _frame(tuple(override for override in meant if override not in plain), config_name).copy()
-        read = OverridesParser.create().parse_overrides(plain)
     except OverrideParseException as error:
         raise LabError(overrides.unreadable(error.override, error.message)) from None
-    for override in read:
+    for override in overrides.parsed(plain):
         config[override.key_or_group] = override.value()
     return config
 

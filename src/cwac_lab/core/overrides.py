@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+
+from cwac_lab.core.errors import LabError
 
 # Settings that hold a path or None, never a number.
 PATHS = {
-    *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views"),
+    *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views", "to"),
     *("experiments_root", "hydra.run.dir", "hydra.sweep.dir"),
 }
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z0-9_./@:-]+")
@@ -47,6 +49,18 @@ def as_meant(argument: str) -> str:
     if key.lstrip("+") in PATHS and isinstance(_read(argument), bool | int | float):
         return f"{key}={_quoted(value)}"
     return argument
+
+
+def parsed(arguments: Iterable[str]) -> list[Override]:
+    """Return arguments as Hydra reads them.
+
+    Raises:
+        LabError: If it cannot read one.
+    """
+    try:
+        return OverridesParser.create().parse_overrides([as_meant(argument) for argument in arguments])
+    except OverrideParseException as error:
+        raise LabError(unreadable(error.override, error.message)) from None
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:

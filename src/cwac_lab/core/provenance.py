@@ -50,8 +50,9 @@ def _version(package: str) -> str | None:
 def sources() -> str:
     """Return the SHA-256 (hex) of this package and its configuration, names of files included, as they are now."""
     mine = [path for kind in ("py", "csv", "yaml") for path in PACKAGE.rglob(f"*.{kind}")]
-    found = sorted({*mine, *conf_dir().rglob("*.yaml")})
-    return digest([[str(path) for path in found], file_digest(found)])
+    found = {str(path.relative_to(PACKAGE)): path for path in mine}
+    found |= {f"conf/{path.relative_to(conf_dir())}": path for path in conf_dir().rglob("*.yaml")}
+    return digest([sorted(found), file_digest(found[name] for name in sorted(found))])
 
 
 def describe() -> dict[str, Any]:
@@ -61,6 +62,7 @@ def describe() -> dict[str, Any]:
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "cwac_lab": __version__,
+        "sources": sources(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),

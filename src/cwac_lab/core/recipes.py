@@ -2,8 +2,9 @@
 
 ``RECIPES`` are kept in ``cache_root`` by their key. What is kept elsewhere:
 
-* A run (``run.identity``): all settings but ``config.run.INCIDENTAL``, and the content of weights, task rows, pools and
-  the attack's own rows. It has no number: its provenance names the commit of the code, and a record stays what it was.
+* A run (``run.identity``): all settings but ``config.run.ALIKE``, classes by name, and the content of weights, task
+  rows, pools, the attack's own rows and the modules of a user's own classes. It has no number: its provenance names the
+  commit of the code, and a record stays what it was.
 * Verdicts of a run: answers, task, and the ``version`` of the judge, which ``metrics.json`` tells.
 * What a start computes on the prompts of diagnostics (``run.identity.probe_key``), kept while the process lives.
 

@@ -15,10 +15,11 @@ def main(config: DictConfig) -> None:
     from cwac_lab.core.outputs import writable
     from cwac_lab.report.console import Screen
     from cwac_lab.report.page import write
+    from cwac_lab.results.archive import holds
 
     one_of("wandb", config.wandb, ("offline", "online", "off"))
     root = Path(config.output_root)
-    if not (root / "runs").is_dir():
+    if not (root / "runs").is_dir() and not holds(root):
         raise MissingAsset(f"output_root={root}: no runs there; run `python -m cwac_lab.train` first")
     writable("output_root", root)
     screen = Screen()

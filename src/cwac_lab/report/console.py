@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -82,6 +83,13 @@ class Screen:
         for _, row in found.iterrows():
             words = _DRIFT.get(row["measurement"], row["measurement"])
             table.add_row(words, f"{row['rho']:+.2f}", f"[{row['low']:+.2f}, {row['high']:+.2f}]", str(row["n"]))
+        self.console.print(table)
+
+    def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print texts in columns."""
+        table = Table(*heads, title=escape(title), title_justify="left")
+        for row in rows:
+            table.add_row(*map(escape, row))
         self.console.print(table)
 
     def result(self, title: str, metrics: dict[str, Any]) -> None:

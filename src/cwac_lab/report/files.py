@@ -9,21 +9,20 @@ from cwac_lab.core.cache import digest, file_digest, read_json, write_json, writ
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.core.provenance import sources
 from cwac_lab.report.records import Row
-from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.results.store import Record
 
 NOTE = (
     "Intervals are at 95 %: Wilson's for one seed; for several the widest of Wilson's, a bootstrap over seeds and "
     "items, and Student's over seeds. The rates of a broken model, which answers more than a fifth of prompts "
     "incoherently, say nothing of safety."
 )
-_READ = (store.STATUS, store.CONFIG, store.METRICS, store.PROVENANCE, store.VERDICTS)
 
 
-def _made_of(found: list[RunFolder]) -> str:
+def _made_of(found: list[Record]) -> str:
     """Return the hash of what a table is made of: the records, and this package, which makes it."""
-    files = [run.path / name for run in found for name in _READ if run.has(name)]
-    return digest([sources(), [str(file) for file in files], file_digest(files)])
+    files = list(dict.fromkeys(file for run in found for file in run.files()))
+    names = [run.path.name for run in found]
+    return digest([sources(), names, [str(file) for file in files], file_digest(files)])
 
 
 def _made(stamp: Path) -> tuple[str, list[str]]:
@@ -35,7 +34,7 @@ def _made(stamp: Path) -> tuple[str, list[str]]:
         return "", []
 
 
-def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], None] = print) -> str:
+def write(root: Path, name: str, found: list[Record], say: Callable[[str], None] = print) -> str:
     """Write the table of some runs (Markdown, CSV, LaTeX) and its figures (SVG, PNG), and return the first.
 
     What was made of the same records by the same code, and is all there, is left as it is.
@@ -43,7 +42,7 @@ def write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], No
     Args:
         root: Output folder; the files go to ``root/tables`` and ``root/figures``.
         name: Of the table.
-        found: Run folders.
+        found: Recorded runs.
         say: Told of every record that cannot be read.
 
     Raises:
@@ -82,7 +81,7 @@ def page(rows: list[Row], name: str) -> str:
     return "\n".join(markdown(part, title, caption) for title, part, caption in parts if len(part)) + f"\n{NOTE}\n"
 
 
-def _write(root: Path, name: str, found: list[RunFolder], say: Callable[[str], None]) -> list[Path]:
+def _write(root: Path, name: str, found: list[Record], say: Callable[[str], None]) -> list[Path]:
     from cwac_lab.report.figures import draw
     from cwac_lab.report.latex import latex
     from cwac_lab.report.records import finished, records

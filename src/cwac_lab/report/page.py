@@ -23,7 +23,7 @@ from cwac_lab.report.paired import differences
 from cwac_lab.report.records import RATES, SETTING, Row, finished, grouped, records, said
 from cwac_lab.report.tables import CAPTION, column_title, heading, ranked, rate_of, summary
 from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.results.store import Record
 
 T = TypeVar("T")
 FILE = Path("report") / "index.html"
@@ -79,7 +79,7 @@ def _tables(rows: list[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _curve(run: RunFolder) -> dict[str, list[Any]]:
+def _curve(run: Record) -> dict[str, list[Any]]:
     """Return the logged losses of a run's first log, thinned to ``POINTS`` steps."""
     path = run.path / "log" / "metrics.csv"
     if not path.is_file():
@@ -93,7 +93,7 @@ def _curve(run: RunFolder) -> dict[str, list[Any]]:
     return {"step": [int(float(row["step"])) for row in kept], **columns} if losses else {}
 
 
-def _drift(run: RunFolder) -> dict[str, Any]:
+def _drift(run: Record) -> dict[str, Any]:
     """Return by kind of prompts the parts of the change of every layer, and the means over layers."""
     if not run.has(store.DRIFT):
         return {}
@@ -106,7 +106,7 @@ def _drift(run: RunFolder) -> dict[str, Any]:
     return {"layers": layers, "means": means, "n": found["prompts"]}
 
 
-def _answers(run: RunFolder) -> list[dict[str, Any]]:
+def _answers(run: Record) -> list[dict[str, Any]]:
     """Return the answers of a run with the verdicts of all its judges; none where they were not kept."""
     if not run.has(store.GENERATIONS) or not run.has(store.VERDICTS):
         return []
@@ -119,7 +119,7 @@ def _packed(rows: list[dict[str, Any]]) -> str:
     return base64.b64encode(gzip.compress(json.dumps(rows).encode(), mtime=0)).decode() if rows else ""
 
 
-def _kept(read: Callable[[RunFolder], T], run: RunFolder, say: Callable[[str], None]) -> T | None:
+def _kept(read: Callable[[Record], T], run: Record, say: Callable[[str], None]) -> T | None:
     """Return what is read of a run's folder, or None where a file is broken, which is told."""
     try:
         return read(run)
@@ -129,9 +129,9 @@ def _kept(read: Callable[[RunFolder], T], run: RunFolder, say: Callable[[str], N
 
 
 def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
-    run: RunFolder = row["run"]
+    run: Record = row["run"]
     facts = {name: row[name] for name in store.FACTS if name != "weights_content"}
-    provenance = run.read(store.PROVENANCE)
+    provenance = run.provenance()
     told = ("git_commit", "git_dirty", "python", "platform", "devices", "weights_content", "base_content")
     return {
         "name": run.path.name,
@@ -160,11 +160,11 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def render(found: list[RunFolder], say: Callable[[str], None] = print) -> str:
+def render(found: list[Record], say: Callable[[str], None] = print) -> str:
     """Return the page of some runs.
 
     Args:
-        found: Run folders.
+        found: Recorded runs.
         say: Told of every record that cannot be read.
 
     Raises:

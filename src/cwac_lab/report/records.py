@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from cwac_lab.data.attacks import ASKING
 from cwac_lab.evaluation.metrics import METRICS, SHOWN
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.results.schema2 import THEN
+from cwac_lab.results.store import Record
 
 Row = dict[str, Any]
 # What the runs of a table share: weights, task, source of data, its rows and prompts by content, by which rule prompts
@@ -35,14 +37,14 @@ _RESTORE = "constraint.weight.restore_every_n_steps"
 _CONFIGURED = ("constraint", "trainer", "task", "data", "align", "evaluation", "sae", "tuning")
 
 
-def records(runs: Iterable[RunFolder], say: Callable[[str], None] = print) -> list[Row]:
+def records(runs: Iterable[Record], say: Callable[[str], None] = print) -> list[Row]:
     """Return one row a run that ended: its facts, its flattened configuration under ``config``, and its folder.
 
     A finished run has its metrics; a failed one has ``failed``, the reason, instead. Runs that are under way, were
     interrupted, or failed before they had weights are left out.
 
     Args:
-        runs: Run folders.
+        runs: Recorded runs.
         say: Told of every record that cannot be read; the others count all the same.
     """
     found = []
@@ -65,13 +67,12 @@ def _judge_of_peers(row: Row, rows: list[Row]) -> str:
         for peer in rows:
             if "failed" not in peer and all(peer[name] == row[name] for name in alike):
                 return str(peer["judge"])
-    named = row["run"].config().get("evaluation", {}).get("judges") or list(store.UNVERSIONED)
-    return str(named[0])
+    return str(row["run"].config()["evaluation"]["judges"][0])
 
 
-def _row(run: RunFolder, *, failed: bool) -> Row:
+def _row(run: Record, *, failed: bool) -> Row:
     row: Row = {**run.facts(), "run": run}
-    config, provenance = run.config(), run.read(store.PROVENANCE)
+    config, provenance = run.config(), run.provenance()
     row |= {"task_rows": provenance["task_data_sha256"][:8], "prompts": provenance["pools_sha256"][:8]}
     if failed:
         row["failed"] = run.told().get("reason", "no reason given")
@@ -82,11 +83,11 @@ def _row(run: RunFolder, *, failed: bool) -> Row:
     kept = store.flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
     projection = kept.get("constraint.weight.projection")
-    if projection is not None:  # before it could be set, and with update, weights are restored after every step
-        kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept.get(_RESTORE, 1))
-    row["dealt"] = kept.pop(_NEAR, store.LATER[_NEAR])
+    if projection is not None:  # with update, weights are restored after every step
+        kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept[_RESTORE])
+    row["dealt"] = kept.pop(_NEAR)
     forms = config["forms"]
-    kept["forms"] = forms["name"] if forms == store.LATER["forms"] else f"{forms['name']} {digest(forms)[:8]}"
+    kept["forms"] = forms["name"] if forms == THEN["forms"] else f"{forms['name']} {digest(forms)[:8]}"
     row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}
     return row
 
@@ -96,7 +97,7 @@ def _attack(attack: dict[str, Any], constraint: str) -> str:
 
     A start is not trained: of an attack it knows how it is asked.
     """
-    plain = store.LATER["attack"]
+    plain = THEN["attack"]
     if attack == plain or (constraint == "start" and all(attack[name] == plain[name] for name in ASKING)):
         return str(plain["name"])
     return f"{attack['name']} {digest(attack)[:8]}"
@@ -196,9 +197,9 @@ def outcome_matrix(rows: list[Row], rate: str) -> Float[np.ndarray, "S N"]:
     )
 
 
-def said(run: RunFolder) -> list[dict[str, Any]]:
+def said(run: Record) -> list[dict[str, Any]]:
     """Return what all judges of a run say of every answer, and their reasons, by name; ``task`` is the answer key."""
-    others = {path.stem.removeprefix("verdicts-"): run.read(path.name) for path in run.path.glob("verdicts-*.jsonl")}
+    others = {Path(file).stem.removeprefix("verdicts-"): run.read(file) for file in run.verdict_files()[1:]}
     rows = []
     for number, first in enumerate(run.read(store.VERDICTS)):
         verdicts = {first.get("judge", "task"): first}

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.results.store import Record
 
 
 def load(output_root: str | Path = "outputs") -> pd.DataFrame:
@@ -24,12 +24,15 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
     measured ``drift_harmful_weight`` and the like (see ``diagnostics.linear.Drift``).
 
     Args:
-        output_root: Folder that holds ``runs/``.
+        output_root: Folder that holds ``runs/``, an archive, or both.
+
+    Raises:
+        LabError: If the archive is damaged, or of a schema that cannot be read.
     """
     return pd.DataFrame([_row(run) for run in store.runs(Path(output_root))])
 
 
-def _row(run: RunFolder) -> dict[str, Any]:
+def _row(run: Record) -> dict[str, Any]:
     try:
         row: dict[str, Any] = {"run": run.path.name, "status": run.status, "reason": run.told().get("reason")}
         return row | (_measured(run.facts()) | _drift(run) | _settings(run) if row["status"] == "ok" else {})
@@ -42,7 +45,7 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
     for name, rate in metrics.items():
         if isinstance(rate, dict) and {"value", "low", "high", "n"} <= rate.keys():
             found |= {name: rate["value"], **{f"{name}_{part}": rate[part] for part in ("low", "high", "n")}}
-    for judge, told in store.judges_of(metrics).items():
+    for judge, told in metrics["judges"].items():
         if "agreement" not in told:
             found |= {"judge": judge, "judge_version": told["version"]}
             continue
@@ -55,7 +58,7 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
     return found | {"seconds": sum(stage["seconds"] for stage in metrics["stages"].values())}
 
 
-def _drift(run: RunFolder) -> dict[str, Any]:
+def _drift(run: Record) -> dict[str, Any]:
     """Return the means over layers of what was measured of a run's drift."""
     if not run.has(store.DRIFT):
         return {}
@@ -66,18 +69,18 @@ def _drift(run: RunFolder) -> dict[str, Any]:
     return {f"drift_{kind}_{name}": value for kind, means in summary.items() for name, value in means.items()}
 
 
-def _settings(run: RunFolder) -> dict[str, Any]:
+def _settings(run: Record) -> dict[str, Any]:
     try:
         return {key: value for key, value in store.flat(run.config()).items() if "." in key}
     except (OSError, ValueError) as error:
         raise LabError(f"{run.path / store.CONFIG} cannot be read ({error})") from None
 
 
-def select(output_root: Path, name: str, query: str) -> list[RunFolder]:
+def select(output_root: Path, name: str, query: str) -> list[Record]:
     """Return the runs of a store that a query over the columns of ``load`` holds for.
 
     Args:
-        output_root: Folder that holds ``runs/``.
+        output_root: Folder that holds ``runs/``, an archive, or both.
         name: Of the query, for errors.
         query: As for ``pandas.DataFrame.query``; dotted columns in backticks.
 
@@ -95,4 +98,5 @@ def select(output_root: Path, name: str, query: str) -> list[RunFolder]:
     except Exception as error:  # noqa: BLE001 - pandas raises whatever evaluating a wrong expression raises
         reason = " ".join(str(error).replace("BACKTICK_QUOTED_STRING_", "").replace("_DOT_", ".").split())
         raise ConfigError(name, query, f"a pandas query over the columns of results.load() ({reason})") from None
-    return [RunFolder(output_root / "runs" / run) for run in frame["run"][holds]]
+    chosen = set(frame["run"][holds])
+    return [run for run in store.runs(output_root) if run.path.name in chosen]

@@ -1,8 +1,7 @@
-"""Run folders: named and keyed by the resolved configuration (seed included), with a status, one process at a time."""
+"""Run folders: named by what ran and a key, with a status, one process at a time; and all runs of a store."""
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import socket
@@ -16,107 +15,52 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cwac_lab.core.cache import digest, read_json, read_jsonl, write_json, write_jsonl
-from cwac_lab.core.errors import LabError
+from cwac_lab.core.cache import read_json, read_jsonl, write_json, write_jsonl
+from cwac_lab.core.errors import ConfigError, LabError
+from cwac_lab.results import schema2
+from cwac_lab.results.archive import ArchivedRun, archived, holds
+from cwac_lab.results.fields import Misfit, check
+from cwac_lab.results.record import (
+    CONFIG,
+    DRIFT,
+    FACTS,
+    GENERATIONS,
+    MANIFEST,
+    METRICS,
+    PROVENANCE,
+    SAMPLES,
+    SCHEMA,
+    STATUS,
+    VERDICTS,
+    Metrics,
+    Provenance,
+    Record,
+    Status,
+    flat,
+    judged_by,
+    valid,
+    verdicts_of,
+)
 
-STATUS, METRICS, GENERATIONS, VERDICTS = "status.json", "metrics.json", "generations.jsonl", "verdicts.jsonl"
-CONFIG, PROVENANCE, MANIFEST = "config.json", "provenance.json", "manifest.json"
-DRIFT, SAMPLES = "drift.json", "drift_samples.json"
+__all__ = [
+    "CONFIG",
+    "DRIFT",
+    "FACTS",
+    "GENERATIONS",
+    "MANIFEST",
+    "METRICS",
+    "PROVENANCE",
+    "SAMPLES",
+    "SCHEMA",
+    "STATUS",
+    "VERDICTS",
+    "Record",
+    "flat",
+    "judged_by",
+    "verdicts_of",
+]
 CHECKPOINT, MODEL, LOCK = "checkpoint", "model", ".lock"
 HEARTBEAT_SECONDS = 30.0
-# Raised when the fields of METRICS or PROVENANCE change their meaning.
-SCHEMA = 2
-# Settings that came after the first records, with what those ran under; at that value they are no part of the key.
-LATER: dict[str, Any] = {
-    "tuning": {"method": "full"},
-    "evaluation.engine": "hf",
-    "data.near": "exact",
-    "attack": {
-        **{"name": "mixed", "rows": "harmful", "ratio": None, "candidates": 4, "prefix": "", "prefill": ""},
-        "template": None,
-    },
-    "constraint.weight.gradient_share": 1.0,
-    "forms": {"name": "own", "others": {}},
-}
-# The same for what a configuration points to.
-ATTACK_ROWS = "attack_rows_sha256"
-LATER_CONTENT = {ATTACK_ROWS: "dd60242a8a1bf6e76d2875b5749ab3d721a1d0a1dcbbf3621eb0165e9044d535"}
-# Records of before judges had versions were all made by this one of the refusal judge.
-UNVERSIONED: dict[str, Any] = {"refusal": {"version": "3be1e32bf591cd0e"}}
-# What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
-FACTS = ("weights", "weights_content", "model", "task", "data", "constraint", "harmful_ratio", "seed", "split")
-
-
-def judges_of(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what METRICS tell of the judges by name, the one whose verdicts the rates are first."""
-    return metrics.get("judges") or UNVERSIONED
-
-
-def judged_by(metrics: dict[str, Any]) -> str:
-    """Return whose verdicts the rates of METRICS are, by name and version."""
-    name, told = next(iter(judges_of(metrics).items()))
-    return f"{name} {told['version'][:8]}"
-
-
-def verdicts_of(judge: str) -> str:
-    """Return the file of the verdicts of a judge other than the first."""
-    return f"verdicts-{judge}.jsonl"
-
-
-def run_key(resolved: dict[str, Any], incidental: Iterable[str], content: dict[str, str]) -> str:
-    """Return the identity of a run.
-
-    Args:
-        resolved: The resolved configuration.
-        incidental: Settings that change no result, as dotted paths; they are left out.
-        content: Hashes of what the configuration points to: weights and data.
-    """
-    content = {name: value for name, value in content.items() if LATER_CONTENT.get(name) != value}
-    kept = copy.deepcopy(resolved)
-    for path in incidental:
-        _drop(kept, path)
-    if "devices" in kept.get("trainer", {}):
-        kept["trainer"]["devices"] = 1  # is in the keys of records from before there could be more
-    if kept.get("tuning", {}).get("base") == "float32":
-        del kept["tuning"]["base"]  # is not in the keys of records from before there were others
-    for path, value in LATER.items():
-        if _get(kept, path) == value:
-            _drop(kept, path)
-    return digest([_numbers_alike(kept), content])
-
-
-def _parent(node: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """Return the mapping that holds a dotted path, an empty one where there is none, and the last name of the path."""
-    *parts, last = path.split(".")
-    for part in parts:
-        node = node.get(part, {})
-    return node, last
-
-
-def _get(node: dict[str, Any], path: str) -> Any:
-    parent, name = _parent(node, path)
-    return parent.get(name)
-
-
-def _drop(node: dict[str, Any], path: str) -> None:
-    parent, name = _parent(node, path)
-    parent.pop(name, None)
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as one of dotted keys."""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}".lstrip(".")).items()}
-
-
-def _numbers_alike(value: Any) -> Any:
-    """Return a JSON-able value in which 1 and 1.0 are one number."""
-    if isinstance(value, dict):
-        return {key: _numbers_alike(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_numbers_alike(child) for child in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -154,9 +98,11 @@ class RunFolder:
             told = self.read(STATUS)
         except ValueError as error:
             raise LabError(f"{self.path / STATUS} is no JSON ({error}); remove the folder to run it again") from None
-        if not isinstance(told, dict) or "status" not in told:
-            raise LabError(f"{self.path / STATUS} names no status; remove the folder to run it again")
-        return told
+        try:
+            check(Status, told)
+        except Misfit as error:
+            raise LabError(f"{self.path / STATUS}: {error}; remove the folder to run it again") from None
+        return dict(told)
 
     def done(self) -> bool:
         """Tell whether the run is finished."""
@@ -228,28 +174,45 @@ class RunFolder:
         return read_jsonl(self.path / name) if name.endswith(".jsonl") else read_json(self.path / name)
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved configuration; a setting that came later has the value that the run had without it."""
-        found: dict[str, Any] = self.read(CONFIG)
-        for path, value in LATER.items():
-            parent, name = _parent(found, path)
-            parent.setdefault(name, value)
-        return found
+        """Return the resolved configuration; of a record of schema 2 with all that later settings said.
+
+        Raises:
+            LabError: If the record is not there, cannot be read, or is of another schema.
+        """
+        told: dict[str, Any] = self.read(CONFIG)
+        provenance = self.read(PROVENANCE) if self.has(PROVENANCE) else {}
+        return schema2.configuration(told) if provenance.get("schema") == schema2.SCHEMA else told
 
     def facts(self) -> dict[str, Any]:
         """Return what ran, or is to run, by the names of ``FACTS``; with the metrics where the run is finished.
 
         Raises:
-            LabError: If the record is not there, cannot be read, or was written under another schema.
+            LabError: If the record is not there, cannot be read, or is of another schema.
         """
-        name = METRICS if self.told()["status"] == "ok" else PROVENANCE
+        if self.told()["status"] == "ok":
+            return self._valid(Metrics, METRICS)
+        return {fact: value for fact, value in self.provenance().items() if fact in FACTS}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what made the record; raises as ``facts``."""
+        return self._valid(Provenance, PROVENANCE)
+
+    def _valid(self, kind: type, name: str) -> dict[str, Any]:
         try:
             found = self.read(name)
         except (OSError, ValueError) as error:
             raise LabError(f"{self.path / name} cannot be read ({error})") from None
-        schema = found.get("schema", 1) if isinstance(found, dict) else None
-        if schema != SCHEMA:
-            raise LabError(f"{self.path / name} has schema {schema}, accepted: {SCHEMA} (run it again)")
-        return dict(found) if name == METRICS else {fact: found[fact] for fact in FACTS}
+        return valid(kind, found, self.path / name)
+
+    def verdict_files(self) -> list[str]:
+        """Return the files of verdicts: the first judge's, then the others' by name."""
+        first = [VERDICTS] if self.has(VERDICTS) else []
+        return [*first, *sorted(path.name for path in self.path.glob(verdicts_of("*")))]
+
+    def files(self) -> list[Path]:
+        """Return the files that a table of this run is made of."""
+        names = (STATUS, CONFIG, METRICS, PROVENANCE, VERDICTS)
+        return [self.path / name for name in names if self.has(name)]
 
     def remove(self, name: str) -> None:
         """Remove a folder of the run, where it is there."""
@@ -267,7 +230,42 @@ class RunFolder:
         return (self.path / name).exists()
 
 
-def runs(output_root: Path) -> Iterator[RunFolder]:
-    """Yield the runs under an output folder, sorted by name."""
+def folders(output_root: Path) -> Iterator[RunFolder]:
+    """Yield the run folders of a store, sorted by name."""
     for status in sorted((output_root / "runs").glob(f"*/{STATUS}")):
         yield RunFolder(status.parent)
+
+
+def runs(output_root: Path) -> Iterator[Record]:
+    """Yield the runs of a store sorted by name: its folders, and what its archive holds beside them.
+
+    Of a run that is both a folder and in the archive the folder counts: it is what a process works on.
+
+    Raises:
+        LabError: If the archive is damaged, or of a schema that cannot be read.
+    """
+    found: dict[str, Record] = {run.path.name: run for run in archived(output_root)}
+    found |= {run.path.name: run for run in folders(output_root)}
+    for name in sorted(found):
+        yield found[name]
+
+
+def named(key: str, path: Path) -> RunFolder | ArchivedRun:
+    """Return the run at a path: its folder, or ``ARCHIVE/RUN`` for a run of an archive.
+
+    Args:
+        key: Setting that names it, for errors.
+        path: The path.
+
+    Raises:
+        ConfigError: If there is none.
+        LabError: If the archive is damaged, or of a schema that cannot be read.
+    """
+    if (path / STATUS).is_file():
+        return RunFolder(path)
+    for run in archived(path.parent) if holds(path.parent) else ():
+        if run.path.name == path.name:
+            return run
+    raise ConfigError(
+        key, path, "the folder of a run (outputs/runs/NAME), or a run of an archive (experiments/NAME/RUN)"
+    )

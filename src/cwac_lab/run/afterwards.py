@@ -46,7 +46,7 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
 
 def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> None:
     """Tell how to get rates of other judges, or of today's versions of these, which needs no model."""
-    given = {name: told["version"] for name, told in store.judges_of(metrics).items()}
+    given = {name: told["version"] for name, told in metrics["judges"].items()}
     today = {judge.name: judge.version for judge in map(made, run.evaluation.judges)}
     older = [
         f"{name} {version[:8]}, today {today[name][:8]}"

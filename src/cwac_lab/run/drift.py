@@ -196,7 +196,7 @@ def lacking(roots: Sequence[str]) -> list[RunFolder]:
 
     Those that start alike stand together: they share what is taken from the start.
     """
-    folders = [run for root in roots for run in store.runs(Path(root))]
+    folders = [run for root in roots for run in store.folders(Path(root))]
     found = (each for each in folders if each.has(store.MODEL) and each.done() and not each.has(store.DRIFT))
     return sorted(found, key=_weights)
 

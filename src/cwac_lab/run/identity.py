@@ -2,23 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from cwac_lab.config.run import INCIDENTAL, Run
+from cwac_lab.config.run import ALIKE, Run
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import digest
+from cwac_lab.core.classes import located, outside, source
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
-from cwac_lab.results import store
-from cwac_lab.results.store import RunFolder
+from cwac_lab.results.store import SCHEMA, RunFolder
 from cwac_lab.run.start import Start, base, start
+
+_TARGET = "_target_"
+# Names of content in a key that not every run has.
+ATTACK_ROWS, OWN = "attack_rows_sha256", "own_sources"
+
+
+def run_key(resolved: dict[str, Any], content: dict[str, str]) -> str:
+    """Return the identity of a run.
+
+    A class counts by its name, so that no run is another one because a file was moved; what a class of a user's own
+    does is in ``content``.
+
+    Args:
+        resolved: The resolved configuration; ``ALIKE`` settings change no result and do not count.
+        content: Hashes of what the configuration points to: weights, data, classes of the user's own.
+    """
+    kept = _counted(resolved)
+    for path in ALIKE:
+        *parents, last = path.split(".")
+        node = kept
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(last, None)
+    return digest([SCHEMA, kept, content])
+
+
+def _counted(node: Any) -> Any:
+    """Return a copy of settings in which 1 and 1.0 are one number, and a class is its name."""
+    if isinstance(node, dict):
+        return {key: _named(key, child) if key == _TARGET else _counted(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_counted(child) for child in node]
+    return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
+
+
+def _named(key: str, target: str) -> str:
+    return located(key, target, "class").__qualname__
+
+
+def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the classes that a configuration names, with the settings that name them."""
+    for name, child in node.items() if isinstance(node, dict) else ():
+        place = f"{key}.{name}".lstrip(".")
+        if name == _TARGET:
+            yield place, child
+        else:
+            yield from _targets(child, place)
+
+
+def own_sources(run: Run) -> dict[str, str]:
+    """Return the hash of the modules of a user's own classes, where a run has any: to edit one makes another run."""
+    found = {key: located(key, target, "class") for key, target in _targets(run.resolved)}
+    own = {key: source(key, cls) for key, cls in found.items() if outside(cls)}
+    return {OWN: digest(own)} if own else {}
 
 
 def folder_of(run: Run, content: dict[str, str]) -> RunFolder:
     """Return the folder of a run: readable name, and the hash of its configuration, weights and data."""
-    key = store.run_key(run.resolved, INCIDENTAL, content)[:8]
+    key = run_key(run.resolved, content)[:8]
     mixture = f"-p{run.harmful_ratio:g}-s{run.seed}" if run.finetune else ""
     name = f"{run.model.name}-{run.task.name}-{run.method}{mixture}-{key}"
     return RunFolder(Path(run.output_root) / "runs" / name, writes=distributed.rank() == 0)
@@ -40,13 +95,14 @@ def content_of(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
             ]
         ),
         **_attack(run),
+        **own_sources(run),
     }
 
 
 def _attack(run: Run) -> dict[str, str]:
     """Return the hash of the rows that an attack brings with it, where the run uses them."""
     others = run.attack.others(())
-    return {} if others is None else {store.ATTACK_ROWS: digest([[row.prompt, row.response] for row in others])}
+    return {} if others is None else {ATTACK_ROWS: digest([[row.prompt, row.response] for row in others])}
 
 
 _known: dict[str, dict[str, str]] = {}
@@ -73,10 +129,11 @@ def known(key: str) -> dict[str, str] | None:
 
 
 def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
-    """Return hashes of what a run starts from, remembered for runs of one process that start alike."""
+    """Return the hashes of ``content_of``; those of a start are remembered for runs of one process that start alike."""
     key = start_key(run)
     if key not in _known:
         pools = build_pools(run.data)
         data = pools.task_rows(run.data, run.task)
-        _known[key] = content_of(run, start(run, say, pools), data)
-    return _known[key]
+        content = content_of(run, start(run, say, pools), data)
+        _known[key] = {name: value for name, value in content.items() if name != OWN}
+    return _known[key] | own_sources(run)

@@ -10,7 +10,7 @@ from cwac_lab.config.run import Run
 from cwac_lab.core.cache import digest, read_json, write_json
 from cwac_lab.core.provenance import sources
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run.identity import known, start_key
+from cwac_lab.run.identity import OWN, known, start_key
 
 FILE = "cells.json"
 _ENTRY = {"start", "content", "run"}
@@ -49,8 +49,11 @@ class Cells:
         return folder.path if folder.status == "ok" else None
 
     def add(self, overrides: Sequence[str], run: Run, content: dict[str, str], path: Path) -> None:
-        """Remember a cell, unless it is to be repeated whatever is recorded, or sources were edited meanwhile."""
-        if not run.force and sources() == self._sources:
+        """Remember a cell, unless it is to be repeated whatever is recorded, or sources were edited meanwhile.
+
+        One with a user's own class is not remembered: its source may change and is no part of ``sources``.
+        """
+        if not run.force and OWN not in content and sources() == self._sources:
             self._entries[self._key(overrides)] = {"start": start_key(run), "content": content, "run": path.name}
 
     def save(self) -> None:

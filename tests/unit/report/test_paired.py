@@ -5,7 +5,7 @@ from cwac_lab.report.paired import compare, differences
 from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results.store import runs
-from support.recorded import record
+from support.recorded import record, settings
 
 
 def compared(rows, comparison="HS - start"):
@@ -61,7 +61,7 @@ def test_a_baseline_is_that_of_the_very_settings(tmp_path):
     for batch, plain, held in ((8, 90, 10), (64, 10, 10)):
         for constraint, hits in (("none", plain), ("l2", held)):
             run = record(tmp_path, constraint, 0.2, 0, hits, batch=batch)
-            run.write("config.json", {"constraint": {"batch": batch}, "evaluation": {"batch_size": batch}})
+            run.write("config.json", settings(constraint={"batch": batch}, evaluation={"batch_size": batch}))
     rows = records(runs(tmp_path))
     found = {row["variant"].partition(",")[0]: row["difference"].split()[0] for row in compared(rows, "HS - none")}
     assert found == {"batch=8": "-80.0", "batch=64": "+0.0"}
@@ -95,7 +95,7 @@ def test_a_small_p_is_shown_as_such(hits, shown, tmp_path):
 def test_a_partner_was_asked_alike_and_a_broken_model_is_not_compared(tmp_path):
     for tokens in (48, 32):
         start = record(tmp_path, "start", None, 0, 80 if tokens == 48 else 10, tokens=tokens)
-        start.write("config.json", {"constraint": {}, "evaluation": {"max_new_tokens": tokens}})
+        start.write("config.json", settings(constraint={}, evaluation={"max_new_tokens": tokens}))
     for seed in range(2):
         run = record(tmp_path, "l2", 0.2, seed, 10)
         run.write("config.json", run.read("config.json") | {"evaluation": {"max_new_tokens": 32}})
@@ -133,7 +133,7 @@ def test_differences_are_paired_by_seed_and_item(tmp_path):
 
 
 def test_adapters_are_rows_and_partners_of_their_own(tmp_path):
-    tuned = {"constraint": {}, "trainer": {"learning_rate": 1}, "tuning": {"method": "lora", "rank": 4}}
+    tuned = settings(constraint={}, trainer={"learning_rate": 1}, tuning={"method": "lora", "rank": 4})
     for constraint, right in (("none", 80), ("weight", 70)):
         record(tmp_path, constraint, 0.2, 0, 50, right=right)
         run = record(tmp_path / "apart", constraint, 0.2, 0, 50, right=right // 2)

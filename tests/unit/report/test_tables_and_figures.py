@@ -13,7 +13,7 @@ from cwac_lab.report.records import records
 from cwac_lab.report.tables import COUNTS, averages, markdown, numbers, summary
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
-from support.recorded import record
+from support.recorded import record, settings
 
 
 def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
@@ -134,7 +134,7 @@ def test_a_failed_run_is_in_the_row_of_its_peers(tmp_path):
     for seed in range(3):
         run = record(tmp_path, "coupled", 0.2, seed, 10)
         parts = OmegaConf.to_container(tiny.config("constraint=coupled").constraint)
-        run.write("config.json", {"constraint": parts, "data": {"reference": "refused"}, "sae": {"k": 32}})
+        run.write("config.json", settings(constraint=parts, data={"reference": "refused"}, sae={"k": 32}))
         run.write("metrics.json", run.read("metrics.json") | {"prepared": {"features": {}, "reference": {}}})
     run.mark("failed", "MemoryError")
     (row,) = summary(records(runs(tmp_path))).to_dict("records")
@@ -194,7 +194,7 @@ def test_a_seed_does_not_count_twice(tmp_path):
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
     for seed, (reference, size) in enumerate([("all", 8), ("refused", 16)]):
         run = record(tmp_path, "none", 0.2, seed, 90)
-        run.write("config.json", {"constraint": {}, "data": {"reference": reference}, "sae": {"k": size}})
+        run.write("config.json", settings(constraint={}, data={"reference": reference}, sae={"k": size}))
     table = summary(records(runs(tmp_path)))
     assert (table["seeds"].tolist(), table["variant"].tolist()) == ([2], [""])
 

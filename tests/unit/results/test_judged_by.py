@@ -79,7 +79,6 @@ TODAY = JUDGES["refusal"]().version
     [
         ({"refusal": TODAY}, ["refusal"], None),
         ({"refusal": OLD}, ["refusal"], f"judged by refusal (refusal aaaaaaaa, today {TODAY[:8]}): "),
-        (None, ["refusal"], f"judged by refusal (refusal 3be1e32b, today {TODAY[:8]}): "),
         ({"classifier": OLD, "refusal": TODAY}, ["refusal"], "judged by classifier and refusal: "),
         (
             {"refusal": TODAY, "classifier": OLD},
@@ -91,7 +90,7 @@ TODAY = JUDGES["refusal"]().version
 def test_a_finished_run_of_another_version_says_how_it_is_judged_again(given, asked, line, tmp_path):
     said = []
     run = SimpleNamespace(evaluation=SimpleNamespace(judges=asked))
-    metrics = {} if given is None else {"judges": {name: {"version": version} for name, version in given.items()}}
+    metrics = {"judges": {name: {"version": version} for name, version in given.items()}}
     afterwards._judges(run, SimpleNamespace(path="RUN"), metrics, said.append)
     if line is None:
         assert said == []

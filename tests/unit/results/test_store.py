@@ -12,10 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from cwac_lab import results
-from cwac_lab.config.run import INCIDENTAL
 from cwac_lab.core.errors import LabError
 from cwac_lab.results import store
-from cwac_lab.results.store import LATER, RunFolder, run_key
+from cwac_lab.results.store import RunFolder
+from cwac_lab.run.identity import run_key
 from support import tiny
 
 HOLD = """
@@ -89,12 +89,10 @@ def test_an_unreadable_status_is_one_line(text, tmp_path):
 def test_the_store_as_a_table(other, tmp_path):
     with RunFolder(tmp_path / "runs" / "two").running():
         rate = {"value": 12.5, "low": 5.0, "high": 20.0, "n": 40}
+        facts = dict.fromkeys(store.FACTS, "x") | {"constraint": "weight", "seed": 3, "harmful_ratio": 0.2}
         metrics = {
-            "schema": store.SCHEMA,
-            "constraint": "weight",
-            "seed": 3,
-            "harmful_score": rate,
-            "stages": {"train": {"seconds": 2.0}},
+            **{"schema": store.SCHEMA, **facts, "harmful_score": rate, "broken": False},
+            **{"judges": {"refusal": {"version": "1"}}, "stages": {"train": {"seconds": 2.0, "peak_memory_gb": 1.0}}},
         }
         (tmp_path / "runs" / "two" / store.METRICS).write_text(json.dumps(metrics))
         (tmp_path / "runs" / "two" / store.CONFIG).write_text(json.dumps({"seed": 3, "sae": {"k": 8}}))
@@ -104,7 +102,7 @@ def test_the_store_as_a_table(other, tmp_path):
         (tmp_path / "runs" / "zero" / store.METRICS).write_text("{}")
     frame = results.load(tmp_path).set_index("run")
     assert frame["status"].to_dict() == {"one": "running", "three": "failed", "two": "ok", "zero": "unreadable"}
-    assert "schema 1, accepted: 2" in frame.loc["zero", "reason"]
+    assert "schema 1, accepted: 2 | 3" in frame.loc["zero", "reason"]
     assert frame.loc["three", "reason"] == "MemoryError:"
     row = frame.loc["two"]
     assert (row["constraint"], row["seed"], row["harmful_score"], row["harmful_score_n"]) == ("weight", 3, 12.5, 40)
@@ -115,7 +113,7 @@ def test_the_store_as_a_table(other, tmp_path):
 
 def test_the_key_of_a_run_ignores_what_changes_no_result():
     def key(*overrides, data="a"):
-        return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), INCIDENTAL, {"data": data})
+        return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), {"data": data})
 
     assert key() == key("logger=csv", "output_root=/elsewhere", "trainer.progress_bar=false", "force=true")
     levers = ("trainer.devices=2", "trainer.strategy=fsdp", "trainer.gradient_checkpointing=true")
@@ -123,30 +121,3 @@ def test_the_key_of_a_run_ignores_what_changes_no_result():
     assert key("harmful_ratio=0") == key("harmful_ratio=0.0")
     assert len({key(), key("tuning=lora"), key("tuning=qlora"), key("tuning=lora", "tuning.base=bfloat16")}) == 4
     assert len({key(), key(data="b"), key("seed=1"), key("task=agnews"), key("constraint.weight.energy=0.5")}) == 5
-
-
-def test_what_came_later_leaves_the_keys_of_earlier_records(tmp_path):
-    full, lora = ({"seed": 0, "tuning": {"method": method}} for method in ("full", "lora"))
-    assert run_key(full, (), {}) == run_key({"seed": 0}, (), {}) != run_key(lora, (), {})
-    based = {"seed": 0, "tuning": {"method": "lora", "base": "float32"}}
-    assert run_key(based, (), {}) == run_key(lora, (), {})
-    evaluated = {"seed": 0, "evaluation": {"split": "test"}}
-    assert run_key(evaluated, (), {}) == run_key({"seed": 0, "evaluation": {"split": "test", "engine": "hf"}}, (), {})
-    assert run_key(evaluated, (), {}) != run_key({"seed": 0, "evaluation": {"split": "test", "engine": "vllm"}}, (), {})
-    run = RunFolder(tmp_path)
-    for written in ({**lora, "evaluation": {"split": "test"}}, {"seed": 0, "evaluation": {"engine": "vllm"}}):
-        run.write("config.json", written)
-        told = run.config()
-        assert told["tuning"] == written.get("tuning", {"method": "full"})
-        assert told["evaluation"] == {"engine": "hf", **written["evaluation"]}
-        assert told["attack"]["name"] == "mixed"
-
-
-# What new runs have where earlier ones ran under something else.
-DIFFERENT = {"data.near": "ngram"}
-
-
-def test_what_came_later_has_its_default_in_the_configuration():
-    resolved = OmegaConf.to_container(tiny.config(), resolve=True)
-    for path, value in {**LATER, **DIFFERENT}.items():
-        assert OmegaConf.select(OmegaConf.create(resolved), path) == value, path
