@@ -1,6 +1,8 @@
 """What is computed once and kept: its key changes with all that it depends on."""
 
 import importlib.metadata
+import sys
+import types
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,11 +13,14 @@ import torch
 
 from cwac_lab.config.run import INCIDENTAL, read
 from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.recipes import RECIPES
 from cwac_lab.data import attacks
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import PromptRow
+from cwac_lab.data.tasks.agnews import AGNews
+from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
 from cwac_lab.models import packaged
@@ -268,6 +273,58 @@ def test_the_key_of_a_run_changes_with_every_setting_that_is_not_incidental(run)
             continue
         same = run_key(settings, {}) == run_key(_changed(settings, path), {})
         assert same is (alike or path == "trainer.devices"), path
+
+
+def test_the_key_of_a_run_has_the_name_of_a_class_and_not_its_place(run, monkeypatch):
+    module = types.ModuleType("moved_there")
+    module.SST2, module.AGNews = SST2, AGNews
+    monkeypatch.setitem(sys.modules, "moved_there", module)
+    settings, task = run.resolved, run.resolved["task"]
+    moved, other = ({**settings, "task": {**task, "_target_": f"moved_there.{name}"}} for name in ("SST2", "AGNews"))
+    assert run_key(moved, {}) == run_key(settings, {}) != run_key(other, {})
+
+
+OWN = """# of mine
+import math
+from cwac_lab.data.tasks.sst2 import SST2
+
+class Films(SST2):
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "same"),
+    [
+        ('"""Others."""\n    longest = 3', True),
+        ("longest =    3  # rows", True),
+        ("longest = 4", False),
+        ("longest: int = 3", False),
+        ("longest = 3\n    more = math.inf", False),
+    ],
+)
+def test_to_edit_an_own_class_makes_another_run(body, same, run, tmp_path, monkeypatch):
+    def own_of(name, text):
+        (tmp_path / f"{name}.py").write_text(OWN.format(body=text))
+        settings = {**run.resolved, "task": {**run.resolved["task"], "_target_": f"{name}.Films"}}
+        return identity.own_sources(replace(run, resolved=settings)), run_key(settings, {})
+
+    monkeypatch.syspath_prepend(tmp_path)
+    unique = f"own_{digest(body)[:8]}"
+    (first, key), (second, also) = own_of(f"{unique}_a", "longest = 3"), own_of(f"{unique}_b", body)
+    assert key == also  # the name of the class, not where it is
+    assert (first == second) is same
+    assert first.keys() == {identity.OWN}
+    assert identity.own_sources(run) == {}  # of the package nothing is added
+
+
+def test_an_own_class_without_a_source_is_one_line(run, monkeypatch):
+    module = types.ModuleType("no_source")
+    module.Films = type("Films", (SST2,), {"__module__": "no_source"})
+    monkeypatch.setitem(sys.modules, "no_source", module)
+    settings = {**run.resolved, "task": {**run.resolved["task"], "_target_": "no_source.Films"}}
+    with pytest.raises(ConfigError, match=r"task._target_=no_source.Films: accepted: a class of a module with"):
+        identity.own_sources(replace(run, resolved=settings))
 
 
 def test_the_key_of_a_run_changes_with_all_that_it_starts_from(run):

@@ -232,7 +232,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, content: bytes) -> list[Row]:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     try:

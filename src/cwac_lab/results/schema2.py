@@ -50,8 +50,8 @@ def configuration(found: dict[str, Any]) -> dict[str, Any]:
 
 def _fill(part: dict[str, Any] | None, then: dict[str, Any]) -> None:
     """Set what a part of the configuration does not say, where there is such a part."""
-    for name, value in then.items() if part is not None else ():
-        part.setdefault(name, value)
+    if part is not None:
+        part.update({**then, **part})
 
 
 def upgraded(found: dict[str, Any], schema: int, *, judged: bool) -> dict[str, Any]:

@@ -100,13 +100,18 @@ def _changes(record: Record, again: Record) -> Iterator[tuple[str, Any, Any, str
     then, now = record.provenance(), again.provenance()
     code = "sources" if "sources" in then and "sources" in now else "git_commit"
     if then.get(code) != now.get(code) or (code == "git_commit" and (then.get("git_dirty") or now.get("git_dirty"))):
-        yield "code", *(_commit(each) for each in (then, now)), OTHER
+        yield "code", _commit(then), _commit(now), OTHER
     for name in _INPUTS:
         if (then.get(name) or None) != (now.get(name) or None):
             yield name, then.get(name), now.get(name), OTHER
-    judges = [{name: told["version"] for name, told in run.facts()["judges"].items()} for run in (record, again)]
-    yield from _differing("judge", *judges, weight=OTHER)
-    yield from _differing("", *({name: each.get(name) for name in _MACHINE} for each in (then, now)), weight=ROUNDING)
+    yield from _differing("judge ", _judges(record), _judges(again), OTHER)
+    a, b = ({name: each.get(name) for name in _MACHINE} for each in (then, now))
+    yield from _differing("", a, b, ROUNDING)
+
+
+def _judges(run: Record) -> dict[str, str]:
+    """Return the versions of a run's judges by name."""
+    return {name: told["version"] for name, told in run.facts()["judges"].items()}
 
 
 def _differing(
@@ -115,7 +120,7 @@ def _differing(
     a, b = flat(then), flat(now)
     for name in dict.fromkeys([*a, *b]):
         if a.get(name) != b.get(name):
-            yield f"{words} {name}".strip(), a.get(name), b.get(name), weight
+            yield f"{words}{name}", a.get(name), b.get(name), weight
 
 
 def _commit(provenance: dict[str, Any]) -> str:

@@ -123,7 +123,7 @@ def test_a_folder_may_hold_both_and_a_run_that_is_both_is_its_folder(both):
     assert found[one.path.name] == archive / "runs" / one.path.name
     assert named("run", archive / "runs" / one.path.name).path == found[one.path.name]
     assert named("run", archive / one.path.name).facts() == one.facts()
-    with pytest.raises(ConfigError, match="accepted: a run: its folder"):
+    with pytest.raises(ConfigError, match="accepted: the folder of a run"):
         named("run", archive / "nobody")
 
 
