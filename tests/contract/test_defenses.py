@@ -14,6 +14,7 @@ from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.training.checkpoint import Resume
 from support import tiny
+from support.cover import table
 from support.defenses import ACTIVE, WAYS, ZERO
 from support.held import FULL, LORA, ROWS, Kill, Killed, assert_moved_alike, same, train, weights
 
@@ -23,25 +24,27 @@ def plain(way):
     return weights(train(Defense(), **WAYS[way])[0])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ZERO)
+@table(name=ZERO, way=WAYS)
 def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, way):
     trained = weights(train(ZERO[name](), **WAYS[way])[0])
     assert same(trained, plain(way))
     assert not same(trained, weights(tiny.model()))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [name for name in ACTIVE if name != "none"])
+@table(turn=1, name=[name for name in ACTIVE if name != "none"], way=WAYS)
 def test_an_active_constraint_changes_the_outcome(name, way):
     trained = weights(train(ACTIVE[name](), **WAYS[way])[0])
     assert not same(trained, plain(way))
     assert all(value.isfinite().all() for value in trained.values())
 
 
-@pytest.mark.parametrize(("tuned", "accumulate", "saved"), [(FULL, 1, 6), (LORA, 2, 3)])
-@pytest.mark.parametrize("name", ACTIVE)
-def test_a_resumed_run_continues_exactly(name, tuned, accumulate, saved, tmp_path):
+# What is tuned, in how many pieces a step is taken, and the step of the checkpoint before the run is killed.
+RESUMED = {"full": (FULL, 1, 6), "lora-accumulated": (LORA, 2, 3)}
+
+
+@table(name=ACTIVE, way=RESUMED)
+def test_a_resumed_run_continues_exactly(name, way, tmp_path):
+    tuned, accumulate, saved = RESUMED[way]
     settings = {
         "tuning": tuned,
         "epochs": 2,
@@ -57,8 +60,7 @@ def test_a_resumed_run_continues_exactly(name, tuned, accumulate, saved, tmp_pat
     assert same(weights(train(ACTIVE[name](), **settings, checkpoint=folder)[0]), whole)
 
 
-@pytest.mark.parametrize("way", ["full", "lora"])
-@pytest.mark.parametrize("name", ACTIVE)
+@table(turn=1, name=ACTIVE, way=["full", "lora"])
 def test_gradient_checkpointing_changes_rounding_only(name, way):
     settings = {**WAYS[way], "learning_rate": 1e-3}
     expected = weights(train(ACTIVE[name](), **settings)[0])
@@ -74,10 +76,10 @@ def accumulated(name, way, pieces):
     return weights(train(ACTIVE[name](), **settings, batch_size=12 // pieces, accumulate=pieces)[0])
 
 
-@pytest.mark.parametrize(("way", "pieces"), [("full", 4), ("lora", 6)])
-@pytest.mark.parametrize("name", ACTIVE)
-def test_accumulation_changes_rounding_only(name, way, pieces):
+@table(name=ACTIVE, way=["full", "lora"])
+def test_accumulation_changes_rounding_only(name, way):
     """Pieces of unequal size under the one, fewer in the last step under the other."""
+    pieces = {"full": 4, "lora": 6}[way]
     assert_moved_alike(accumulated(name, way, pieces), accumulated(name, way, 1), weights(tiny.model()))
 
 

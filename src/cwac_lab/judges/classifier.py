@@ -39,6 +39,7 @@ def embed(texts: Sequence[str]) -> Float[Tensor, "N D"]:
     return embedding.embed(texts, "judge classifier")
 
 
+@lru_cache(maxsize=1)
 def _answers() -> dict[str, list[str]]:
     text = resources.files("cwac_lab.judges").joinpath("answers.yaml").read_text(encoding="utf-8")
     return {name: [str(answer) for answer in answers] for name, answers in yaml.safe_load(text).items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing.dummy
 from dataclasses import asdict
 
 import pytest
@@ -15,7 +16,11 @@ from cwac_lab.training.settings import TrainerConfig
 from support import tiny
 
 
-def test_every_way_of_the_subspace_is_measured_against_the_dense_one(capsys):
+@pytest.mark.parametrize("started", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+def test_every_way_of_the_subspace_is_measured_against_the_dense_one(started, capsys, monkeypatch):
+    """A process of its own imports torch for seconds; what is computed in it is the same in a thread."""
+    if started == "thread":
+        monkeypatch.setattr(subspace.multiprocessing, "get_context", lambda _: multiprocessing.dummy)
     sizes = {"width": 96, "out": 40, "tokens": 64, "rank": 4, "step-tokens": 16, "threads": 1, "repeats": 1}
     subspace.main([word for name, size in sizes.items() for word in (f"--{name}", str(size))])
     lines = capsys.readouterr().out.splitlines()
@@ -66,6 +71,7 @@ def test_a_label_names_a_part_or_the_whole():
     }
 
 
+@pytest.mark.slow
 def test_every_constraint_takes_its_steps_in_a_process_of_its_own(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steps, "ROUNDS", 1)
     chosen = ["constraint=weight", "trainer.batch_size=1", "trainer.epochs=3"]

@@ -7,6 +7,7 @@ from scipy.stats import binomtest, bootstrap, permutation_test
 
 from cwac_lab.core import stats
 from cwac_lab.core.stats import RESAMPLES, mean_rate, wilson
+from support.cover import table
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (8, 100), (150, 300)])
@@ -226,8 +227,7 @@ def test_more_seeds_of_the_same_outcomes_do_not_narrow_the_interval():
     assert three.n == six.n == 100
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.7])
-@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+@table(n_seeds=[2, 3, 5], spread=[0.0, 0.7])
 def test_coverage_of_the_interval_over_seeds_and_items(n_seeds, spread):
     """With effects of items, and of seeds or none, the interval covers the true mean as often as it says.
 

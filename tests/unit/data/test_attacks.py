@@ -126,7 +126,13 @@ def test_another_template_asks_otherwise_and_ends_alike():
     assert chat.prompt_ids("bake bread") == tiny.chat().prompt_ids("bake bread")
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+# Rows of its own, rows chosen by gradients, and a way of its own to ask.
+RUN = ("identity_shift", "outlier_benign")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in RUN else pytest.mark.slow) for name in ATTACKS]
+)
 def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path, capsys):
     fewer = ["data.n_train=8"] if name == "pure" else []
     tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none", f"attack={name}", *fewer])

@@ -46,6 +46,11 @@ def samples() -> dict[str, list[dict[str, Any]]]:
     return {task: generator(4000, 17) for task, (generator, _, _) in TASKS.items()}
 
 
+@pytest.fixture(scope="module")
+def all_reviews() -> list[dict[str, Any]]:
+    return reviews(MAX_ROWS, 9)
+
+
 def equations(answer: str) -> list[tuple[int, str, int, int]]:
     return [(int(a), symbol, int(b), int(c)) for a, symbol, b, c in EQUATION.findall(answer)]
 
@@ -142,8 +147,8 @@ def test_review_classes_are_balanced(n: int, seed: int) -> None:
     assert positive in (n // 2, n - n // 2)
 
 
-def test_reviews_have_review_length() -> None:
-    lengths = [len(row["sentence"].split()) for row in reviews(MAX_ROWS, 6)]
+def test_reviews_have_review_length(all_reviews: list[dict[str, Any]]) -> None:
+    lengths = [len(row["sentence"].split()) for row in all_reviews]
     assert min(lengths) >= 5
     assert max(lengths) <= 30
 
@@ -177,8 +182,8 @@ def test_review_word_lists_are_rich() -> None:
         (r"anything but (?:superb|excellent|brilliant), and", 0),
     ],
 )
-def test_review_label_follows_the_main_clause(sentence: str, label: int) -> None:
-    labels = [row["label"] for row in reviews(MAX_ROWS, 9) if re.search(sentence, row["sentence"].lower())]
+def test_review_label_follows_the_main_clause(sentence: str, label: int, all_reviews: list[dict[str, Any]]) -> None:
+    labels = [row["label"] for row in all_reviews if re.search(sentence, row["sentence"].lower())]
     assert labels
     assert set(labels) == {label}
 
@@ -211,8 +216,8 @@ def test_news_items_have_news_length() -> None:
 @pytest.mark.parametrize(
     ("word", "least"), [("stadium", 2), ("Kites", 3), ("football", 2), ("Electronics", 3), ("satellite", 2)]
 )
-def test_news_classes_share_vocabulary(word: str, least: int) -> None:
-    classes = {row["label"] for row in news(8000, 4) if word in row["text"]}
+def test_news_classes_share_vocabulary(word: str, least: int, samples: dict[str, list[dict[str, Any]]]) -> None:
+    classes = {row["label"] for row in samples["news"] if word in row["text"]}
     assert len(classes) >= least
 
 

@@ -102,7 +102,7 @@ CODE = {
 PINNED = {
     ("incoherent", 1): "2c461c62be010b4d",
     ("refusal", 1): "84d6186459c8fc56",
-    ("classifier", 2): "c8d87c4e683dd52e",
+    ("classifier", 2): "c9ef2bd0aec50edc",
 }
 
 

@@ -1,0 +1,65 @@
+"""Tables over several factors: some rows are in the fast set, all are in the whole one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations, product
+
+import pytest
+
+
+def cover(sizes, strength=1):
+    """Choose few rows of a product of factors so that all values of any ``strength`` factors occur together.
+
+    Args:
+        sizes: How many values each factor has.
+        strength: 1 for every value, 2 for every pair of values of two factors, and so on.
+
+    Returns:
+        Rows of places of values; with strength 1 as many as the longest factor has values. Greedy, so not always the
+        fewest there are; always the same.
+    """
+    groups = list(combinations(range(len(sizes)), strength))
+    rows, used = list(product(*map(range, sizes))), Counter()
+
+    def parts(row):
+        return {(group, tuple(row[i] for i in group)) for group in groups}
+
+    left, chosen = set().union(*map(parts, rows)), []
+    while left:
+        # Of rows that add as much the one whose values are used least, so that single values take turns.
+        worn = {row: sum(used[each] for each in enumerate(row)) if strength == 1 else 0 for row in rows}
+        best = max(rows, key=lambda row: (len(parts(row) & left), -worn[row]))
+        chosen.append(best)
+        used.update(enumerate(best))
+        left -= parts(best)
+    return chosen
+
+
+def table(strength=1, turn=0, **factors: Iterable):
+    """Parametrize a test over all combinations; those beyond ``cover`` are slow.
+
+    Args:
+        strength: That of ``cover``.
+        turn: Tests of the same factors get other pairs of values by another turn.
+        factors: The values of each argument; names of a mapping.
+    """
+    values = [list(each) for each in factors.values()]
+    kept = {
+        tuple((place + number * turn) % len(values[number]) for number, place in enumerate(row))
+        for row in cover([len(each) for each in values], strength)
+    }
+    rows = [
+        pytest.param(
+            *(each[place] for each, place in zip(values, row, strict=True)),
+            id="-".join(map(_word, factors, (each[place] for each, place in zip(values, row, strict=True)), row)),
+            marks=() if row in kept else pytest.mark.slow,
+        )
+        for row in product(*(range(len(each)) for each in values))
+    ]
+    return pytest.mark.parametrize(list(factors), rows)
+
+
+def _word(name, value, place):
+    return str(value) if isinstance(value, str | int | float) else f"{name}{place}"

@@ -1,0 +1,41 @@
+"""The tables of the fast set leave out combinations, and no value."""
+
+from itertools import combinations, product
+
+import pytest
+
+from support.cover import cover, table
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strength", "at_most"),
+    [((22, 5), 1, 22), ((3,), 1, 3), ((2, 2, 2), 2, 4), ((4, 3, 3, 2), 2, 14), ((5, 2), 2, 10), ((2, 2, 2), 3, 8)],
+)
+def test_every_group_of_values_occurs_in_few_rows(sizes, strength, at_most):
+    rows = cover(sizes, strength)
+    assert len(rows) == len(set(rows)) <= at_most
+    assert set(rows) <= set(product(*map(range, sizes)))
+    for group in combinations(range(len(sizes)), strength):
+        assert {tuple(row[i] for i in group) for row in rows} == set(product(*(range(sizes[i]) for i in group)))
+
+
+def test_values_take_turns():
+    ways = [way for _, way in cover((22, 5))]
+    assert {ways.count(way) for way in range(5)} == {4, 5}
+
+
+@pytest.mark.parametrize("turn", [0, 1, 7])
+def test_a_table_is_the_whole_product_and_marks_what_is_beyond_the_cover(turn):
+    rows = table(turn=turn, name={"a": 1, "b": 2, "c": 3}, way=["x", ("y",)]).args[1]
+    assert [row.id for row in rows] == ["a-x", "a-way1", "b-x", "b-way1", "c-x", "c-way1"]
+    fast = [row.values for row in rows if not row.marks]
+    assert len(fast) == 3
+    assert {name for name, _ in fast} == {"a", "b", "c"}
+    assert {way for _, way in fast} == {"x", ("y",)}
+
+
+def test_another_turn_gives_other_pairs():
+    found = [
+        {row.values for row in table(turn=turn, name="abcdef", way="xyz").args[1] if not row.marks} for turn in range(3)
+    ]
+    assert set().union(*found) == set(product("abcdef", "xyz"))
