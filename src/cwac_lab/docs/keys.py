@@ -126,17 +126,23 @@ def keys_of(cls: type, prefix: str, node: dict[str, Any]) -> Iterator[Key]:
     plain = {key: value for key, value in node.items() if key in known and not isinstance(value, dict)}
     for field in fields(cls):
         name, hint = f"{prefix}.{field.name}", hints[field.name]
-        inner = next((each for each in (hint, *typing.get_args(hint)) if is_dataclass(each)), None)
-        nested = next((each for each in typing.get_args(inner or hint) if is_dataclass(each)), inner)
+        nested = _settings_in(hint)
         if nested is not None:
             mapped = typing.get_origin(hint) is dict
             yield Key(name, _kind(hint), "see its keys", "", told.get(field.name, ""))
             held = {} if mapped else node.get(field.name) or {}
-            yield from keys_of(typing.cast(type, nested), f"{name}.NAME" if mapped else name, held)
+            yield from keys_of(nested, f"{name}.NAME" if mapped else name, held)
             continue
         default = node.get(field.name, _default(field))
         shown = "see the options" if isinstance(default, dict) and default else _text(default)
         yield Key(name, _kind(hint), shown, accepted(cls, field.name, hint, plain), told.get(field.name, ""))
+
+
+def _settings_in(hint: Any) -> type | None:
+    """Return the dataclass in a type, such as that of ``dict[str, Weights | None]``; None where there is none."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    return next((found for each in typing.get_args(hint) if (found := _settings_in(each)) is not None), None)
 
 
 def _default(field: Any) -> Any:
