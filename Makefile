@@ -9,6 +9,8 @@ EXP ?= all
 SEEDS ?= 1
 PROFILE ?= embedded
 JOBS ?= null
+# Compiled files are kept, whatever else the environment says: without them every process compiles for ten seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-gemma train align prepare evaluate tables report docs site test test-all lint types format benchmark clean

@@ -2,6 +2,7 @@
 
 alike: prompts that are near-duplicates of each other, and lists of them.
 by_hand: training in a few plain lines, which baselines are compared with.
+cover: tables of tests of which the fast set tries a part, and the whole set all.
 defenses: the table of all defences, switched off and on.
 families: chat templates in the shapes of known models' own, and tokenizers for them.
 file_cases: data files as people have them, and what is read of each or said of it.
@@ -11,6 +12,7 @@ held: training a tiny model under a prepared defence.
 others: tiny models in another library's trainer under every defence.
 recorded: records of finished runs, written by hand.
 recipes: digests of the code that makes what is cached; a command as well.
+shared: what all workers of one call of pytest compute once.
 spmd: what each of several processes does in the tests of them; a command as well.
 tiny: two-layer models, their tokenizer, and the shortest runs.
 """

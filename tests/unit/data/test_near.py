@@ -143,9 +143,9 @@ def test_a_plan_that_no_longer_fits_is_cut_and_told(tmp_path, tiny_folder, monke
     root = folder(tmp_path, mine=[*different(6), *THREE], other=different(4, seed=1), fine=different(9, seed=2))
     plan = {"reference": {"mine": 1}, "test": {"mine": 8, "other": 4}}
     first = data(root, ["mine", "other", "fine"], harmful=plan, harmless={"test": {"fine": 9}})
-    asked = [replace(first, split_seed=seed) for seed in range(30)]
+    asked = [replace(first, split_seed=seed) for seed in range(8)]
     cut = [each for each in asked if build_pools(each).cut]
-    assert 0 < len(cut) < 30  # whether the one reference prompt is of the group is by chance
+    assert 0 < len(cut) < 8  # whether the one reference prompt is of the group is by chance
     asked = cut[0]
     found = build_pools(asked)
     assert found.cut == {"data.harmful.test.mine": {"dealt": 6, "planned": 8}}
