@@ -23,34 +23,32 @@ from support import spmd, tiny
 from support.defenses import ACTIVE
 from support.held import assert_moved_alike, weights
 
+STRATEGIES = ("ddp", "fsdp")
 
-def processes(modes, strategies, folder):
-    for strategy in strategies:
+
+def together(modes, folder):
+    """Let two forked processes do something under either strategy."""
+    for strategy in STRATEGIES:
         (folder / strategy).mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        distributed.launch(2, "support.spmd", [",".join(modes), ",".join(strategies), str(folder)])
+    spmd.fork(modes, STRATEGIES, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """What two processes leave; most of their time goes into their imports, so they do everything that ends well."""
-    where = tmp_path_factory.mktemp("together")
-    processes(["table", "logged", "resume"], ["ddp", "fsdp"], where)
-    return where
+    """What two processes leave."""
+    return together(["few", "logged", "resume"], tmp_path_factory.mktemp("together"))
+
+
+@pytest.fixture(params=STRATEGIES)
+def folder(request, folders):
+    return folders / request.param
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """What two processes leave of the defences that stand for all."""
-    where = tmp_path_factory.mktemp("few")
-    processes(["few"], ["ddp", "fsdp"], where)
-    return where
-
-
-@pytest.fixture(params=["ddp", "fsdp"])
-def folder(request, folders):
-    return folders / request.param
+def whole(tmp_path_factory):
+    """What they leave of every defence."""
+    return together(["table"], tmp_path_factory.mktemp("whole"))
 
 
 alone = cache(spmd.trained)
@@ -70,14 +68,14 @@ def ends_where_one_does(folder, name, tuning):
 
 
 @pytest.mark.parametrize(("strategy", "name", "tuning"), of(spmd.FEW))
-def test_two_processes_end_where_one_does(strategy, name, tuning, few):
-    ends_where_one_does(few / strategy, name, tuning)
+def test_two_processes_end_where_one_does(strategy, name, tuning, folders):
+    ends_where_one_does(folders / strategy, name, tuning)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "name", "tuning"), of(spmd.TABLE))
-def test_two_processes_end_where_one_does_under_every_defence(strategy, name, tuning, folders):
-    ends_where_one_does(folders / strategy, name, tuning)
+def test_two_processes_end_where_one_does_under_every_defence(strategy, name, tuning, whole):
+    ends_where_one_does(whole / strategy, name, tuning)
 
 
 @pytest.mark.parametrize("name", ACTIVE)
@@ -85,13 +83,11 @@ def test_what_cannot_be_sharded_says_so(name):
     assert ACTIVE[name]().shardable is (name in spmd.SHARDABLE)
 
 
-@pytest.mark.slow
 def test_accumulation_and_checkpointing_within_them(folder):
     expected, _ = spmd.trained("coupled", "full", accumulate=2)
     assert_moved_alike(load_file(folder / "levers.safetensors"), expected, weights(tiny.model()))
 
 
-@pytest.mark.slow
 def test_what_two_processes_log_is_what_one_does(folder):
     spmd.watched([CSVLogger(folder, name="", version="alone")])
     found, expected = (pd.read_csv(folder / version / "metrics.csv") for version in ("together", "alone"))
@@ -99,7 +95,6 @@ def test_what_two_processes_log_is_what_one_does(folder):
     pd.testing.assert_frame_equal(found[list(expected)], expected, rtol=0.02, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
     for name in spmd.RESUMED:
         expected, _ = alone(name, "full", **spmd.LONG)
@@ -112,9 +107,10 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others(tmp_path):
+def test_a_lost_process_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
-        processes(["lose"], ["fsdp"], tmp_path)
+        distributed.launch(2, "support.spmd", ["lose", "fsdp", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What the processes of a run do in the tests of them; the first one saves what came out. Started by a test."""
 
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from cwac_lab.defenses.literature.lisa import Lisa
 from support.defenses import ACTIVE
 from support.held import FULL, LORA, ROWS, Kill, Killed, train, weights
 
+FORK = multiprocessing.get_context("fork")
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
 SHARDABLE = [name for name in ACTIVE if name != "safegrad"]
 TUNINGS = {"full": FULL, "lora": LORA}
@@ -25,7 +28,7 @@ TABLE = {
     "fsdp": [(name, ("lora", "full")[place % 2]) for place, name in enumerate(ACTIVE) if name in SHARDABLE],
 }
 # What stands for all in the fast set: both constraints, rows that change places, both ways of tuning.
-FEW = {"ddp": [("lisa+weight", "full")], "fsdp": [("coupled", "lora")]}
+FEW = {"ddp": [("lisa+weight", "full"), ("safegrad", "lora")], "fsdp": [("coupled", "lora"), ("weight_both", "full")]}
 RESUMED = ["coupled", "lisa"]
 LONG = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
 
@@ -54,15 +57,15 @@ def rows(folder, strategy, chosen):
 
 
 def few(folder, strategy):
-    """The defences that stand for all."""
+    """The defences that stand for all, and one with what else a step can be taken with."""
     rows(folder, strategy, FEW)
+    found, _ = trained("coupled", "full", devices=2, strategy=strategy, accumulate=2, gradient_checkpointing=True)
+    save(folder, "levers", found)
 
 
 def table(folder, strategy):
     """Every defence."""
     rows(folder, strategy, TABLE)
-    found, _ = trained("coupled", "full", devices=2, strategy=strategy, accumulate=2, gradient_checkpointing=True)
-    save(folder, "levers", found)
 
 
 def watched(loggers, **settings):
@@ -99,9 +102,34 @@ def lose(folder, strategy):
     trained("coupled", "full", devices=2, strategy=strategy, callbacks=[Lost()])
 
 
+def work(modes, strategies, where):
+    with distributed.group(torch.device("cpu")):
+        for strategy in strategies:
+            for mode in modes:
+                globals()[mode](where / strategy, strategy)
+
+
+def _forked(rank, port, given):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="localhost", TORCHELASTIC_RUN_ID="forked")
+    work(*given)
+
+
+def fork(modes, strategies, where):
+    """Let two processes that have everything imported do what a launcher's would; most of their time is work."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [FORK.Process(target=_forked, args=(rank, port, (modes, strategies, where))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 if __name__ == "__main__":
     modes, strategies, where = sys.argv[1:]
-    with distributed.group(torch.device("cpu")):
-        for strategy in strategies.split(","):
-            for mode in modes.split(","):
-                globals()[mode](Path(where, strategy), strategy)
+    work(modes.split(","), strategies.split(","), Path(where))
