@@ -20,6 +20,7 @@ ASKED |= {"trainer.export", "logger.wandb"}
 NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
     *("trainer.progress_bar", "trainer.checkpoint_every_n_steps", "trainer.gradient_checkpointing", "trainer.strategy"),
+    *("align.rebuild", "align.export"),
 }
 
 
