@@ -225,6 +225,8 @@ def call(main, name, arguments, monkeypatch, capsys):
 def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
     import importlib.metadata
 
+    import cwac_lab.run.execution  # noqa: F401  what it imports asks for versions of its own
+
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
 

@@ -236,7 +236,7 @@ def test_a_lack_of_memory_names_what_takes_less(tiny_folder, tmp_path, capsys, m
 def test_pools_that_overlap_stop_the_run(tiny_folder, tmp_path, monkeypatch, capsys):
     from cwac_lab.data import pools
 
-    def careless(plan, lists, seed, group_of, owner, taken=()):
+    def careless(plan, lists, *_):
         (rows,) = lists.values()
         return {pool: rows[: sum(parts.values())] for pool, parts in plan.items()}, {}
 

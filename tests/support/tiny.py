@@ -94,8 +94,13 @@ def config(*overrides: str, name: str = "config") -> DictConfig:
 
 
 def launch(main: Callable[[DictConfig], float | None], arguments: Sequence[str], name: str = "config") -> None:
-    """Call an entry point as the command line does."""
+    """Call an entry point as the command line does.
+
+    But for one thing: Hydra composes a configuration beforehand to see whether it asks for several runs by itself,
+    which none of this project does.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
         patch.setattr("sys.argv", ["cwac_lab", *arguments])
         cli.launch(main, name)
 

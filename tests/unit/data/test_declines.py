@@ -8,6 +8,7 @@ import pytest
 from cwac_lab.config.run import read
 from cwac_lab.data.declines import RULE, declines
 from cwac_lab.data.pools import build_pools
+from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.loading import ModelFolder
 from cwac_lab.run import alignment
 from support import tiny
@@ -49,7 +50,7 @@ def test_the_rule_of_the_published_starts_stays():
 
 def test_a_start_is_known_by_this_rule_and_by_no_judge(monkeypatch):
     keys = []
-    run = read(tiny.config())
+    run = read(tiny.config("align.rebuild=true"))
 
     def cached(root, kind, key, build):
         keys.append(key)
@@ -58,6 +59,6 @@ def test_a_start_is_known_by_this_rule_and_by_no_judge(monkeypatch):
     monkeypatch.setattr(alignment, "load_chat", lambda *_: SimpleNamespace(end_id=0))
     monkeypatch.setattr(alignment, "cached_folder", cached)
     monkeypatch.setattr(alignment, "content_digest", lambda folder: "weights")
-    monkeypatch.setattr(alignment.RefusalJudge, "version", "another")
+    monkeypatch.setattr(RefusalJudge, "version", "another")
     alignment.aligned(ModelFolder(Path(), "a model", "content"), build_pools(run.data), run, print)
     assert [key["judge"] for key in keys] == ["3be1e32bf591cd0e"]
