@@ -21,7 +21,6 @@ NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
     *("align.export", "align.rebuild"),
     *("trainer.progress_bar", "trainer.checkpoint_every_n_steps", "trainer.gradient_checkpointing", "trainer.strategy"),
-    *("align.rebuild", "align.export"),
 }
 
 
