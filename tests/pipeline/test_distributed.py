@@ -37,7 +37,7 @@ def together(modes, folder):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """What two processes leave."""
-    return together(["few", "logged", "resume"], tmp_path_factory.mktemp("together"))
+    return together(["few", "logged"], tmp_path_factory.mktemp("together"))
 
 
 @pytest.fixture(params=STRATEGIES)
@@ -47,8 +47,8 @@ def folder(request, folders):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What they leave of every defence."""
-    return together(["table"], tmp_path_factory.mktemp("whole"))
+    """What they leave of every defence, and of runs that were stopped."""
+    return together(["table", "resume"], tmp_path_factory.mktemp("whole"))
 
 
 alone = cache(spmd.trained)
@@ -95,7 +95,10 @@ def test_what_two_processes_log_is_what_one_does(folder):
     pd.testing.assert_frame_equal(found[list(expected)], expected, rtol=0.02, atol=1e-5)
 
 
-def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(folder):
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, whole):
+    folder = whole / strategy
     for name in spmd.RESUMED:
         expected, _ = alone(name, "full", **spmd.LONG)
         assert_moved_alike(load_file(folder / f"{name}.safetensors"), expected, weights(tiny.model()))

@@ -65,10 +65,8 @@ FEW_IN_TRAINER = (
     ("weight", "qlora"),
     ("weight_update", "lora"),
     ("coupled", "qlora"),
-    ("kl", "qlora"),
     ("lisa", "full"),
     ("safelora", "full"),
-    ("asft", "lora"),
 )
 FEW_IN_LIGHTNING = (("weight", "qlora"), ("coupled", "lora"), ("kl", "full"), ("lisa", "lora"), ("safelora", "qlora"))
 TUNING = {"full": FULL, "lora": LORA, "qlora": QLORA}

@@ -121,6 +121,7 @@ def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     assert (tmp_path / "out" / "tables" / "mine.md").read_text() == table
 
 
+@pytest.mark.slow
 def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(tiny_folder, tmp_path, monkeypatch):
     write(tmp_path / "exp", "mine", SMALL)
     launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=2")
@@ -164,7 +165,7 @@ def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(
 def test_a_failing_cell_stops_no_other(tiny_folder, tmp_path, capsys):
     write(tmp_path / "exp", "mine", {**SMALL, "cells": [{"constraint": ["magic", "none"]}, {"harmful_ratio": 7}]})
     with pytest.raises(SystemExit) as stopped:
-        launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine")
+        launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "jobs=1")
     assert stopped.value.code == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "constraint=magic" in out
@@ -172,6 +173,7 @@ def test_a_failing_cell_stops_no_other(tiny_folder, tmp_path, capsys):
     assert set(results.load(tmp_path / "out")["status"]) == {"ok"}
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_its_process_takes_no_other_with_it(monkeypatch):
     work = [("fine", str(i)) for i in range(4)] + [("kill",)] + [("fine", str(i)) for i in range(4, 9)]
     monkeypatch.setattr(runner, "_work", perhaps_die)
@@ -188,6 +190,7 @@ def test_workers_are_not_forked_where_a_gpu_may_have_been_asked_for(accelerated,
     assert runner._fresh().get_start_method() == way
 
 
+@pytest.mark.slow
 def test_workers_see_the_environment_of_now(monkeypatch):
     monkeypatch.setattr(runner, "_work", tell)
     for value in ("a", "b"):

