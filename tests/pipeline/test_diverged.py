@@ -14,7 +14,7 @@ from cwac_lab.defenses.cwac.sae.train import train as train_sae
 from cwac_lab.defenses.interface import Composite, Defense
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.report.console import Screen
-from cwac_lab.report.records import records
+from cwac_lab.report.grouping import records
 from cwac_lab.results.store import runs
 from cwac_lab.sweep import runner
 from cwac_lab.sweep.cells import Cells

@@ -12,6 +12,7 @@ held: training a tiny model under a prepared defence.
 others: tiny models in another library's trainer under every defence.
 recorded: records of finished runs, written by hand.
 recipes: digests of the code that makes what is cached; a command as well.
+settings: settings with another value.
 shared: what all workers of one call of pytest compute once.
 spmd: what each of several processes does in the tests of them; a command as well.
 tiny: two-layer models, their tokenizer, and the shortest runs.

@@ -21,8 +21,8 @@ from cwac_lab.diagnostics.evidence import PREFIX, correlations
 from cwac_lab.judges.__main__ import by_kind, runnable, said_of_written
 from cwac_lab.judges.base import Judge
 from cwac_lab.report.files import NOTE, page
+from cwac_lab.report.grouping import Row, records
 from cwac_lab.report.paired import compare
-from cwac_lab.report.records import Row, records
 from cwac_lab.report.tables import TITLES
 from cwac_lab.report.views import views
 from cwac_lab.results import load, select

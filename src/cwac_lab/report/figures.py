@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwac_lab.core.cache import digest
-from cwac_lab.report.records import SETTING, Row, finished, grouped
+from cwac_lab.report.grouping import SETTING, Row, finished, grouped
 from cwac_lab.report.tables import heading, rate_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from cwac_lab.core.cache import digest, file_digest, read_json, write_json, write_text
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.core.provenance import sources
-from cwac_lab.report.records import Row
+from cwac_lab.report.grouping import Row
 from cwac_lab.results.store import Record
 
 NOTE = (
@@ -83,8 +83,8 @@ def page(rows: list[Row], name: str) -> str:
 
 def _write(root: Path, name: str, found: list[Record], say: Callable[[str], None]) -> list[Path]:
     from cwac_lab.report.figures import draw
+    from cwac_lab.report.grouping import finished, records
     from cwac_lab.report.latex import latex
-    from cwac_lab.report.records import finished, records
     from cwac_lab.report.tables import numbers
 
     rows = records(found, say)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from cwac_lab.evaluation.metrics import METRICS
-from cwac_lab.report.records import SETTING, Row
+from cwac_lab.report.grouping import SETTING, Row
 from cwac_lab.report.tables import COUNTS, TITLES, heading, ranked, summary
 
 COLUMNS = ("harmful_score", "finetune_accuracy", "over_refusal")

@@ -18,9 +18,9 @@ from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
+from cwac_lab.report.grouping import RATES, SETTING, Row, finished, grouped, records, said
 from cwac_lab.report.paired import CAPTION as PAIRED
 from cwac_lab.report.paired import differences
-from cwac_lab.report.records import RATES, SETTING, Row, finished, grouped, records, said
 from cwac_lab.report.tables import CAPTION, column_title, heading, ranked, rate_of, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import Record

@@ -12,7 +12,7 @@ from cwac_lab.core.errors import LabError, one_of
 from cwac_lab.core.stats import Difference, holm, paired_difference, sign_flip_p
 from cwac_lab.evaluation.metrics import METRICS
 from cwac_lab.evaluation.verdicts import outcomes
-from cwac_lab.report.records import OWN, SETTING, Row, finished, grouped
+from cwac_lab.report.grouping import OWN, SETTING, Row, finished, grouped
 from cwac_lab.report.tables import heading
 
 # Column: the rate, and what is compared with.
@@ -118,7 +118,7 @@ def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> t
     ratio and training are left out.
 
     Args:
-        ours: Records of one method (``records.records``), e.g. of ``results.select``.
+        ours: Records of one method (``grouping.records``), e.g. of ``results.select``.
         other: Records of the other.
         rate: ``harmful_score``, ``finetune_accuracy``, ``over_refusal`` or ``over_refusal_lookalike``.
 

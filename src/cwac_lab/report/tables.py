@@ -8,8 +8,7 @@ import pandas as pd
 
 from cwac_lab.core.stats import Rate, mean_rate
 from cwac_lab.evaluation.metrics import SHOWN
-from cwac_lab.report.published import PAPER_TASKS, published
-from cwac_lab.report.records import (
+from cwac_lab.report.grouping import (
     ACROSS_TASKS,
     PLAIN_ATTACK,
     SETTING,
@@ -18,6 +17,7 @@ from cwac_lab.report.records import (
     grouped,
     outcome_matrix,
 )
+from cwac_lab.report.published import PAPER_TASKS, published
 
 TITLES = {name: f"{metric.heading} {metric.arrow}" for name, metric in SHOWN.items()}
 # The column after each rate: on how many prompts or rows it is.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from cwac_lab.core.errors import MissingAsset
-from cwac_lab.report.records import RATES, said
+from cwac_lab.report.grouping import RATES, said
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
@@ -74,8 +74,8 @@ def log_store(root: Path, project: str, *, offline: bool, say: Callable[[str], N
     import wandb
 
     from cwac_lab.report.figures import draw
+    from cwac_lab.report.grouping import finished, records
     from cwac_lab.report.paired import differences
-    from cwac_lab.report.records import finished, records
     from cwac_lab.report.tables import summary
 
     rows = records(list(store.runs(root)), say)

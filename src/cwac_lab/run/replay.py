@@ -13,7 +13,7 @@ from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.core.overrides import parsed
 from cwac_lab.evaluation.metrics import METRICS
 from cwac_lab.report.console import Screen
-from cwac_lab.report.records import said
+from cwac_lab.report.grouping import said
 from cwac_lab.results.store import Record, RunFolder, flat
 from cwac_lab.run.execution import carry_out
 

@@ -12,9 +12,9 @@ from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import normalise
 from cwac_lab.report.console import Screen
 from cwac_lab.report.figures import draw
+from cwac_lab.report.grouping import records
 from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
-from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results.store import runs
 from cwac_lab.run.execution import execute

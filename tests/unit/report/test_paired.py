@@ -1,8 +1,8 @@
 import pytest
 
 from cwac_lab.core.errors import ConfigError, LabError
+from cwac_lab.report.grouping import records
 from cwac_lab.report.paired import compare, differences
-from cwac_lab.report.records import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results.store import runs
 from support.recorded import record, settings

@@ -7,9 +7,9 @@ from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.stats import wilson
 from cwac_lab.report.figures import draw, pareto
+from cwac_lab.report.grouping import records
 from cwac_lab.report.latex import latex
 from cwac_lab.report.paired import differences
-from cwac_lab.report.records import records
 from cwac_lab.report.tables import COUNTS, averages, markdown, numbers, summary
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny

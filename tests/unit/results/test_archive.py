@@ -11,8 +11,8 @@ from cwac_lab import archive as entry
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.report import figures, page
 from cwac_lab.report.files import write
+from cwac_lab.report.grouping import records, said
 from cwac_lab.report.paired import differences
-from cwac_lab.report.records import records, said
 from cwac_lab.report.tables import summary
 from cwac_lab.results import load, schema2, select
 from cwac_lab.results.archive import RECORDS, SAID, add, archived

@@ -8,7 +8,7 @@ import pytest
 
 from cwac_lab.diagnostics.evidence import correlations
 from cwac_lab.judges import JUDGES
-from cwac_lab.report.records import records
+from cwac_lab.report.grouping import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results import load
 from cwac_lab.results.store import runs
