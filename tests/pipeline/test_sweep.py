@@ -24,8 +24,8 @@ SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmf
 
 
 def write(root, name, content):
-    (root / name).mkdir(parents=True, exist_ok=True)
-    (root / name / grid.FILE).write_text(yaml.safe_dump(content, sort_keys=False))
+    root.mkdir(parents=True, exist_ok=True)
+    (root / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def launch(tiny_folder, root, output, *more):
@@ -41,30 +41,29 @@ def test_the_cells_of_a_grid(tmp_path):
         {"constraint": ["none", "[weight,lisa]"], "harmful_ratio": [0, 0.1]}, {"constraint": "none", "finetune": True},
     ]}  # fmt: skip
     write(tmp_path, "mine", content)
-    found = grid.read(tmp_path / "mine", "embedded")
+    found = grid.read(tmp_path / "mine.yaml", "embedded")
     assert len(found.cells) == 5
     assert found.cells[2] == ("profile=embedded", "task=sst2", "constraint=[weight,lisa]", "harmful_ratio=0")
     assert found.cells[4] == ("profile=embedded", "task=sst2", "harmful_ratio=0.2", "constraint=none", "finetune=true")
     runs = found.runs(2)
     assert len(runs) == len(set(runs)) == 1 + 10
     assert runs[0] == ("profile=embedded", "task=sst2", "finetune=false")
-    assert "task=gsm8k" in grid.read(tmp_path / "mine", "paper").cells[0]
+    assert "task=gsm8k" in grid.read(tmp_path / "mine.yaml", "paper").cells[0]
 
 
 def test_the_cells_of_a_profile_replace_the_others(tmp_path):
     write(tmp_path, "mine", {**SMALL, "profiles": {"small": {"task": "gsm8k", "cells": [{"constraint": "kl"}]}}})
-    cells = {profile: grid.read(tmp_path / "mine", profile).cells for profile in ("small", "paper")}
+    cells = {profile: grid.read(tmp_path / "mine.yaml", profile).cells for profile in ("small", "paper")}
     assert cells["small"] == (("profile=small", "task=gsm8k", "harmful_ratio=0.2", "constraint=kl"),)
     assert len(cells["paper"]) == 2
 
 
 @pytest.mark.parametrize("profile", some(("embedded", "small", "paper"), "embedded"))
-@pytest.mark.parametrize("folder", grid.find(ROOT / "experiments", None), ids=lambda folder: folder.name)
-def test_every_grid_of_the_project_composes(folder, profile):
+@pytest.mark.parametrize("file", grid.find(ROOT / "experiments" / "grids", None), ids=lambda file: file.stem)
+def test_every_grid_of_the_project_composes(file, profile):
     """Each value of each key, and each constraint with each model."""
-    assert (folder / "README.md").is_file()
     seen = set()
-    for overrides in grid.read(folder, profile).runs(1):
+    for overrides in grid.read(file, profile).runs(1):
         named = tuple(o for o in overrides if o.partition("=")[0] in ("model", "constraint", "finetune"))
         if not seen.issuperset({named, *overrides}):
             seen.update({named, *overrides})
@@ -78,7 +77,7 @@ def test_a_start_is_asked_as_each_attack_of_the_grid_asks():
         attack = runner.composed((*overrides, "trainer.accelerator=cpu")).attack
         return attack.prefix, attack.prefill, attack.template
 
-    runs = grid.read(ROOT / "experiments" / "attacks", "embedded").runs(1)
+    runs = grid.read(ROOT / "experiments" / "grids" / "attacks.yaml", "embedded").runs(1)
     starts = [asked(overrides) for overrides in runs if "finetune=false" in overrides]
     trained = {o: overrides for overrides in runs for o in overrides if o.startswith("attack=")}
     assert len(starts) == len(set(starts)) == 4
@@ -90,17 +89,17 @@ def test_a_start_is_asked_as_each_attack_of_the_grid_asks():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"cell": []}, "mine/grid.yaml: cell=.*accepted: one of the keys title, "),
-        ({"title": "x"}, "mine/grid.yaml: cells=None: accepted: a list of blocks"),
-        ({"cells": ["none"]}, r"mine/grid.yaml: cells\[0\]=none: accepted: a mapping"),
+        ({"cell": []}, "mine.yaml: cell=.*accepted: one of the keys title, "),
+        ({"title": "x"}, "mine.yaml: cells=None: accepted: a list of blocks"),
+        ({"cells": ["none"]}, r"mine.yaml: cells\[0\]=none: accepted: a mapping"),
     ],
 )
 def test_a_grid_that_cannot_be_read(content, message, tmp_path):
     write(tmp_path, "mine", content)
     with pytest.raises(ConfigError, match=message):
-        grid.read(tmp_path / "mine", "embedded")
-    with pytest.raises(MissingAsset, match=r"exp=other: no grid.yaml .* accepted: mine"):
-        grid.read(tmp_path / "other", "embedded")
+        grid.read(tmp_path / "mine.yaml", "embedded")
+    with pytest.raises(MissingAsset, match=r"exp=other: no other.yaml .* accepted: mine"):
+        grid.read(tmp_path / "other.yaml", "embedded")
 
 
 @pytest.mark.parametrize("jobs", some([1, 2], 1))

@@ -56,14 +56,14 @@ _ANSWERING = ("evaluation.generate", "models.chat:ChatFormat", "models.prefix:op
 PACKAGE = Recipe("models", 1, ("package", "version", "architecture"), ("models.packaged",))
 ALIGNED = Recipe(
     "aligned",
-    5,
+    6,
     (
         *("judge", "start", "end", "prompts", "refusals", "answer_tokens", "trainer", "factors", "chat_template"),
         "measured_on",
     ),
     (
-        *("run.alignment", "models.shipped", "models.adapters:attach", "training.loop:fit", "training.module"),
-        *("models.answers", "data.batches", *_ANSWERING),
+        *("run.alignment", "run.distillation", "models.shipped", "models.adapters:attach", "training.loop:fit"),
+        *("training.module", "models.answers", "data.batches", "defenses.literature.start", *_ANSWERING),
     ),
 )
 # The start that travels with the package, merged. ``adapter`` is its content.

@@ -38,6 +38,7 @@ _CALLED = {"attack.name": "mixed", "forms.name": "own"}
 # Experiments whose runs were measured inside, in the order in which their correlations were published.
 MEASURED = ("sst2_tuned", "sst2_attacks", "sst2_between")
 _TITLE = re.compile(r"((?:^# .*\n)+)^(\w+):", re.MULTILINE)
+_SECTION = re.compile(r"^## (\w+)\n\n(.+)$", re.MULTILINE)
 _SHOWN = re.compile(r"figures/([\w.-]+\.svg)")
 
 
@@ -63,22 +64,25 @@ def rows_of(folder: Path, name: str, query: str) -> list[Row]:
     return records(select(folder, f"{folder.name}/{VIEWS}: {name}", query), _no_complaint)
 
 
-def table(folder: Path, name: str, query: str) -> str:
-    """Return the page of one table."""
-    title = _titles(folder / VIEWS)[name]
-    where = f"experiments/{folder.name}"
+def experiment(folder: Path) -> str:
+    """Return the page of an experiment: a section a table, and one of the methods that are compared."""
+    where, title = f"experiments/{folder.name}", _titles(folder / VIEWS)
     command = f"    python -m cwac_lab.tables output_root={where} views={where}/{VIEWS}"
-    head = f"# {title[0].upper()}{title[1:]}\n\nMade by `make docs` of the records in `{where}`, as by\n\n{command}\n\n"
-    return head + page(rows_of(folder, name, query), name)
+    parts = [f"# {folder.name}\n\nMade by `make docs` of the records in `{where}`, as by\n\n{command}\n"]
+    for name, query in views(str(folder / VIEWS)).items():
+        words = f"{title[name][0].upper()}{title[name][1:]}."
+        parts.append(f"## {name}\n\n{words}\n\n{page(rows_of(folder, name, str(query)), name)}")
+    if (folder / PAIRS).is_file():
+        parts.append(pairs(folder))
+    return "\n".join(parts)
 
 
 def pairs(folder: Path) -> str:
-    """Return the page of the methods of an experiment that are compared with one another."""
+    """Return the section of the methods of an experiment that are compared with one another."""
     told = yaml.safe_load((folder / PAIRS).read_text(encoding="utf-8"))
     lines = [
-        f"# Methods beside one another: {folder.name}\n",
-        f"Made by `make docs` of the records in `experiments/{folder.name}` and the queries of its `{PAIRS}`, by "
-        "`cwac_lab.report.paired.compare`.\n",
+        "## pairs\n",
+        f"Methods beside one another: the queries of `{PAIRS}`, compared by `cwac_lab.report.paired.compare`.\n",
         "Points [95 % interval], the first method less the second, on the same items and seeds; ↓ below zero is "
         "better, ↑ above zero is better. The interval is over seeds and items. p is the exact sign-flip test's over "
         "items: it takes the seeds as given and is not adjusted. n: items in each seed.\n",
@@ -166,13 +170,15 @@ def judged_by_kind(judges: list[Judge], said: dict[str, list[str]]) -> str:
 
 def pages(experiments: Path) -> dict[str, str]:
     """Return the text of every file of ``docs/tables``, by name; the index is ``README.md``."""
-    found = {f"{folder.name}-{name}.md": table(folder, name, query) for folder, name, query in _tables(experiments)}
-    found |= {f"{file.parent.name}-pairs.md": pairs(file.parent) for file in sorted(experiments.glob(f"*/{PAIRS}"))}
+    found = {f"{file.parent.name}.md": experiment(file.parent) for file in sorted(experiments.glob(f"*/{VIEWS}"))}
     judges = runnable()
     said = {judge.name: said_of_written(judge) for judge in judges}
     found |= {"drift.md": drift(experiments), "judges.md": judged_by_kind(judges, said)}
     lines = ["# Long tables\n", "Made by `make docs` of the records that travel with the project.\n"]
-    lines += [f"- [{text.splitlines()[0].removeprefix('# ')}]({name})" for name, text in sorted(found.items())]
+    for name, text in sorted(found.items()):
+        lines.append(f"- [{text.splitlines()[0].removeprefix('# ')}]({name})")
+        for section, words in _SECTION.findall(text):
+            lines.append(f"    - [{section}]({name}#{section}): {words[0].lower()}{words[1:]}")
     return {**found, "README.md": "\n".join(lines) + "\n"}
 
 

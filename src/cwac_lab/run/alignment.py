@@ -24,13 +24,13 @@ from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.data.taught import digests
-from cwac_lab.defenses.interface import Defense
 from cwac_lab.evaluation.generate import answers
 from cwac_lab.evaluation.sets import TOKENS, PromptSet, judge, rates
 from cwac_lab.models import adapters, shipped
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import ModelFolder, choose_weights, content_digest, load_chat, load_model
+from cwac_lab.run.distillation import Distillation
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, TrainerConfig
 
@@ -85,11 +85,12 @@ def own_answers(model: Any, chat: ChatFormat, rows: list[PromptRow], run: Run) -
     ]
 
 
-def _train(model: Any, examples: list[Encoded], pad_id: int, run: Run, adapter: Path) -> None:
+def _train(model: Any, refusals: list[Encoded], own: list[Encoded], pad_id: int, run: Run, adapter: Path) -> None:
     """Train factors beside a model's weights and write them down as an adapter."""
     tuning = _tuning(run)
     adapters.attach(model, tuning, ALIGNMENT_SEED)
-    fit(model, examples, pad_id, Defense(), _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
+    loss = Distillation(model, pad_id, own)
+    fit(model, [*refusals, *own], pad_id, loss, _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
     modules = sorted(path.rpartition(".")[2] for path in adapters.TARGETS[tuning.modules])
     settings = {"r": tuning.rank, "lora_alpha": tuning.alpha, "target_modules": modules}
     shipped.save_adapter(model, settings, adapter)
@@ -121,14 +122,14 @@ def _build(
     harmless = [pools.get(kind, ALIGNMENT) for kind in ("lookalike", "harmless")]
     before = _measure(model, chat, pools, run)
     say(f"aligning: {len(harmful)} refusals, {sum(map(len, harmless))} harmless prompts (own answers, generated now)")
-    examples = [chat.encode(row.prompt, refusal(row)) for row in harmful]
-    for rows in harmless:
-        examples += own_answers(model, chat, rows, run)
-    for line in chat.told_cut(sum(example.cut for example in examples), len(examples), "rows of alignment"):
+    refusals = [chat.encode(row.prompt, refusal(row)) for row in harmful]
+    own = [example for rows in harmless for example in own_answers(model, chat, rows, run)]
+    cut = sum(example.cut for example in (*refusals, *own))
+    for line in chat.told_cut(cut, len(refusals) + len(own), "rows of alignment"):
         say(line)
     adapter = folder / ADAPTER
-    _train(model, examples, chat.pad_id, run, adapter)
-    made_of = {"refusals": len(harmful), "own_answers": len(examples) - len(harmful)}
+    _train(model, refusals, own, chat.pad_id, run, adapter)
+    made_of = {"refusals": len(refusals), "own_answers": len(own)}
     write_json(adapter / shipped.RECIPE, _recipe(start, pools, made_of, run))
     _merge(start, chat, adapter, folder)
     after = _measure(load_model(folder, device=run.trainer.device), chat, pools, run)

@@ -30,16 +30,16 @@ def chosen(asked: DictConfig) -> list[Grid]:
 
     Raises:
         ConfigError: If ``seeds`` or ``jobs`` is below 1, or there is no such experiment.
-        MissingAsset: If there is no experiment with a grid.
+        MissingAsset: If there is no grid.
     """
     in_range("seeds", asked.seeds, 1)
     if asked.jobs is not None:
         in_range("jobs", asked.jobs, 1)
     names = list(asked.exp) if isinstance(asked.exp, ListConfig) else [str(asked.exp)]
-    folders = grid.find(Path(asked.experiments_root), None if names == ["all"] else names)
-    if not folders:
-        raise MissingAsset(f"experiments_root={asked.experiments_root}: no experiment with a {grid.FILE} there")
-    return [grid.read(folder, asked.profile_name) for folder in folders]
+    files = grid.find(Path(asked.experiments_root), None if names == ["all"] else names)
+    if not files:
+        raise MissingAsset(f"experiments_root={asked.experiments_root}: no grid (NAME{grid.SUFFIX}) there")
+    return [grid.read(file, asked.profile_name) for file in files]
 
 
 def fitting(profile: str) -> int:

@@ -15,7 +15,7 @@ from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.data.attacks import ASKING
 
-FILE = "grid.yaml"
+SUFFIX = ".yaml"
 _KEYS = ("title", "fixed", "cells", "start", "profiles")
 
 
@@ -24,7 +24,7 @@ class Grid:
     """The cells of one experiment.
 
     Attributes:
-        name: Folder of the experiment.
+        name: Name of the experiment: that of its file.
         title: What the table is about.
         cells: Overrides of every cell, the seed left out.
         start: Whether the start model itself is the first row.
@@ -83,7 +83,7 @@ def _options(block: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return list(product(*axes))
 
 
-def read(folder: Path, profile: str) -> Grid:
+def read(file: Path, profile: str) -> Grid:
     """Read an experiment's grid for a profile.
 
     The file has ``title``; ``fixed``: overrides of all cells; ``cells``: a list of blocks, each the product of its
@@ -91,34 +91,34 @@ def read(folder: Path, profile: str) -> Grid:
     ``cells`` that replace the others.
 
     Raises:
-        MissingAsset: If the folder holds no grid.
+        MissingAsset: If there is no such file.
         ConfigError: If the file has unknown keys or no cells.
     """
-    file = folder / FILE
+    name = file.stem
     if not file.is_file():
-        known = sorted(path.parent.name for path in folder.parent.glob(f"*/{FILE}"))
-        raise MissingAsset(f"exp={folder.name}: no {FILE} in {folder}; accepted: {' | '.join(known)}")
+        known = " | ".join(path.stem for path in find(file.parent, None))
+        raise MissingAsset(f"exp={name}: no {file.name} in {file.parent}; accepted: {known}")
     text = yaml.safe_load(file.read_text(encoding="utf-8"))
     for key in text:
         if key not in _KEYS:
-            raise ConfigError(f"{folder.name}/{FILE}: {key}", text[key], f"one of the keys {', '.join(_KEYS)}")
+            raise ConfigError(f"{file.name}: {key}", text[key], f"one of the keys {', '.join(_KEYS)}")
     if not text.get("cells"):
-        raise ConfigError(f"{folder.name}/{FILE}: cells", text.get("cells"), "a list of blocks")
+        raise ConfigError(f"{file.name}: cells", text.get("cells"), "a list of blocks")
     own = dict(text.get("profiles", {}).get(profile, {}))
     blocks = own.pop("cells", text["cells"])
     fixed = {**text.get("fixed", {}), **own}
     cells = []
     for number, block in enumerate(blocks):
         if not isinstance(block, Mapping):
-            where = f"{folder.name}/{FILE}: cells[{number}]"
+            where = f"{file.name}: cells[{number}]"
             raise ConfigError(where, block, "a mapping of configuration keys to a value or a list of values")
         rest = {key: value for key, value in fixed.items() if key not in block}
         cells += [(f"profile={profile}", *cell) for cell in _options({**rest, **block})]
-    return Grid(folder.name, str(text.get("title", folder.name)), tuple(dict.fromkeys(cells)), bool(text.get("start")))
+    return Grid(name, str(text.get("title", name)), tuple(dict.fromkeys(cells)), bool(text.get("start")))
 
 
 def find(root: Path, names: list[str] | None) -> list[Path]:
-    """Return the folders of the named experiments, or of all that have a grid."""
+    """Return the files of the named experiments, or of all."""
     if names:
-        return [root / name for name in names]
-    return sorted(path.parent for path in root.glob(f"*/{FILE}"))
+        return [root / (name + SUFFIX) for name in names]
+    return sorted(root.glob("*" + SUFFIX))

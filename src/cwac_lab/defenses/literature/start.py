@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cwac_lab.core.errors import LabError
@@ -61,13 +61,23 @@ class StartValues:
             values = torch.split(compute(batch).cpu(), answer_counts(batch["labels"]).tolist())
             self._values.update(zip(_keys(batch), (value.clone() for value in values), strict=True))
 
-    def of(self, batch: Batch) -> Float[Tensor, "N ..."]:
+    def known(self, batch: Batch) -> Bool[Tensor, " B"]:
+        """Tell which rows of a batch are known."""
+        return torch.tensor([key in self._values for key in _keys(batch)], device=batch["labels"].device)
+
+    def of(self, batch: Batch, rows: Bool[Tensor, " B"] | None = None) -> Float[Tensor, "N ..."]:
         """Return the values at the N answer tokens of a batch of known rows.
+
+        Args:
+            batch: The batch.
+            rows: Which of its rows are asked for; None stands for all.
 
         Raises:
             LabError: If one is not known: it was changed between the epochs.
         """
         keys = _keys(batch)
+        if rows is not None:
+            keys = [key for key, asked in zip(keys, rows.tolist(), strict=True) if asked]
         unknown = sum(key not in self._values for key in keys)
         if unknown:
             raise LabError(
@@ -89,10 +99,14 @@ class StartLogits:
             self._head = copy.deepcopy(self._head).requires_grad_(False)
         self._states = StartValues(lambda batch: answer_states(model, batch)[0], rows, pad_id, model.device)
 
+    def known(self, batch: Batch) -> Bool[Tensor, " B"]:
+        """Tell which rows of a batch are known."""
+        return self._states.known(batch)
+
     @torch.no_grad()
-    def of(self, batch: Batch) -> Float[Tensor, "N V"]:
-        """Return the logits at the N answer tokens of a batch of known rows."""
-        return logits_of(self._model, self._states.of(batch), self._head)
+    def of(self, batch: Batch, rows: Bool[Tensor, " B"] | None = None) -> Float[Tensor, "N V"]:
+        """Return the logits at the N answer tokens of a batch of known rows, or of those of its rows asked for."""
+        return logits_of(self._model, self._states.of(batch, rows), self._head)
 
 
 class StartModel:
