@@ -42,7 +42,7 @@ class AlignConfig:
     epochs: int = 2
     learning_rate: float = 1e-3
     batch_size: int = 8
-    answer_tokens: int = 32
+    answer_tokens: int = 16
     rank: int = 16
     alpha: float = 32.0
 
