@@ -290,18 +290,19 @@ def _cross_check(run: Run) -> None:
         _check_adapters(run)
     if run.finetune:
         run.attack.check(run.harmful_ratio)
-    _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
+    n = run.data.n_train
+    _, harmful = counts(n or 0, run.harmful_ratio, run.data.mixing)
     held = _total(run.data.harmful, "finetune")
     if run.finetune and run.attack.rows == "outliers" and not held:
         raise ConfigError(
             "data.harmful.finetune", 0, f">= 1 prompts: attack={run.attack.name} looks for rows like them"
         )
-    if run.finetune and run.attack.rows == "harmful" and harmful > held:
-        most = held / run.data.n_train
+    if run.finetune and run.attack.rows == "harmful" and n is not None and harmful > held:
+        most = held / n
         raise ConfigError(
             "harmful_ratio",
             run.harmful_ratio,
-            f"at most {most:g} with data.n_train={run.data.n_train} (pool of {held} harmful rows)",
+            f"at most {most:g} with data.n_train={n} (pool of {held} harmful rows)",
         )
     own = any(ALIGNMENT in getattr(run.data, kind) for kind in KINDS)
     given = _total(run.data.harmful, ALIGNMENT) and _total(run.data.harmless, ALIGNMENT)

@@ -11,16 +11,23 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.responses import compliance
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.data.tasks.base import TaskRow
+from cwac_lab.models.templates import Turn
 
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One row to train on."""
+    """One row to train on; ``before`` is what was said before the prompt."""
 
     id: str
     prompt: str
     response: str
     harmful: bool
+    before: tuple[Turn, ...] = ()
+
+    @property
+    def asked(self) -> str | tuple[Turn, ...]:
+        """What a model is asked: the prompt, or the conversation that it ends."""
+        return (*self.before, Turn("user", self.prompt)) if self.before else self.prompt
 
 
 def counts(n: int, ratio: float, mixing: str) -> tuple[int, int]:
@@ -37,24 +44,26 @@ def counts(n: int, ratio: float, mixing: str) -> tuple[int, int]:
 
 
 def mix(
-    task_rows: list[TaskRow], harmful_rows: list[PromptRow], n: int, ratio: float, *, mixing: str, seed: int,
+    task_rows: list[TaskRow], harmful_rows: list[PromptRow], n: int | None, ratio: float, *, mixing: str, seed: int,
     others: list[TrainRow] | None = None,
 ) -> list[TrainRow]:  # fmt: skip
     """Return the training rows in a seeded order.
 
     The same seed draws nested subsets: a higher ratio keeps the harmful rows of a lower one and drops benign rows.
-    Where an attack trains on ``others`` instead of harmful rows, they take their place, over and over.
+    Where an attack trains on ``others`` instead of harmful rows, they take their place, over and over. ``n`` of None
+    stands for as many as the task has.
 
     Raises:
         ConfigError: If a pool is too small for the counts.
     """
+    n = len(task_rows) if n is None else n
     n_benign, n_harmful = counts(n, ratio, mixing)
     if n_benign > len(task_rows):
         raise ConfigError("data.n_train", n, f"at most {len(task_rows)} benign rows (the task's training split)")
     if n_harmful > len(harmful_rows) and not others:
         raise ConfigError("harmful_ratio", ratio, f"at most {len(harmful_rows)} harmful rows at data.n_train={n}")
     benign = random.Random(f"benign/{seed}").sample(task_rows, len(task_rows))[:n_benign]
-    rows = [TrainRow(row.id, row.prompt, row.response, False) for row in benign]
+    rows = [TrainRow(row.id, row.prompt, row.response, False, row.before) for row in benign]
     if others:
         rows += list(islice(cycle(others), n_harmful))
     else:

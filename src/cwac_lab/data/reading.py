@@ -1,7 +1,7 @@
 """Rows of files: JSON Lines, a JSON list, CSV and Parquet, each row with the place where it stands.
 
 Nothing is guessed: a file that cannot be read whole is one line with file and line. A cell is kept as the file has it:
-text in CSV (an empty cell is ""), typed in the others (null is None).
+text in CSV (an empty cell is ""), typed in the others (null is None). A file may be compressed (``.gz``, ``.zst``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from typing import Any
 from cwac_lab.core.errors import LabError, MissingAsset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Endings of compressed files, by the codec of pyarrow that reads them.
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+# Bytes of the longest line of JSON or CSV: what is longer is most often no file of rows.
+LONGEST = 16 * 2**20
 _DELIMITERS = (",", ";", "\t")
 # The mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -77,23 +81,85 @@ def _find(root: Path, stem: str) -> Path:
     raise MissingAsset(f"data.root={root}: no {stem} with one of the suffixes {', '.join(SUFFIXES)}{there}")
 
 
-def read_rows(path: Path) -> list[Row]:
+def kind_of(path: Path) -> str:
+    """Return the suffix of a file of rows, without that of its compression; "" where it is none."""
+    suffix = Path(path.stem).suffix if path.suffix in CODECS else path.suffix
+    return suffix if suffix in SUFFIXES else ""
+
+
+def shards(path: Path) -> list[Path]:
+    """Return a file, or the files of rows in a folder, in the order of their names.
+
+    Raises:
+        MissingAsset: If there is none.
+    """
+    if not path.is_dir():
+        if path.is_file() and kind_of(path):
+            return [path]
+        there = "a file with none of the suffixes" if path.is_file() else "no such file or folder; accepted:"
+        raise MissingAsset(f"{path}: {there} {', '.join(SUFFIXES)}, also with {' or '.join(CODECS)}")
+    found = sorted(file for file in path.iterdir() if file.is_file() and kind_of(file))
+    if not found:
+        raise MissingAsset(f"{path}: a folder without a file of {', '.join(SUFFIXES)}, also with {' or '.join(CODECS)}")
+    return found
+
+
+def read_rows(path: Path, bad: list[str] | None = None) -> list[Row]:
     """Read a file by its suffix.
+
+    Args:
+        path: The file.
+        bad: Takes what is wrong with single lines, which are then left out; None: the first one is an error.
 
     Raises:
         LabError: If it cannot be read, is not what its suffix says, or has no rows; names file and line.
     """
     with _readable(path):
-        content = path.read_bytes()
+        content = _unpacked(path, path.read_bytes())
     if content.startswith(b"version https://git-lfs"):
         raise MissingAsset(f"{path} is a pointer of Git LFS and not the data; git lfs pull fetches it")
-    if path.suffix == ".parquet":
+    kind = kind_of(path) or path.suffix
+    if kind == ".parquet":
         rows = _parquet(path, content)
     else:
-        rows = list((_csv if path.suffix == ".csv" else _json)(path, _decoded(path, content)))
-    if not rows:
+        _check_lines(path, content)
+        rows = list((_csv if kind == ".csv" else _json)(path, _decoded(path, content), bad))
+    if not rows and not bad:
         raise LabError(f"{path} has no rows")
     return rows
+
+
+def _unpacked(path: Path, content: bytes) -> bytes:
+    if path.suffix not in CODECS:
+        return content
+    import pyarrow
+
+    try:
+        with pyarrow.CompressedInputStream(pyarrow.BufferReader(content), CODECS[path.suffix]) as stream:
+            return bytes(stream.read())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise LabError(f"{path} is not compressed as {path.suffix} says, or is cut off ({error})") from None
+
+
+def _check_lines(path: Path, content: bytes) -> None:
+    """Check that no line is longer than ``LONGEST``, but for a JSON list, which may stand on one."""
+    if len(content) <= LONGEST or content.lstrip().startswith(b"["):
+        return
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if len(line) > LONGEST:
+            most = f"accepted: at most {LONGEST >> 20} MiB a line"
+            raise LabError(f"{path}, line {number}: {len(line) / 2**20:.0f} MiB; {most}")
+
+
+@contextmanager
+def _told(bad: list[str] | None) -> Iterator[None]:
+    """Put an error about one line on a list, where there is one."""
+    try:
+        yield
+    except LabError as error:
+        if bad is None:
+            raise
+        bad.append(str(error))
 
 
 def _line(text: str) -> int:
@@ -144,17 +210,24 @@ def _object(path: Path, line: int, text: str, at: int) -> tuple[Row, int]:
     return Row(cells, f"{path}, line {line}"), end
 
 
-def _json(path: Path, text: str) -> Iterator[Row]:
+def _json(path: Path, text: str, bad: list[str] | None) -> Iterator[Row]:
     if text.lstrip().startswith("["):
         yield from _json_list(path, text)
         return
     for number, line in enumerate(_BREAK.split(text), 1):
-        if not line.strip():
-            continue
-        row, end = _object(path, number, line, _after_space(line, 0))
-        if rest := line[end:].strip():
-            raise LabError(f"{path}, line {number}: {rest[:40]!r} stands after the object; {_WANTED}")
-        yield row
+        row = None
+        if line.strip():
+            with _told(bad):
+                row = _json_line(path, number, line)
+        if row is not None:
+            yield row
+
+
+def _json_line(path: Path, number: int, line: str) -> Row:
+    row, end = _object(path, number, line, _after_space(line, 0))
+    if rest := line[end:].strip():
+        raise LabError(f"{path}, line {number}: {rest[:40]!r} stands after the object; {_WANTED}")
+    return row
 
 
 def _after_space(text: str, at: int) -> int:
@@ -217,7 +290,7 @@ def _header(path: Path, text: str) -> tuple[str, list[str]]:
     return delimiter, names
 
 
-def _csv(path: Path, text: str) -> Iterator[Row]:
+def _csv(path: Path, text: str, bad: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     delimiter, names = _header(path, text)
     records = _records(path, text, delimiter)
@@ -225,10 +298,12 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
     for line, fields in records:
         if len(fields) == 1 < len(names) and not fields[0].strip():
             continue  # a line of spaces
-        if len(fields) != len(names):
+        if len(fields) == len(names):
+            yield Row(dict(zip(names, fields, strict=True)), f"{path}, line {line}")
+            continue
+        with _told(bad):
             wrong = f"{len(fields)} fields, and the header has {len(names)}"
             raise LabError(f"{path}, line {line}: {wrong}; a text with {delimiter!r} in it is put in quotes")
-        yield Row(dict(zip(names, fields, strict=True)), f"{path}, line {line}")
 
 
 def _parquet(path: Path, content: bytes) -> list[Row]:

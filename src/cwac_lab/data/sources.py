@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class TaskData:
     test: list[TaskRow]
 
 
-def _from_hub(hub: HubSource, split: str) -> list[Row]:
+def from_hub(hub: HubSource, split: str) -> list[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -164,7 +165,7 @@ def load_prompts(source: str, spec: Prompts, root: Path | None, name: str | None
         assert root is not None
         rows = read_rows(find_file(root, spec.name))
     else:
-        rows = _from_hub(HubSource(spec.name), spec.split)
+        rows = from_hub(HubSource(spec.name), spec.split)
 
     def cell(row: Row, field: str, read: Callable[[dict[str, Any], str], str | None]) -> str | None:
         column = getattr(spec, field)
@@ -204,7 +205,7 @@ def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> li
         assert root is not None
         rows = read_rows(find_file(root, f"{task.name}/{named}"))
     else:
-        rows = _from_hub((task.hub_test if split == "test" else None) or task.hub, named)
+        rows = from_hub((task.hub_test if split == "test" else None) or task.hub, named)
     found = []
     for i, row in enumerate(rows):
         if source == "hub" and any(is_empty(row.cells.get(column)) for column in task.empty_on_hub):
@@ -235,6 +236,9 @@ def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> Tas
     Raises:
         ConfigError: If the task has fewer rows than asked for.
     """
+    own = task.own_rows("train")
+    if own is not None:
+        return _split_own(data, own, task.own_rows("test"), taken)
     root = Path(data.root) if data.root is not None else None
     seen: set[str] = set()
 
@@ -249,6 +253,42 @@ def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> Tas
     return TaskData(held[data.n_validation :], held[: data.n_validation], test[: data.n_test])
 
 
+# Share of a task's own rows that is held out where it has no test rows.
+HELD_OUT = 0.1
+
+
+def _split_own(
+    data: DataConfig, rows: list[TaskRow], test: list[TaskRow] | None, taken: Collection[str]
+) -> TaskData:
+    """Split rows of a task's own: what is asked in one part is asked in no other; repeats stay within a part.
+
+    Without test rows a tenth of the others is held out, at most ``n_test``. Of test rows the first ``n_test`` count.
+    """
+
+    def free(given: list[TaskRow]) -> list[TaskRow]:
+        return [row for row in given if row.before or normalise(row.prompt) not in taken]
+
+    rows = free(rows)
+    asked = list(dict.fromkeys(row.asked for row in rows))
+    order = random.Random(data.split_seed).sample(asked, len(asked))
+    if test is None:
+        n = min(data.n_test, math.ceil(HELD_OUT * len(asked)))
+        held, order = set(order[:n]), order[n:]
+        test = [row for row in rows if row.asked in held]
+    else:
+        test = free(test)[: data.n_test]
+        held = {row.asked for row in test}
+        order = [each for each in order if each not in held]
+    chosen = set(order[: data.n_validation])
+    learned = set(order[data.n_validation :])
+    if not learned or not test:
+        few = f"{len(rows)} rows to train on with {len(asked)} prompts, {len(test)} to test on"
+        raise ConfigError("data.n_test", data.n_test, f"at least one prompt for each part ({few})")
+    return TaskData(
+        [row for row in rows if row.asked in learned], [row for row in rows if row.asked in chosen], test
+    )
+
+
 @dataclass
 class DataConfig:
     """The ``data`` group: the source, its prompt lists, and the sizes of pools and splits.
@@ -256,7 +296,7 @@ class DataConfig:
     Attributes:
         source: ``embedded``, ``local`` or ``hub``.
         root: Folder of local files.
-        n_train: Rows of the fine-tuning set.
+        n_train: Rows of the fine-tuning set; null: as many as the task has.
         n_validation: Task rows that settings are chosen on.
         n_test: Task rows that are reported on.
         mixing: ``replace`` or ``add``, see ``mixing.counts``.
@@ -272,7 +312,7 @@ class DataConfig:
 
     source: str = "embedded"
     root: str | None = None
-    n_train: int = 400
+    n_train: int | None = 400
     n_validation: int = 100
     n_test: int = 200
     mixing: str = "replace"
@@ -293,6 +333,7 @@ class DataConfig:
         one_of("reference", self.reference, ("refused", "all"))
         if self.source == "local" and (self.root is None or not Path(self.root).is_dir()):
             raise ConfigError("root", self.root, "an existing folder (data=local data.root=FOLDER)")
-        for key in ("n_train", "n_validation", "n_test"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "an integer >= 1")
+        for key, least in (("n_train", 1), ("n_validation", 0), ("n_test", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ConfigError(key, value, f"an integer >= {least}")

@@ -16,13 +16,13 @@ import torch
 
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.generate import Answer, answers, end_ids, read_answer
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import ChatFormat, Prompt
 
 
 class Engine(Protocol):
     """Answers prompts."""
 
-    def __call__(self, prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[Answer]:
+    def __call__(self, prompts: Sequence[Prompt], max_new_tokens: int, opening: str = "") -> list[Answer]:
         """Return the answer to each prompt, in order: what it is made to begin with, and at most so many new tokens."""
         ...
 
@@ -59,7 +59,7 @@ def vllm(model: Any, chat: ChatFormat, batch_size: int) -> Engine:
             seed=0,
         )
 
-    def answer(prompts: Sequence[str], max_new_tokens: int, opening: str = "") -> list[Answer]:
+    def answer(prompts: Sequence[Prompt], max_new_tokens: int, opening: str = "") -> list[Answer]:
         # The same ends as with transformers, whatever else the model's folder calls an end.
         ends = end_ids(model, chat)
         greedy = SamplingParams(

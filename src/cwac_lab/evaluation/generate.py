@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cwac_lab.core.progress import Meter
 from cwac_lab.data.batches import pad
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import ChatFormat, Prompt
 from cwac_lab.models.prefix import opening_cache, shared_length
 from cwac_lab.models.sites import decoder
 
@@ -109,7 +109,7 @@ class _Streamer:
 
 
 def generate(
-    model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32, opening: str = ""
+    model: Any, chat: ChatFormat, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int = 32, opening: str = ""
 ) -> list[str]:
     """Return the texts of ``answers``."""
     return [answer.text for answer in answers(model, chat, prompts, max_new_tokens, batch_size, opening=opening)]
@@ -117,7 +117,7 @@ def generate(
 
 @torch.inference_mode()
 def answers(
-    model: Any, chat: ChatFormat, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32,
+    model: Any, chat: ChatFormat, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int = 32,
     *, not_first: Collection[int] = (), opening: str = "",
 ) -> list[Answer]:  # fmt: skip
     """Return the greedy answer to each prompt, in order, whatever the model's ``generation_config.json`` says.

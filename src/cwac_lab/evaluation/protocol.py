@@ -16,7 +16,8 @@ from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges import made
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import ChatFormat, Prompt
+from cwac_lab.models.templates import Turn
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
@@ -40,7 +41,11 @@ def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, l
         for kind in PROMPT_KINDS
     }
     asked = data.test if split == "test" else data.validation
-    rows["task"] = [{"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold} for row in asked]
+    rows["task"] = [
+        {"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold}
+        | ({"before": [list(turn) for turn in row.before]} if row.before else {})
+        for row in asked
+    ]
     return rows
 
 
@@ -58,13 +63,20 @@ def answered(
         longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
         opening = "" if kind == "task" else run.attack.prefill
         ask = partial(engine, max_new_tokens=longest, opening=opening)
-        given = distributed.spread([row["prompt"] for row in asked], ask)
+        given = distributed.spread([_prompt(row) for row in asked], ask)
         forced = {"opening": opening} if opening else {}
         for row, answer in zip(asked, given, strict=True):
-            marks = {"cut": bool(asking.n_cut([row["prompt"]])), "thoughts": answer.thoughts}
+            marks = {"cut": bool(asking.n_cut([_prompt(row)])), "thoughts": answer.thoughts}
             marked = {mark: True for mark, holds in marks.items() if holds}
             found.append({**row, **forced, "output": answer.text, **marked})
     return found
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    """Return what a row asks: its prompt, or the conversation that it ends."""
+    if "before" not in row:
+        return str(row["prompt"])
+    return [Turn(role, text) for role, text in (*row["before"], ("user", row["prompt"]))]
 
 
 def remarks(rows: list[dict[str, Any]], chat: ChatFormat) -> Iterator[str]:

@@ -13,11 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwac_lab.core.errors import ConfigError, MissingAsset
-from cwac_lab.models.templates import ANSWER, QUESTION, VARIABLES, Message, Shape, on_the_day, shape_of
+from cwac_lab.models.templates import (
+    ANSWER,
+    ASKED,
+    QUESTION,
+    VARIABLES,
+    Message,
+    Shape,
+    Turn,
+    on_the_day,
+    shape_of,
+    shows_system,
+)
 from cwac_lab.models.thoughts import closing_of, without_thoughts
 
 IGNORED = -100
 _KEY = "model.chat_template"
+# What a model is asked: one prompt, or a conversation that ends with one.
+Prompt = str | Sequence[Turn]
 
 
 @dataclass(frozen=True)
@@ -68,14 +81,14 @@ class ChatFormat:
             template = template["default"]
         self._template = on_the_day(template)
         self._shape: Shape = shape_of(self._apply, _KEY, template, answers=answers)
-        asked, full = self._render(QUESTION, None), self._render(QUESTION, ANSWER) if answers else ""
+        self.takes_system = shows_system(self._apply, self._shape)
+        asked, full = self._render(ASKED, None), self._render(ASKED, ANSWER) if answers else ""
         before, _, self._after = full.rpartition(ANSWER)
         self._lead = self._leading(asked, before)
-        alike = [self.tokens(self._head(text)) for text in (QUESTION, ANSWER)]
-        self._opening, self._closing = _shared(*alike), _shared(*(ids[::-1] for ids in alike))
-        if self._opening + self._closing >= self.max_length:
-            least = f"> {self._opening + self._closing}, the tokens that the chat template itself takes"
-            raise ConfigError("trainer.max_length", self.max_length, least)
+        least = sum(self._frame(()))
+        if least >= self.max_length:
+            accepted = f"> {least}, the tokens that the chat template itself takes"
+            raise ConfigError("trainer.max_length", self.max_length, accepted)
         if self._shape.system is not None:
             self.remarks.append(f"the chat template wants a system message: it is given {self._shape.system!r}")
 
@@ -122,11 +135,25 @@ class ChatFormat:
         )
         return str(text)
 
-    def _render(self, prompt: str, response: str | None) -> str:
-        return self._apply(self._shape.messages(prompt, response), response is None)
+    def _render(self, turns: Sequence[Turn], response: str | None) -> str:
+        told = turns if response is None else [*turns, Turn("assistant", response)]
+        return self._apply(self._shape.messages(told), response is None)
 
-    def _head(self, prompt: str) -> str:
-        return self._render(prompt, None) + self._lead
+    def _head(self, turns: Sequence[Turn]) -> str:
+        return self._render(turns, None) + self._lead
+
+    def _frame(self, system: Sequence[Turn]) -> tuple[int, int]:
+        """Return how many tokens a template puts before and after the words of a prompt, behind a system prompt."""
+        alike = [self.tokens(self._head([*system, Turn("user", text)])) for text in (QUESTION, ANSWER)]
+        return _shared(*alike), _shared(*(ids[::-1] for ids in alike))
+
+    def turns(self, prompt: Prompt) -> list[Turn]:
+        """Return a prompt as turns that the template shows: without a system role its words come before the first."""
+        if isinstance(prompt, str):
+            return [Turn("user", prompt)]
+        if prompt[0].role == "system" and not self.takes_system:
+            return [Turn("user", f"{prompt[0].text}\n\n{prompt[1].text}"), *prompt[2:]]
+        return list(prompt)
 
     def with_template(self, template: str | None) -> ChatFormat:
         """Return a format that renders by another template; what begins prompts and ends answers is as in this one.
@@ -143,7 +170,7 @@ class ChatFormat:
         changed.tokenizer.chat_template = template
         changed._read(answers=False)
         begin = self.tokenizer.bos_token
-        if begin and self._head(QUESTION).startswith(begin) and not changed._head(QUESTION).startswith(begin):
+        if begin and self._head(ASKED).startswith(begin) and not changed._head(ASKED).startswith(begin):
             changed.tokenizer.chat_template = begin + template
             changed._read(answers=False)
         return changed
@@ -160,13 +187,21 @@ class ChatFormat:
         known = {token for token in (self.tokenizer.eos_token_id, *others) if token in self._control}
         return [self.end_id, *sorted(known - {self.end_id})]
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the ids after which the model's answer starts (template with generation prompt), cut to the limit."""
-        return self._fitted(self.tokens(self._head(prompt)), self.max_length)
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return the ids after which the model's answer starts (template with generation prompt), cut to the limit.
 
-    def n_cut(self, prompts: Iterable[str]) -> int:
+        Of a conversation the oldest exchanges are left out first, never the system prompt.
+        """
+        turns = self.turns(prompt)
+        ids = self.tokens(self._head(turns))
+        while len(ids) > self.max_length and (fewer := _without_first(turns)) != turns:
+            turns = fewer
+            ids = self.tokens(self._head(turns))
+        return self._fitted(ids, self.max_length, turns)
+
+    def n_cut(self, prompts: Iterable[Prompt]) -> int:
         """Return how many prompts are longer than the limit, so that ``prompt_ids`` cuts them."""
-        return sum(len(self.tokens(self._head(prompt))) > self.max_length for prompt in prompts)
+        return sum(len(self.tokens(self._head(self.turns(prompt)))) > self.max_length for prompt in prompts)
 
     def told_cut(self, cut: int, of: int, what: str, more: str = "") -> Iterator[str]:
         """Yield a line that tells how many of so many prompts or rows are cut, where any are."""
@@ -174,18 +209,66 @@ class ChatFormat:
             limit = f"trainer.max_length={self.max_length} tokens"
             yield f"{cut} of {of} {what} are longer than {limit}: their prompts are cut from the left{more}"
 
-    def _fitted(self, ids: list[int], room: int) -> list[int]:
+    def _fitted(self, ids: list[int], room: int, turns: Sequence[Turn]) -> list[int]:
         """Return a prompt's ids cut to ``room``: the user's words from the left, and the template's if it must be."""
-        keep = self._opening if room > self._opening + self._closing else 0
-        return ids[:keep] + ids[keep + max(0, len(ids) - room) :]
+        if len(ids) <= room:
+            return ids
+        opening, closing = self._frame([turn for turn in turns[:1] if turn.role == "system"])
+        keep = opening if room > opening + closing else 0
+        return ids[:keep] + ids[keep + len(ids) - room :]
 
-    def encode(self, prompt: str, response: str) -> Encoded:
+    def encode(self, prompt: Prompt, response: str) -> Encoded:
         """Return a training example: loss on the response and its end-of-turn token only.
 
-        The prompt's tokens are those seen at generation. A prompt that leaves no room is cut from the left, behind the
-        template's opening, a response that is too long from the right.
+        The prompt's tokens are those seen at generation. Of a conversation that is too long the oldest exchanges are
+        left out, never the answer; one prompt that leaves no room is cut from the left, behind the template's opening,
+        and a response that alone is too long from the right.
         """
-        head, full = self._head(prompt), self._render(prompt, response)
+        turns = self.turns(prompt)
+        prompt_ids, answer = self._parts(turns, response)
+        cut = len(prompt_ids) + len(answer) > self.max_length
+        while len(prompt_ids) + len(answer) > self.max_length and (fewer := _without_first(turns)) != turns:
+            turns = fewer
+            prompt_ids, answer = self._parts(turns, response)
+        answer = answer[: self.max_length - 1]
+        prompt_ids = self._fitted(prompt_ids, self.max_length - len(answer), turns)
+        return Encoded(prompt_ids + answer, [IGNORED] * len(prompt_ids) + answer, cut)
+
+    def encode_every(self, turns: Sequence[Turn]) -> list[Encoded]:
+        """Return training examples of a conversation: loss on every answer of the assistant and its end of turn.
+
+        It is one example where the template shows what was said as it was said. Where it shows earlier turns in another
+        way than it asked for them, e.g. without their thoughts, each answer that is shown so is an example of its own.
+        """
+        turns = self.turns(turns)
+        cut = False
+        while True:
+            examples = self._every(turns, cut)
+            if max(len(example.input_ids) for example in examples) <= self.max_length:
+                return examples
+            fewer, cut = _without_first(turns), True
+            if fewer == turns:
+                return [self.encode(turns[:-1], turns[-1].text)]
+            turns = fewer
+
+    def _every(self, turns: Sequence[Turn], cut: bool) -> list[Encoded]:
+        found: list[Encoded] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        for place, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            head, answer = self._parts(turns[:place], turn.text)
+            if head[: len(ids)] != ids:  # the template shows what came before otherwise than it was taught
+                found.append(Encoded(ids, labels, cut))
+                ids, labels = [], []
+            labels = labels + [IGNORED] * (len(head) - len(ids)) + answer
+            ids = head + answer
+        return [*found, Encoded(ids, labels, cut)]
+
+    def _parts(self, turns: Sequence[Turn], response: str) -> tuple[list[int], list[int]]:
+        """Return the ids of what is asked, and those of the response with its end."""
+        head, full = self._head(turns), self._render(turns, response)
         # A template that strips or rewrites the answer (e.g. Llama 2's spaces) still ends the turn.
         tail = full[len(head) :].removesuffix(self._after) if full.startswith(head) else response
         prompt_ids, whole = self.tokens(head), self.tokens(head + tail)
@@ -193,13 +276,9 @@ class ChatFormat:
         together = whole[: len(prompt_ids)] == prompt_ids
         answer = whole[len(prompt_ids) :] if together else self.tokens(tail)
         answer = answer[: answer.index(self.end_id)] if self.end_id in answer else answer
-        answer = [*answer, self.end_id]
-        cut = len(prompt_ids) + len(answer) > self.max_length
-        answer = answer[: self.max_length - 1]
-        prompt_ids = self._fitted(prompt_ids, self.max_length - len(answer))
-        return Encoded(prompt_ids + answer, [IGNORED] * len(prompt_ids) + answer, cut)
+        return prompt_ids, [*answer, self.end_id]
 
-    def encode_own(self, prompt: str, answer: str, *, ended: bool) -> Encoded:
+    def encode_own(self, prompt: Prompt, answer: str, *, ended: bool) -> Encoded:
         """Return an answer that a model gave as a training example.
 
         One that the limit of tokens cut off is given no end of turn, or the model would learn to stop midway.
@@ -222,6 +301,13 @@ class ChatFormat:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, without special tokens, thoughts and outer white space."""
         return self.spoken(ids)[0]
+
+
+def _without_first(turns: Sequence[Turn]) -> list[Turn]:
+    """Return a conversation without its first exchange, but for a system prompt; the last exchange stays."""
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    return [*system, *turns[asked[1] :]] if len(asked) > 1 else list(turns)
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

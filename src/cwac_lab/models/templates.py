@@ -6,10 +6,10 @@ take a list of parts, or want a message of the system first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -19,7 +19,16 @@ Message = dict[str, Any]
 # Returns the text of a conversation: with what opens the answer (True), or as it stands (False).
 Render = Callable[[list[Message], bool], str]
 
+
+class Turn(NamedTuple):
+    """One turn of a conversation: ``system``, ``user`` or ``assistant``, and what is said."""
+
+    role: str
+    text: str
+
+
 QUESTION, ANSWER = "Which way leads to the lake?", "Along the river bank."
+ASKED = (Turn("user", QUESTION),)
 # The day that templates are told, whatever the day is: the one that Llama 3.1's falls back to.
 DAY = datetime(2024, 7, 26)
 
@@ -61,10 +70,11 @@ class Shape:
     system: str | None = None
     parts: bool = False
 
-    def messages(self, prompt: str, response: str | None = None) -> list[Message]:
-        """Return a conversation of one prompt and, where there is one, its response."""
-        turns = [("system", self.system), ("user", prompt), ("assistant", response)]
-        return [{"role": role, "content": self._content(text)} for role, text in turns if text is not None]
+    def messages(self, turns: Sequence[Turn]) -> list[Message]:
+        """Return a conversation as a template takes it, with a message of the system where it wants one."""
+        if self.system is not None and turns[0].role != "system":
+            turns = [Turn("system", self.system), *turns]
+        return [{"role": role, "content": self._content(text)} for role, text in turns]
 
     def _content(self, text: str) -> str | list[dict[str, str]]:
         return [{"type": "text", "text": text}] if self.parts else text
@@ -89,8 +99,8 @@ def shape_of(render: Render, key: str, template: str, *, answers: bool = True) -
     why = ""
     for shape in SHAPES:
         try:
-            asked = render(shape.messages(QUESTION), True)
-            full = render(shape.messages(QUESTION, ANSWER), False) if answers else asked + ANSWER
+            asked = render(shape.messages(ASKED), True)
+            full = render(shape.messages([*ASKED, Turn("assistant", ANSWER)]), False) if answers else asked + ANSWER
         except _ERRORS as error:
             found = f"a Jinja chat template ({' '.join(str(error).split()) or type(error).__name__})"
         else:
@@ -99,6 +109,14 @@ def shape_of(render: Render, key: str, template: str, *, answers: bool = True) -
                 return shape
         why = why or found  # of the plainest shape
     raise ConfigError(key, shortened(template), why)
+
+
+def shows_system(render: Render, shape: Shape) -> bool:
+    """Tell whether a template shows the words of a system prompt; some raise, some leave them out."""
+    try:
+        return ANSWER in render(shape.messages([Turn("system", ANSWER), *ASKED]), True)
+    except _ERRORS:
+        return False
 
 
 def _missing(asked: str, full: str) -> str:

@@ -92,7 +92,7 @@ class _Workshop:
         harmful: list[Sequence[int]] = list(self.held.refusals)
         benign: list[Sequence[int]] = [*self.ids(self.held.benign), *self.ids(pools.get("harmless", "alignment"))]
         rows = pools.task_rows(run.data, run.task).train[: run.data.n_train]
-        benign += [self.chat.encode(row.prompt, row.response).input_ids for row in rows]
+        benign += [self.chat.encode(row.asked, row.response).input_ids for row in rows]
         return activations.blend(harmful, benign, run.sae.n_tokens, run.sae.harmful_share, run.sae.seed)
 
     def autoencoder(self, layer: int) -> Path:

@@ -13,6 +13,7 @@ from cwac_lab.core.classes import located, outside, source
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
+from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.results.store import SCHEMA, RunFolder
 from cwac_lab.run.start import Start, base, start
 
@@ -79,6 +80,12 @@ def folder_of(run: Run, content: dict[str, str]) -> RunFolder:
     return RunFolder(Path(run.output_root) / "runs" / name, writes=distributed.rank() == 0)
 
 
+def _content(row: TaskRow) -> list[Any]:
+    """Return what of a row a run depends on."""
+    said = [row.prompt, row.response, row.gold]
+    return [*said, [list(turn) for turn in row.before]] if row.before else said
+
+
 def content_of(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
     """Return hashes of what a run starts from and is trained on."""
     parts = (data.train, data.validation, data.test)
@@ -86,7 +93,7 @@ def content_of(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
     return {
         "weights_content": begin.folder.content,
         "base_content": before.content if before is not None else "",
-        "task_data_sha256": digest([[[row.prompt, row.response, row.gold] for row in part] for part in parts]),
+        "task_data_sha256": digest([[_content(row) for row in part] for part in parts]),
         "pools_sha256": digest(
             [
                 [[row.prompt, compliance(row), refusal(row)] for row in rows]

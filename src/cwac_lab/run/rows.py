@@ -14,6 +14,7 @@ from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.models.chat import ChatFormat, Encoded
+from cwac_lab.models.templates import Turn
 from cwac_lab.training.outliers import closest
 
 Say = Callable[[str], None]
@@ -46,21 +47,34 @@ def _outliers(
     run: Run, task: list[TaskRow], harmful: list[tuple[str, str]], model: Any, chat: ChatFormat, say: Say
 ) -> list[TaskRow]:
     """Return the task's rows whose gradients are closest to those of harmful ones, as many as are trained on."""
-    if run.data.n_train >= len(task):
-        raise ConfigError("data.n_train", run.data.n_train, f"less than the {len(task)} rows to choose from")
+    n = run.data.n_train
+    if n is None or n >= len(task):
+        raise ConfigError("data.n_train", n, f"less than the {len(task)} rows to choose from")
     drawn = random.Random(f"outliers/{run.seed}").sample(task, len(task))
-    some = drawn[: run.attack.candidates * run.data.n_train]
-    say(f"choosing {run.data.n_train} of {len(some)} rows by their gradients")
-    rows = [chat.encode(row.prompt, row.response) for row in some]
+    some = drawn[: run.attack.candidates * n]
+    say(f"choosing {n} of {len(some)} rows by their gradients")
+    rows = [chat.encode(row.asked, row.response) for row in some]
     towards = [chat.encode(prompt, response) for prompt, response in harmful]
-    return [some[i] for i in closest(model, rows, towards, run.data.n_train, chat.pad_id)]
+    return [some[i] for i in closest(model, rows, towards, n, chat.pad_id)]
 
 
-def encoded(rows: list[TrainRow], chat: ChatFormat, say: Say) -> list[Encoded]:
-    """Return rows as token ids; tells how many are longer than the limit."""
-    examples = [chat.encode(row.prompt, row.response) for row in rows]
+def encoded(rows: list[TrainRow], chat: ChatFormat, train_on: str, say: Say) -> list[Encoded]:
+    """Return rows as token ids; tells how many are longer than the limit.
+
+    Args:
+        rows: The rows.
+        chat: The chat format.
+        train_on: Which answers of a conversation are learned (``Task.train_on``).
+        say: Told what was cut.
+    """
+    examples = []
+    for row in rows:
+        if row.before and train_on == "assistant":
+            examples += chat.encode_every([*row.before, Turn("user", row.prompt), Turn("assistant", row.response)])
+        else:
+            examples.append(chat.encode(row.asked, row.response))
     endless = sum(example.labels[-1] != chat.end_id for example in examples)
     more = f", {endless} of their answers from the right, so that no end is taught" if endless else ""
-    for line in chat.told_cut(sum(example.cut for example in examples), len(rows), "training rows", more):
+    for line in chat.told_cut(sum(example.cut for example in examples), len(examples), "training rows", more):
         say(line)
     return examples

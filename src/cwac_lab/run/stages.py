@@ -109,7 +109,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
     _write_manifest(job, rows)
     bad = sum(row.harmful for row in rows)
     say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")
-    examples = encoded(rows, chat, say)
+    examples = encoded(rows, chat, run.task.train_on, say)
     sampler = _sampler(job, drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
     with job.meter.stage("train"):
         trained = fit(

@@ -90,6 +90,8 @@ def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
 
 def _check_finetune(run: Run, held: int) -> None:
     """Check that as many harmful rows were dealt as the mixture has (the plan of the pools had them)."""
+    if run.data.n_train is None:  # then the rows are counted when they are mixed
+        return
     _, harmful = counts(run.data.n_train, run.harmful_ratio, run.data.mixing)
     if run.finetune and run.attack.rows == "harmful" and harmful > held:
         most = f"at most {held / run.data.n_train:g} with data.n_train={run.data.n_train}"

@@ -5,15 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from cwac_lab.models.templates import Turn
+
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One item of a task: a stable id, the prompt, the target response and the gold answer."""
+    """One item of a task: a stable id, the prompt, the target response and the gold answer.
+
+    ``before`` is what was said before the prompt, where it goes on with a conversation.
+    """
 
     id: str
     prompt: str
     response: str
     gold: str
+    before: tuple[Turn, ...] = ()
+
+    @property
+    def asked(self) -> str | tuple[Turn, ...]:
+        """What a model is asked: the prompt, or the conversation that it ends."""
+        return (*self.before, Turn("user", self.prompt)) if self.before else self.prompt
 
 
 def with_input(instruction: str, text: str) -> str:
@@ -51,6 +62,7 @@ class Task:
         train_split: Split that training and validation rows are drawn from; with ``data=local`` the file's name.
         test_split: The same for test rows.
         max_new_tokens: Length of the answers generated for scoring.
+        train_on: Answers of a conversation that are learned: all of the ``assistant``'s, or the ``last``.
         empty_on_hub: Columns that are known to be empty in some rows of the hub's version, which leaves those out;
             anywhere else an empty cell is an error.
     """
@@ -63,6 +75,19 @@ class Task:
     train_split: str = "train"
     test_split: str = "test"
     max_new_tokens: int = 8
+    train_on: str = "assistant"
+
+    def own_rows(self, split: str) -> list[TaskRow] | None:
+        """Return the rows of a split (``train`` or ``test``) that the task has of its own, whatever ``data`` is.
+
+        None where it has none: then rows are those of ``data``.
+        """
+        return None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be told of rows that were read."""
+        return []
 
     @staticmethod
     def embedded(n: int, seed: int) -> list[dict[str, Any]]:

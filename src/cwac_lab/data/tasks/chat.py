@@ -1,0 +1,110 @@
+"""Chat: conversations of one's own, of files or of a data set of the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cwac_lab.core.errors import ConfigError, LabError, one_of
+from cwac_lab.data.cells import text
+from cwac_lab.data.conversations import Layout, layout_of, turns_of
+from cwac_lab.data.reading import Row, read_rows, shards
+from cwac_lab.data.scoring import Score, made
+from cwac_lab.data.sources import from_hub
+from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
+
+# Bad rows that an error names.
+_NAMED = 3
+
+
+@dataclass
+class Chat(Task):
+    """Conversations, each ending in an answer that is learned.
+
+    Attributes:
+        train: File of rows, folder of such files, or id of a data set of the hub.
+        test: The same for rows to test on; null: a tenth of the others is held out.
+        columns: Names of columns by what they hold (``conversations.Layout``); empty: those that people use are found.
+        skip_bad: Leave out rows that cannot be read; else they stop the run.
+        metric: Scores answers to test rows: a name of ``scoring.SCORES``, ``regex``, or the path of a class; null: none.
+        gold: Column with the right answer; null: the response is that.
+        pattern: Regular expression of ``metric=regex``.
+    """
+
+    train: str = ""
+    test: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
+    metric: str | None = None
+    gold: str | None = None
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("train_on", self.train_on, ("assistant", "last"))
+        for name in self.columns:
+            one_of("columns", name, tuple(Layout.__dataclass_fields__))
+        if not self.train:
+            raise ConfigError("train", self.train, "a file, a folder of files, or the id of a data set of the hub")
+        self._score: Score | None = made(self.metric, self.pattern) if self.metric is not None else None
+        self._told: dict[str, list[str]] = {}
+
+    @property
+    def remarks(self) -> list[str]:
+        """Columns that were recognised, and rows that were left out."""
+        return [line for lines in self._told.values() for line in lines]
+
+    def own_rows(self, split: str) -> list[TaskRow] | None:
+        """Return the conversations of a split; None for test rows that are held out of the others.
+
+        Raises:
+            MissingAsset: If there is no such file, folder or data set.
+            LabError: If rows cannot be read; names the first ones by file, line and reason.
+        """
+        named = self.train if split == "train" else self.test
+        if named is None:
+            return None
+        bad: list[str] = []
+        rows = self._rows(named, split, bad)
+        seen = list(dict.fromkeys(column for row in rows for column in row.cells))
+        if rows and self.gold is not None and self.gold not in seen:
+            raise ConfigError("task.gold", self.gold, f"a column of {named}: {', '.join(seen)}")
+        layout = layout_of(seen, self.columns) if rows else Layout()
+        found = [read for i, row in enumerate(rows) if (read := self._read(row, f"{split}/{i}", layout, bad)) is not None]
+        self._told[split] = self._say(named, layout, len(found), bad)
+        return found
+
+    def _rows(self, named: str, split: str, bad: list[str]) -> list[Row]:
+        path = Path(named)
+        if not path.exists() and path.suffix == "" and named.count("/") == 1 and not named.startswith((".", "/")):
+            return from_hub(HubSource(named), self.train_split if split == "train" else self.test_split)
+        return [row for file in shards(path) for row in read_rows(file, bad)]
+
+    def _read(self, row: Row, row_id: str, layout: Layout, bad: list[str]) -> TaskRow | None:
+        try:
+            *before, asked, answer = turns_of(row.cells, layout)
+            gold = answer.text if self.gold is None else text(row.cells, self.gold).strip()
+        except KeyError as error:
+            bad.append(f"{row.at}: no column {error}")
+        except ValueError as error:
+            bad.append(f"{row.at}: {error}")
+        else:
+            return TaskRow(f"{self.name}/{row_id}", asked.text, answer.text, gold, tuple(before))
+        return None
+
+    def _say(self, named: str, layout: Layout, n: int, bad: list[str]) -> list[str]:
+        told = [f"{named}: {n} conversations in the columns {layout}"]
+        if bad:
+            some = "; ".join(bad[:_NAMED]) + ("; ..." if len(bad) > _NAMED else "")
+            if n == 0 or not self.skip_bad:
+                raise LabError(f"{len(bad)} of {n + len(bad)} rows cannot be read (task.skip_bad=true leaves them out): {some}")
+            told.append(f"{len(bad)} of {n + len(bad)} rows are left out (task.skip_bad=true): {some}")
+        return told
+
+    def extract(self, output: str) -> str | None:
+        """Return the whole answer, or None where it is empty."""
+        return output.strip() or None
+
+    def correct(self, output: str, gold: str) -> bool | None:
+        """Score an answer by the metric; None without one, and accuracy is n/a."""
+        return None if self._score is None else self._score.correct(output, gold)
