@@ -54,6 +54,29 @@ def wilson(hits: float, n: int, confidence: float = 0.95) -> Rate:
     return Rate(100 * share, 100 * max(0.0, low), 100 * min(1.0, high), n)
 
 
+def mean_per(totals: Sequence[float], counts: Sequence[int], confidence: float = 0.95) -> Rate:
+    """Return ``sum(totals) / sum(counts)`` over n items, with the interval of a ratio of means, in the totals' unit.
+
+    Its variance is that of the residuals ``total - ratio count`` (Cochran 1977, 6.13), its quantile Student's with
+    n - 1 degrees of freedom; one item has no interval.
+
+    Args:
+        totals: What each item sums to.
+        counts: Parts of each item, e.g. tokens of a text.
+        confidence: Coverage of the interval.
+    """
+    n = len(totals)
+    if n == 0:
+        return Rate(None, None, None, 0)
+    x, w = np.asarray(totals, float), np.asarray(counts, float)
+    ratio = float(x.sum() / w.sum())
+    if n == 1:
+        return Rate(ratio, None, None, 1)
+    error = math.sqrt(n / (n - 1) * float(((x - ratio * w) ** 2).sum())) / float(w.sum())
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    return Rate(ratio, ratio - half, ratio + half, n)
+
+
 @lru_cache(maxsize=8)  # many rows of a table have the same seeds and items; 20 MB for 600 items
 def _shares(strata: tuple[int, ...], n_items: int) -> tuple[Float[np.ndarray, "K S"], Float[np.ndarray, "K N"]]:
     """Return how often each of K resamples draws each run and each item, as shares that sum to 1.

@@ -56,6 +56,11 @@ class Pools:
         """
         return split_task(data, task, self.prompts())
 
+    def harmful(self) -> list[str]:
+        """Return all harmful prompts of all pools, and those that a start is taught to refuse."""
+        rows = [row for held in self.rows.get("harmful", {}).values() for row in held]
+        return [row.prompt for row in (*rows, *taught()["harmful"])]
+
     def prompts(self) -> set[str]:
         """Return all prompts of all pools, normalised."""
         return {normalise(row.prompt) for pools in self.rows.values() for rows in pools.values() for row in rows}

@@ -66,6 +66,16 @@ class TaskData:
 
 
 def from_hub(hub: HubSource, split: str) -> list[Row]:
+    """Return the rows of a data set of the hub.
+
+    Raises:
+        MissingAsset: If it cannot be loaded.
+    """
+    """Return the rows of a data set of the hub.
+
+    Raises:
+        MissingAsset: If it cannot be loaded.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -257,9 +267,7 @@ def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> Tas
 HELD_OUT = 0.1
 
 
-def _split_own(
-    data: DataConfig, rows: list[TaskRow], test: list[TaskRow] | None, taken: Collection[str]
-) -> TaskData:
+def _split_own(data: DataConfig, rows: list[TaskRow], test: list[TaskRow] | None, taken: Collection[str]) -> TaskData:
     """Split rows of a task's own: what is asked in one part is asked in no other; repeats stay within a part.
 
     Without test rows a tenth of the others is held out, at most ``n_test``. Of test rows the first ``n_test`` count.
@@ -284,9 +292,7 @@ def _split_own(
     if not learned or not test:
         few = f"{len(rows)} rows to train on with {len(asked)} prompts, {len(test)} to test on"
         raise ConfigError("data.n_test", data.n_test, f"at least one prompt for each part ({few})")
-    return TaskData(
-        [row for row in rows if row.asked in learned], [row for row in rows if row.asked in chosen], test
-    )
+    return TaskData([row for row in rows if row.asked in learned], [row for row in rows if row.asked in chosen], test)
 
 
 @dataclass

@@ -109,7 +109,12 @@ class _Streamer:
 
 
 def generate(
-    model: Any, chat: ChatFormat, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int = 32, opening: str = ""
+    model: Any,
+    chat: ChatFormat,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    opening: str = "",
 ) -> list[str]:
     """Return the texts of ``answers``."""
     return [answer.text for answer in answers(model, chat, prompts, max_new_tokens, batch_size, opening=opening)]

@@ -12,6 +12,7 @@ from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.evaluation.engines import ENGINES
+from cwac_lab.evaluation.heldout import losses, mean_loss
 from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
@@ -44,6 +45,7 @@ def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, l
     rows["task"] = [
         {"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold}
         | ({"before": [list(turn) for turn in row.before]} if row.before else {})
+        | ({"response": row.response} if run.task.held_out_loss else {})
         for row in asked
     ]
     return rows
@@ -69,6 +71,11 @@ def answered(
             marks = {"cut": bool(asking.n_cut([_prompt(row)])), "thoughts": answer.thoughts}
             marked = {mark: True for mark, holds in marks.items() if holds}
             found.append({**row, **forced, "output": answer.text, **marked})
+    held = [row for row in found if "response" in row]
+    lost = partial(losses, model, chat, batch_size=run.evaluation.batch_size)
+    found_losses = distributed.spread([(_prompt(row), row["response"]) for row in held], lost)
+    for row, loss in zip(held, found_losses, strict=True):
+        row["loss"] = list(loss)
     return found
 
 
@@ -105,4 +112,5 @@ def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
         folder.write(store.verdicts_of(other.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}
         told[other.name] = {"version": other.version, **rates, "agreement": agreement(first, found)}
-    return {**aggregate(first), "judges": told}
+    loss = mean_loss(generations)
+    return {**aggregate(first), **({"held_out_loss": loss.to_dict()} if loss else {}), "judges": told}

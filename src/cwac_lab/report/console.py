@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,6 +121,11 @@ class Screen:
                 table.add_row(
                     f"HS, judge {name} {told['version'][:8]}{_kappa(told['agreement'])}", *_cell(told["harmful_score"])
                 )
+        if "held_out_loss" in metrics:
+            loss = metrics["held_out_loss"]
+            told = f"{loss['value']:.3f}" + ("" if loss["low"] is None else f" [{loss['low']:.3f}, {loss['high']:.3f}]")
+            words = f"loss on held-out answers, nats a token (perplexity {math.exp(loss['value']):.2f})"
+            table.add_row(words, told, str(loss["n"]))
         if "leak" in metrics:
             table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "")
         self.console.print(table)

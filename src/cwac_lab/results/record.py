@@ -53,6 +53,15 @@ class Rate(TypedDict):
     n: Annotated[int, Says("answers that count")]
 
 
+class Loss(TypedDict):
+    """The mean loss on held-out answers with its 95 % interval over rows."""
+
+    value: Annotated[float | None, Says("cross-entropy", "nats per token", "lower")]
+    low: Annotated[float | None, Says("lower end of the interval", "nats per token")]
+    high: Annotated[float | None, Says("upper end of the interval", "nats per token")]
+    n: Annotated[int, Says("answers")]
+
+
 class Kappa(TypedDict):
     """Agreement of a judge with the first one on the same answers."""
 
@@ -89,6 +98,7 @@ class Metrics(Facts):
 
     broken: Annotated[bool, Says("so many answers are incoherent that other rates say nothing of safety")]
     judges: Annotated[dict[str, Judged], Says("who judged; the rates are those of the first")]
+    held_out_loss: NotRequired[Annotated[Loss, Says("of answers to test rows, where the task measures it")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]
     training: NotRequired[Annotated[dict[str, Any], Says("steps, answer tokens and rows that were cut")]]

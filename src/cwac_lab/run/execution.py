@@ -53,6 +53,8 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     """
     pools = build_pools(run.data)
     data = pools.task_rows(run.data, run.task)  # a bad row stops here, before a start is trained
+    for line in run.task.remarks:
+        screen.say(line)
     begin = start(run, screen.say, pools)
     content = content_of(run, begin, data)
     folder = folder_of(run, content)

@@ -19,7 +19,7 @@ from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
 from cwac_lab.models import adapters
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
 from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
@@ -29,6 +29,7 @@ from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
+from cwac_lab.run.survey import survey, told
 from cwac_lab.training.loop import check_finite, fit, loggers
 
 
@@ -110,6 +111,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
     bad = sum(row.harmful for row in rows)
     say(f"fine-tuning on {len(rows)} rows, {bad} of them harmful: constraint={run.constraint_name}")
     examples = encoded(rows, chat, run.task.train_on, say)
+    seen = _survey(job, rows, examples)
     sampler = _sampler(job, drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
     with job.meter.stage("train"):
         trained = fit(
@@ -127,7 +129,17 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
                 sampler.end(int(trained["steps"]), found["summary"])
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
-    return {"training": trained, "constraint_summary": defense.summary(), "prepared": prepared}
+    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared}
+
+
+def _survey(job: Job, rows: list[TrainRow], examples: list[Encoded]) -> dict[str, Any]:
+    """Tell what rows of one's own are like."""
+    if not job.run.task.remarks:
+        return {}
+    found = survey(rows, examples, job.begin.pools.harmful())
+    for line in told(found):
+        job.screen.say(line)
+    return {"rows": found}
 
 
 def _probe(job: Job, model: Any, chat: ChatFormat, context: Context) -> Probe | None:

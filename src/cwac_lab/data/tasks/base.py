@@ -68,6 +68,8 @@ class Task:
     """
 
     empty_on_hub: ClassVar[tuple[str, ...]] = ()
+    # Whether the loss on the answers of test rows is measured.
+    held_out_loss: ClassVar[bool] = False
 
     name: str = ""
     hub: HubSource = field(default_factory=lambda: HubSource(""))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cwac_lab.core.errors import ConfigError, LabError, one_of
 from cwac_lab.data.cells import text
 from cwac_lab.data.conversations import Layout, layout_of, turns_of
-from cwac_lab.data.reading import Row, read_rows, shards
+from cwac_lab.data.reading import Row, kind_of, read_rows, shards
 from cwac_lab.data.scoring import Score, made
 from cwac_lab.data.sources import from_hub
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
 
+# An id of the hub: ORG/NAME.
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Bad rows that an error names.
 _NAMED = 3
 
@@ -26,10 +29,12 @@ class Chat(Task):
         test: The same for rows to test on; null: a tenth of the others is held out.
         columns: Names of columns by what they hold (``conversations.Layout``); empty: those that people use are found.
         skip_bad: Leave out rows that cannot be read; else they stop the run.
-        metric: Scores answers to test rows: a name of ``scoring.SCORES``, ``regex``, or the path of a class; null: none.
+        metric: Scores answers to test rows: a name of ``scoring.SCORES``, ``regex``, or the path of a class.
         gold: Column with the right answer; null: the response is that.
         pattern: Regular expression of ``metric=regex``.
     """
+
+    held_out_loss = True
 
     train: str = ""
     test: str | None = None
@@ -70,13 +75,14 @@ class Chat(Task):
         if rows and self.gold is not None and self.gold not in seen:
             raise ConfigError("task.gold", self.gold, f"a column of {named}: {', '.join(seen)}")
         layout = layout_of(seen, self.columns) if rows else Layout()
-        found = [read for i, row in enumerate(rows) if (read := self._read(row, f"{split}/{i}", layout, bad)) is not None]
+        read = [self._read(row, f"{split}/{i}", layout, bad) for i, row in enumerate(rows)]
+        found = [row for row in read if row is not None]
         self._told[split] = self._say(named, layout, len(found), bad)
         return found
 
     def _rows(self, named: str, split: str, bad: list[str]) -> list[Row]:
         path = Path(named)
-        if not path.exists() and path.suffix == "" and named.count("/") == 1 and not named.startswith((".", "/")):
+        if not path.exists() and not kind_of(path) and _HUB.fullmatch(named):
             return from_hub(HubSource(named), self.train_split if split == "train" else self.test_split)
         return [row for file in shards(path) for row in read_rows(file, bad)]
 
@@ -94,12 +100,13 @@ class Chat(Task):
 
     def _say(self, named: str, layout: Layout, n: int, bad: list[str]) -> list[str]:
         told = [f"{named}: {n} conversations in the columns {layout}"]
-        if bad:
-            some = "; ".join(bad[:_NAMED]) + ("; ..." if len(bad) > _NAMED else "")
-            if n == 0 or not self.skip_bad:
-                raise LabError(f"{len(bad)} of {n + len(bad)} rows cannot be read (task.skip_bad=true leaves them out): {some}")
-            told.append(f"{len(bad)} of {n + len(bad)} rows are left out (task.skip_bad=true): {some}")
-        return told
+        if not bad:
+            return told
+        some = "; ".join(bad[:_NAMED]) + ("; ..." if len(bad) > _NAMED else "")
+        counted = f"{len(bad)} of {n + len(bad)} rows"
+        if n == 0 or not self.skip_bad:
+            raise LabError(f"{counted} cannot be read (task.skip_bad=true leaves them out): {some}")
+        return [*told, f"{counted} are left out (task.skip_bad=true): {some}"]
 
     def extract(self, output: str) -> str | None:
         """Return the whole answer, or None where it is empty."""

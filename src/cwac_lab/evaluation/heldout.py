@@ -1,0 +1,56 @@
+"""Loss on held-out answers: what fine-tuning bought where no rule can score an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from cwac_lab.core.progress import track
+from cwac_lab.core.stats import Rate, mean_per
+from cwac_lab.data.batches import collate
+from cwac_lab.models.answers import answer_logits, to_device
+from cwac_lab.models.chat import ChatFormat, Encoded, Prompt
+
+
+@torch.inference_mode()
+def losses(
+    model: Any, chat: ChatFormat, rows: Sequence[tuple[Prompt, str]], batch_size: int
+) -> list[tuple[float, int]]:
+    """Return for each prompt and answer the cross-entropy of the answer's tokens in nats, summed, and their number.
+
+    The end of turn is one of them. A row that is too long is cut as in training.
+
+    Args:
+        model: A causal language model.
+        chat: Its chat format.
+        rows: What is asked, and the answer that is held out.
+        batch_size: Rows per forward.
+    """
+    examples = [chat.encode(asked, answer) for asked, answer in rows]
+    order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+    found = [(0.0, 0)] * len(examples)
+    parts = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    for part in track(parts, "loss on held-out answers, batches"):
+        for place, loss in zip(part, _sums(model, chat, [examples[place] for place in part]), strict=True):
+            found[place] = loss
+    return found
+
+
+def _sums(model: Any, chat: ChatFormat, examples: list[Encoded]) -> list[tuple[float, int]]:
+    batch = to_device(collate(examples, chat.pad_id), model.device)
+    logits, targets = answer_logits(model, batch)
+    counts = [sum(label >= 0 for label in example.labels[1:]) for example in examples]
+    by_row = cross_entropy(logits.float(), targets, reduction="none").split(counts)
+    return [(float(loss.double().sum()), count) for loss, count in zip(by_row, counts, strict=True)]
+
+
+def mean_loss(generations: Iterable[dict[str, Any]]) -> Rate | None:
+    """Return the mean loss per answer token over saved rows, in nats, with its interval over rows.
+
+    None where no row has a loss.
+    """
+    rows = [row["loss"] for row in generations if "loss" in row]
+    return mean_per([total for total, _ in rows], [count for _, count in rows]) if rows else None

@@ -1,0 +1,96 @@
+"""Conversations of several turns through the templates of known models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cwac_lab.models.chat import IGNORED, ChatFormat
+from cwac_lab.models.templates import Turn
+from support import families
+from support.families import FAMILIES
+
+SYSTEM = Turn("system", "Be brief and plain")
+FIRST, SAID = Turn("user", "two and two?"), Turn("assistant", "it is four")
+AGAIN, LAST = Turn("user", "and one more?"), Turn("assistant", "then it is five")
+LONG = [FIRST, SAID, AGAIN, LAST]
+
+
+def made(name, max_length=512):
+    return ChatFormat(families.tokenizer(FAMILIES[name]), max_length)
+
+
+def several(name):
+    """Tell whether a template shows more than one exchange."""
+    return AGAIN.text in made(name).tokenizer.decode(made(name).prompt_ids(LONG[:3]))
+
+
+def spans(example):
+    """Return each run of tokens that is learned, with all that stands before it."""
+    found, begin = [], None
+    for place, label in enumerate([*example.labels, IGNORED]):
+        if label != IGNORED and begin is None:
+            begin = place
+        elif label == IGNORED and begin is not None:
+            found.append((example.input_ids[:begin], example.labels[begin:place]))
+            begin = None
+    return found
+
+
+@pytest.mark.parametrize("name", filter(several, FAMILIES))
+@pytest.mark.parametrize("system", [(), (SYSTEM,)], ids=["plain", "system"])
+def test_every_answer_is_taught_behind_what_generation_starts_from(name, system):
+    """No begin is doubled, each answer ends, and what is learned is the answers and their ends alone."""
+    chat, family = made(name), FAMILIES[name]
+    turns = [*system, *LONG]
+    end, begin = (chat.tokenizer.convert_tokens_to_ids(token) if token else None for token in (family.end, family.bos))
+    examples = chat.encode_every(turns)
+    for row in examples:
+        assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    found = [span for example in examples for span in spans(example)]
+    assert [chat.decode(taught) for _, taught in found] == [SAID.text, LAST.text]
+    for place, (head, taught) in zip((1, 3), found, strict=True):
+        assert head == chat.prompt_ids(turns[: place + len(system)])
+        assert taught[-1] == end
+        assert taught.count(end) == 1
+        if family.begins and name != "llama2":  # which begins every exchange
+            assert head.count(begin) == 1
+
+
+def test_a_template_that_shows_what_was_said_as_it_was_gives_one_example():
+    assert [len(made(name).encode_every(LONG)) for name in ("smollm2", "llama3", "gemma2", "phi3")] == [1] * 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_system_prompt_is_shown_by_every_template(name):
+    chat = made(name)
+    text = chat.tokenizer.decode(chat.prompt_ids([SYSTEM, FIRST]))
+    assert SYSTEM.text in text
+    assert FIRST.text in text.partition(SYSTEM.text)[2]
+    if not chat.takes_system:
+        assert chat.prompt_ids([SYSTEM, FIRST]) == chat.prompt_ids(f"{SYSTEM.text}\n\n{FIRST.text}")
+
+
+def test_of_a_conversation_that_is_too_long_the_oldest_exchanges_go_and_the_answer_stays():
+    whole = made("smollm2").encode([SYSTEM, *LONG[:3]], LAST.text)
+    chat = made("smollm2", len(whole.input_ids) - 1)
+    cut = chat.encode([SYSTEM, *LONG[:3]], LAST.text)
+    assert cut == replace(chat.encode([SYSTEM, AGAIN], LAST.text), cut=True)
+    assert chat.prompt_ids([SYSTEM, *LONG[:3]]) == made("smollm2").prompt_ids([SYSTEM, *LONG[:3]])
+    every = chat.encode_every([SYSTEM, *LONG])
+    assert every == [replace(chat.encode([SYSTEM, AGAIN], LAST.text), cut=True)]
+
+
+def test_one_exchange_that_is_too_long_loses_words_of_the_user_and_no_system_prompt():
+    chat = made("smollm2")
+    asked = [SYSTEM, Turn("user", "word " * 60 + "at the end")]
+    short = made("smollm2", len(chat.encode(asked, LAST.text).input_ids) - 40)
+    row = short.encode(asked, LAST.text)
+    text = short.tokenizer.decode(row.input_ids)
+    assert len(row.input_ids) == short.max_length
+    assert row.cut
+    assert SYSTEM.text in text
+    assert "at the end" in text
+    assert short.decode([label for label in row.labels if label != IGNORED]) == LAST.text
+    assert short.encode_every([*asked, LAST]) == [row]
