@@ -37,7 +37,7 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator", "diagnostics"),
-    *("evaluation.judges", "align.rebuild", "align.export"),
+    *("task.train", "task.test", "evaluation.judges", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.

@@ -132,6 +132,7 @@ def fit(
     resume = Resume.find(checkpoint, identity) if checkpoint is not None else None
     first = resume.step if resume is not None else 0
     data = TrainData(examples, pad_id, config.batch_size, config.epochs, seed, first, config.accumulate)
+    data.plan = data.plan[: config.max_steps]
     steps = len(data.plan)
     restore = resume.optimizer(model) if resume is not None else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -157,7 +158,8 @@ def fit(
     except Diverged as error:
         clip = f"gradient_clip={config.gradient_clip:g}"
         raise Diverged(f"{error} ({group}.learning_rate={config.learning_rate:g}, {clip})") from None
-    tokens = sum(sum(label >= 0 for label in e.labels) for e in examples) * config.epochs
+    learned = [sum(label >= 0 for label in example.labels) for example in examples]
+    tokens = sum(learned[row] for rows in data.plan for row in rows)
     return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}
 
 

@@ -21,6 +21,7 @@ class TrainerConfig:
 
     Attributes:
         epochs: Passes over the mixture.
+        max_steps: Optimizer steps after which training ends, if the passes are not over; null: no such limit.
         batch_size: Rows per forward, of all devices together: a run does not depend on how many there are.
         accumulate: Forwards per optimizer step.
         learning_rate: Peak learning rate of AdamW.
@@ -41,6 +42,7 @@ class TrainerConfig:
     """
 
     epochs: int = 1
+    max_steps: int | None = None
     batch_size: int = 8
     accumulate: int = 1
     learning_rate: float = 1e-4
@@ -62,6 +64,8 @@ class TrainerConfig:
         """Check the fields."""
         for key in ("epochs", "batch_size", "accumulate"):
             in_range(key, getattr(self, key), 1)
+        if self.max_steps is not None:
+            in_range("max_steps", self.max_steps, 1)
         in_range("devices", self.devices, 1)
         one_of("strategy", self.strategy, STRATEGIES)
         in_range("max_length", self.max_length, 16)

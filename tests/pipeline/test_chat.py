@@ -1,0 +1,144 @@
+"""Conversations of one's own, from files of every kind to a record, on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from cwac_lab import results, train
+from cwac_lab.core.errors import LabError
+from cwac_lab.data.reading import LONGEST, read_rows, shards
+from cwac_lab.data.sources import DataConfig, split_task
+from cwac_lab.data.tasks.chat import Chat
+from support import tiny
+from support.cover import some
+
+SAID = [("Is it a fine film?", "yes,\nit is"), ("Plan a trip", "pack light"), ("Bake bread", "use flour")]
+PAIRS = [{"prompt": asked, "response": said} for asked, said in SAID]
+ROWS = [{"messages": [{"role": "user", "content": f"{asked} {i}"}, {"role": "assistant", "content": said}]}
+        for i in range(8) for asked, said in SAID]  # fmt: skip
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def zstd(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def as_csv(file, **how):
+    with file.open("w", newline="", **how) as stream:
+        writer = csv.DictWriter(stream, ["prompt", "response"], lineterminator="\r\n")
+        writer.writeheader()
+        writer.writerows(PAIRS)
+
+
+WRITERS = {
+    "a.jsonl": lambda file: file.write_bytes(lines(PAIRS)),
+    "mark.jsonl": lambda file: file.write_bytes(b"\xef\xbb\xbf" + lines(PAIRS).replace(b"\n", b"\r\n")),
+    "a.json": lambda file: file.write_text(json.dumps(PAIRS)),
+    "a.jsonl.gz": lambda file: file.write_bytes(gzip.compress(lines(PAIRS))),
+    "a.jsonl.zst": lambda file: file.write_bytes(zstd(lines(PAIRS))),
+    "a.csv": as_csv,
+    "mark.csv": lambda file: as_csv(file, encoding="utf-8-sig"),
+    "a.parquet": lambda file: parquet.write_table(pyarrow.Table.from_pylist(PAIRS), file),
+}
+
+
+@pytest.mark.parametrize("name", some(list(WRITERS), "mark.csv", "a.jsonl.zst", "a.parquet"))
+def test_a_file_of_any_kind(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    assert [
+        (row.prompt, row.response) for row in Chat(name="chat", train=str(tmp_path / name)).own_rows("train")
+    ] == SAID
+
+
+def test_the_files_of_a_folder_are_read_in_order(tmp_path):
+    for name, row in zip(("2.jsonl", "1.jsonl.gz", "notes.txt"), PAIRS, strict=True):
+        content = lines([row])
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    rows = Chat(name="chat", train=str(tmp_path)).own_rows("train")
+    assert [row.prompt for row in rows] == [PAIRS[1]["prompt"], PAIRS[0]["prompt"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        (b"", "a.jsonl", "is empty"),
+        (b"{}\n", "a.txt", "a file with none of the suffixes"),
+        (None, "a.jsonl", "no such file or folder"),
+        (b"\xff\xfe{", "a.jsonl.gz", "is not compressed as .gz says"),
+        (lines([PAIRS[0]]) + b'{"prompt": "\xff"}', "a.jsonl", "line 2: byte 0xff is not UTF-8"),
+        (lines(PAIRS) + b"x" * (LONGEST + 1), "a.jsonl", "line 4: 16 MiB; accepted: at most 16 MiB a line"),
+        (lines([PAIRS[0]]) + b"{no\n" + lines([{"prompt": "x"}, {"prompt": "", "response": "y"}, PAIRS[1]]), "a.jsonl",
+         r"3 of 5 rows cannot be read \(task.skip_bad=true leaves them out\): .*line 2: no JSON.*line 3: no column "
+         "'response'; .*line 4: prompt is empty$"),
+        (lines([{"text": "x"}]), "a.jsonl", "task.columns=none: accepted: messages"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_line(content, name, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(LabError, match=words):
+        Chat(name="chat", train=str(tmp_path / name)).own_rows("train")
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines([PAIRS[0]]) + b"{no\n" + lines([PAIRS[1], {"prompt": "x"}]))
+    task = Chat(name="chat", train=str(file), skip_bad=True)
+    assert [row.prompt for row in task.own_rows("train")] == [row["prompt"] for row in PAIRS[:2]]
+    assert task.remarks[1].startswith("2 of 4 rows are left out")
+    file.write_bytes(b"{no\n")
+    with pytest.raises(LabError, match="1 of 1 rows cannot be read"):
+        task.own_rows("train")
+    assert shards(file) == [file]
+    assert read_rows(file, []) == []
+
+
+def test_what_is_asked_in_one_part_is_asked_in_no_other(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines([*ROWS, *ROWS[:6]]))  # rows that are repeated stay together
+    data = DataConfig(n_train=None, n_validation=3, n_test=100)
+    task = Chat(name="chat", train=str(file))
+    found = split_task(data, task, taken={"plan a trip 0"})
+    parts = [{row.asked for row in part} for part in (found.train, found.validation, found.test)]
+    assert [len(part) for part in parts] == [17, 3, 3]
+    assert len(found.train) + len(found.validation) + len(found.test) == 23 + 5
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    other = tmp_path / "b.jsonl"
+    other.write_bytes(lines(ROWS[3:5]))
+    tested = split_task(data, Chat(name="chat", train=str(file), test=str(other)), ())
+    assert [row.prompt for row in tested.test] == [row["messages"][0]["content"] for row in ROWS[3:5]]
+    assert not {row.asked for row in tested.train} & {row.asked for row in tested.test}
+
+
+def test_a_run_on_conversations(tiny_folder, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    talk = {"messages": [{"role": "system", "content": "Be brief."}, *ROWS[0]["messages"], *ROWS[1]["messages"]]}
+    file.write_bytes(lines([talk, *ROWS]))
+    small = [o for o in tiny.small_run(tiny_folder, tmp_path / "out") if not o.startswith("data.n_")]
+    settings = [*small, "task=chat", f"task.train={file}", "constraint=weight", "task.metric=contains"]
+    tiny.launch(train.main, [*settings, "trainer.max_steps=3"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "25 conversations in the columns messages" in shown
+    assert "22 rows, 46 turns" in shown
+    (row,) = results.load(tmp_path / "out").to_dict("records")
+    assert (row["status"], row["task"], row["harmful_ratio"]) == ("ok", "chat", 0)
+    assert row["held_out_loss_low"] < row["held_out_loss"] < row["held_out_loss_high"]
+    assert row["held_out_loss_n"] == row["finetune_accuracy_n"] == 3
+    folder = next((tmp_path / "out" / "runs").iterdir())
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["training"]["steps"] == 3
+    assert record["training"]["rows"]["turns"] == 46
+    mixture = json.loads((folder / "manifest.json").read_text())["mixture"]
+    assert (mixture["n"], mixture["harmful"]) == (22, 0)
