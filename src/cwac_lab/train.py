@@ -32,6 +32,11 @@ def main(config: DictConfig) -> float:
     from cwac_lab.results.store import METRICS
     from cwac_lab.run.execution import carry_out
 
+    if run.dry:
+        from cwac_lab.run.estimate import tell
+
+        tell(run, Screen().say)
+        return math.nan
     folder = carry_out(run, HydraConfig.get().overrides.task, Screen(quiet=distributed.number() > 0))
     return tuning_error(folder.read(METRICS)) if folder.status == "ok" else math.nan
 

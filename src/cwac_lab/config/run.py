@@ -36,8 +36,18 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Settings that do not change what a run computes; they are left out of its key.
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
-    *("logger", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator", "diagnostics"),
-    *("task.train", "task.test", "evaluation.judges", "align.rebuild", "align.export"),
+    *(
+        "logger",
+        "output_root",
+        "cache_root",
+        "force",
+        "dry",
+        "data.root",
+        "model.path",
+        "trainer.accelerator",
+        "diagnostics",
+    ),
+    *("diagnostics", "task.train", "task.test", "evaluation.judges", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -55,6 +65,7 @@ class Run:
             and the test rows do not depend on it.
         finetune: False evaluates the start itself, the first row of every table.
         force: Make a run again that is already recorded.
+        dry: Tell what the run would take, and end before weights are loaded.
         output_root: Folder of records, tables and pages.
         cache_root: Folder of what runs share: weights, starts, subspaces, autoencoders.
     """
@@ -78,6 +89,7 @@ class Run:
     seed: int
     finetune: bool
     force: bool
+    dry: bool
     output_root: str
     cache_root: str
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -129,9 +141,10 @@ def _scalars(config: _Settings) -> dict[str, Any]:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError("seed", seed, "an integer >= 0")
     in_range("seed", seed, 0)
-    for key in ("finetune", "force"):
-        one_of(key, config[key], (True, False))
-    return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config["finetune"], "force": config["force"]}
+    flags = {key: config[key] for key in ("finetune", "force", "dry")}
+    for key, value in flags.items():
+        one_of(key, value, (True, False))
+    return {"harmful_ratio": float(ratio), "seed": seed, **flags}
 
 
 def _check_finite(key: str, node: Any) -> None:

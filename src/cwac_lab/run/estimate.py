@@ -1,0 +1,138 @@
+"""What a run would take, before weights are loaded: rows, steps, memory, disk and, roughly, hours."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cwac_lab.config.run import Run
+from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.progress import duration
+from cwac_lab.data.batches import plan_batches
+from cwac_lab.data.pools import build_pools
+from cwac_lab.models.adapters import TuningConfig
+from cwac_lab.models.chat import Encoded
+from cwac_lab.models.folder import skeleton
+from cwac_lab.models.loading import find, load_chat
+from cwac_lab.models.sites import linears
+from cwac_lab.run.rows import encoded, train_rows
+from cwac_lab.run.start import use_of
+from cwac_lab.run.survey import survey, told
+
+# Rows and columns of the matrices whose product tells how fast a device computes, and how often it is taken.
+_SIDE, _TIMES = 1024, 4
+# Share of that speed which training reaches, in our runs on CPUs: 0.25 to 0.5.
+_REACHED = 0.35
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take.
+
+    Attributes:
+        rows: Examples of a pass.
+        steps: Optimizer steps.
+        tokens: Tokens of all steps, without padding.
+        parameters: Of the model.
+        trained: Parameters that are trained.
+        memory: Bytes of weights, gradients and AdamW's moments; activations come on top.
+        disk: Bytes that are written at the end, and with each checkpoint.
+        seconds: Of training, roughly.
+    """
+
+    rows: int
+    steps: int
+    tokens: int
+    parameters: int
+    trained: int
+    memory: int
+    disk: int
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        """Yield it in words."""
+        yield f"{self.rows} examples, {self.steps} steps, {self.tokens} tokens"
+        yield f"{self.parameters / 1e6:.0f} M parameters, {self.trained / 1e6:.1f} M of them trained"
+        yield f"memory: {self.memory / _GB:.1f} GB for weights, gradients and moments; activations come on top"
+        yield f"disk: {self.disk / _GB:.1f} GB"
+        yield f"training: about {duration(self.seconds)}; preparing and evaluating come on top"
+
+
+def trained_parameters(model: Any, tuning: TuningConfig) -> int:
+    """Return how many parameters a run trains, before a constraint freezes any.
+
+    Args:
+        model: The model, on any device.
+        tuning: What is trained.
+    """
+    if tuning.method == "full":
+        return sum(parameter.numel() for parameter in model.parameters())
+    shapes = [matrix.layer.weight.shape for matrix in linears(model, tuning.modules)]
+    return sum(tuning.rank * (rows + columns) for rows, columns in shapes)
+
+
+def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
+    """Return what a run would take.
+
+    Args:
+        run: The run.
+        model: Its model on the meta device.
+        examples: The rows that are trained on.
+    """
+    trainer = run.trainer
+    lengths = [len(example.input_ids) for example in examples]
+    plan = plan_batches(lengths, trainer.batch_size * trainer.accumulate, trainer.epochs, run.seed)[: trainer.max_steps]
+    tokens = sum(lengths[row] for rows in plan for row in rows)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = trained_parameters(model, run.tuning)
+    width = run.dtype.itemsize
+    # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
+    flops = tokens * (4 * parameters + 2 * trained)
+    memory = width * parameters + (width if trained == parameters else 4) * trained + 8 * trained
+    saved = 4 * parameters if trainer.export else 0
+    checkpoint = 12 * trained if trainer.checkpoint_every_n_steps else 0
+    return Estimate(
+        len(examples), len(plan), tokens, parameters, trained, memory, saved + checkpoint,
+        flops / (_REACHED * speed(trainer.device, run.dtype)),
+    )  # fmt: skip
+
+
+def tell(run: Run, say: Callable[[str], None]) -> None:
+    """Tell what a run would take; reads rows and the tokenizer, loads no weights and writes no record.
+
+    Raises:
+        ConfigError: If rows are chosen by gradients of the model, or nothing is fine-tuned.
+        LabError: As the run itself, for what it reads.
+    """
+    if not run.finetune:
+        raise ConfigError("dry", True, "false with finetune=false: nothing is trained")
+    if run.attack.rows == "outliers":
+        raise ConfigError("dry", True, f"false with attack={run.attack.name}, which chooses rows by gradients")
+    pools = build_pools(run.data)
+    data = pools.task_rows(run.data, run.task)
+    folder = find(run.model, run.profile.name, Path(run.cache_root), use_of(run))
+    chat = load_chat(folder.path, run.trainer.max_length, run.model.chat_template)
+    rows = train_rows(run, data.train, pools, None, chat, say)
+    examples = encoded(rows, chat, run.task.train_on, say)
+    lines = [*run.task.remarks, *told(survey(rows, examples, pools.harmful()))]
+    for line in [folder.description, *lines, *estimate(run, skeleton(folder.path), examples).lines()]:
+        say(line)
+
+
+def speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how many floating-point operations a second a device makes in products of matrices."""
+    x = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    float((x @ x).sum())  # the first one warms up
+    best = math.inf
+    for _ in range(_TIMES):
+        begin = time.perf_counter()
+        float((x @ x)[0, 0])
+        best = min(best, time.perf_counter() - begin)
+    return 2 * _SIDE**3 / best
