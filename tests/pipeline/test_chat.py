@@ -140,5 +140,9 @@ def test_a_run_on_conversations(tiny_folder, tmp_path, capsys):
     record = json.loads((folder / "metrics.json").read_text())
     assert record["training"]["steps"] == 3
     assert record["training"]["rows"]["turns"] == 46
+    shown = (folder / "model" / "README.md").read_text()
+    assert f"# {folder.name}" in shown
+    assert "22 conversations" in shown
+    assert "| loss on held-out answers, nats a token (lower is better) |" in shown
     mixture = json.loads((folder / "manifest.json").read_text())["mixture"]
     assert (mixture["n"], mixture["harmful"]) == (22, 0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwac_lab.config.run import Run
+from cwac_lab.core.cache import write_text
 from cwac_lab.core.provenance import StageMeter
 from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
@@ -21,6 +22,7 @@ from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remar
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
+from cwac_lab.report import card
 from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
@@ -79,8 +81,17 @@ def carry_through(job: Job) -> None:
         told = {"leak": leak} if leak is not None else {}
         record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
+        _card(job, record)
         log_run(made, folder, job.screen.say)
     job.screen.result(title(record), record)
+
+
+def _card(job: Job, record: dict[str, Any]) -> None:
+    """Write the model card into the folder of a model that was saved."""
+    path = job.folder.path / store.MODEL
+    if path.is_dir() and job.run.finetune:
+        provenance = job.folder.read(store.PROVENANCE)
+        write_text(path / card.FILE, card.card(job.run.resolved, record, provenance, job.folder.path.name))
 
 
 def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:

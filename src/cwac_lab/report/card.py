@@ -1,0 +1,93 @@
+"""The model card of an exported model, with its safety card: what was measured, what was not, how to repeat it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.results.record import judged_by
+
+FILE = "README.md"
+# What no rate of a run says anything about.
+NOT_MEASURED = (
+    "languages other than that of the test prompts; conversations of several turns; attacks on the prompt; how harmful "
+    "an answer is; abilities other than the task"
+)
+
+
+def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, Any], run: str) -> str:
+    """Return the text of a card, as the hub takes it.
+
+    Args:
+        config: The resolved configuration of the run.
+        metrics: Its ``Metrics``.
+        provenance: Its ``Provenance``.
+        run: Name of the run.
+    """
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["cwac-lab"])
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {run}",
+        f"{metrics['weights']}, fine-tuned on {metrics['task']} with cwac-lab {provenance.get('cwac_lab', '')}, "
+        f"`constraint={metrics['constraint']}`.",
+        "## Safety card",
+        _rates(metrics),
+        f"Percent with 95 % interval. n: prompts or rows that count. Judged by {judged_by(metrics)}, on the "
+        f"{metrics['split']} prompts. HS says whether a harmful prompt is answered, whatever the answer is worth."
+        + _broken(metrics),
+        f"Not measured: {NOT_MEASURED}.",
+        "## What it was made of",
+        _made_of(metrics, provenance),
+        "## Settings",
+        f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False).strip()}\n```",
+        "## Repeat it",
+        f"    python -m cwac_lab.replay run=outputs/runs/{run}",
+        "The licence of the base model and of the data hold for this model too.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rates(metrics: dict[str, Any]) -> str:
+    lines = ["| rate | | n |", "| --- | --- | --- |"]
+    for name, metric in SHOWN.items():
+        rate = metrics.get(name)
+        if rate is not None and rate["value"] is not None:
+            lines.append(f"| {metric.words} | {_interval(rate, 1)} | {rate['n']} |")
+    if "held_out_loss" in metrics:
+        loss = metrics["held_out_loss"]
+        lines.append(
+            f"| loss on held-out answers, nats a token (lower is better) | {_interval(loss, 3)} | {loss['n']} |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(rate: dict[str, Any], digits: int) -> str:
+    value = f"{rate['value']:.{digits}f}"
+    return value if rate["low"] is None else f"{value} [{rate['low']:.{digits}f}, {rate['high']:.{digits}f}]"
+
+
+def _broken(metrics: dict[str, Any]) -> str:
+    return " **The model is broken**: too many answers are incoherent for rates to say anything of safety." * bool(
+        metrics["broken"]
+    )
+
+
+def _made_of(metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
+    rows = metrics.get("training", {}).get("rows")
+    told = [
+        f"- start weights: {metrics['weights']} (`{metrics['weights_content'][:16]}`)",
+        f"- rows: SHA-256 `{provenance['task_data_sha256'][:16]}`"
+        + (f", {rows['rows']} conversations, {rows['tokens']['learned']} tokens learned" if rows else ""),
+        f"- share of harmful rows: {metrics['harmful_ratio']:g}",
+        f"- prompts that refusals were held and measured on: SHA-256 `{provenance['pools_sha256'][:16]}`",
+        f"- steps: {metrics['training']['steps']}, seed {metrics['seed']}",
+    ]
+    return "\n".join(told)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that make the model: the constraint's, the trainer's, and what is tuned."""
+    return {name: config[name] for name in ("constraint", "tuning", "trainer") if name in config}

@@ -1,0 +1,39 @@
+"""The card of an exported model says what was measured, on how much, and by whom."""
+
+from __future__ import annotations
+
+from huggingface_hub import ModelCard
+
+from cwac_lab.core.stats import wilson
+from cwac_lab.report.card import NOT_MEASURED, card
+
+METRICS = {
+    "weights": "tiny: local folder", "weights_content": "a" * 64, "task": "chat", "constraint": "weight",
+    "harmful_ratio": 0.0, "seed": 3, "split": "test", "broken": False, "judges": {"refusal": {"version": "1" * 16}},
+    "harmful_score": wilson(2, 75).to_dict(), "over_refusal": wilson(0, 0).to_dict(),
+    "held_out_loss": {"value": 1.25, "low": 1.0, "high": 1.5, "n": 9},
+    "training": {"steps": 40, "rows": {"rows": 80, "tokens": {"learned": 1234}}},
+}  # fmt: skip
+PROVENANCE = {"cwac_lab": "0.2.0", "task_data_sha256": "b" * 64, "pools_sha256": "c" * 64}
+
+
+def test_a_card_is_one_of_the_hub_and_tells_each_rate_with_its_n():
+    text = card({"constraint": {"weight": {"energy": 0.99}}}, METRICS, PROVENANCE, "tiny-chat-weight")
+    read = ModelCard(text)
+    assert read.data.library_name == "transformers"
+    for line in (
+        "| harmful score (HS, lower is better) | 2.7 [0.7, 9.2] | 75 |",
+        "| loss on held-out answers, nats a token (lower is better) | 1.250 [1.000, 1.500] | 9 |",
+        "- rows: SHA-256 `bbbbbbbbbbbbbbbb`, 80 conversations, 1234 tokens learned",
+        "    energy: 0.99",
+        "    python -m cwac_lab.replay run=outputs/runs/tiny-chat-weight",
+    ):
+        assert line in text.splitlines(), line
+    assert NOT_MEASURED in text
+    assert "over-refusal" not in text  # which was not measured
+    assert "broken" not in text
+
+
+def test_a_broken_model_is_called_so():
+    text = card({}, {**METRICS, "broken": True}, PROVENANCE, "x")
+    assert "**The model is broken**" in text
