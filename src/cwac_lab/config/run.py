@@ -128,7 +128,7 @@ def _scalars(config: _Settings) -> dict[str, Any]:
     in_range("harmful_ratio", ratio, 0, 1)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError("seed", seed, "an integer >= 0")
-    in_range("seed", seed, 0)
+    in_range("seed", seed, 0, 2**53)  # larger ones could share a key
     for key in ("finetune", "force"):
         one_of(key, config[key], (True, False))
     return {"harmful_ratio": float(ratio), "seed": seed, "finetune": config["finetune"], "force": config["force"]}
