@@ -45,7 +45,7 @@ def test_the_shipped_start_is_made_with_the_settings_of_the_configuration():
 
 def test_the_rates_are_of_the_shipped_start():
     told = read_json(shipped.FOLDER / shipped.RATES)
-    before, after = told["models"].values()
+    before, after, *_ = told["models"].values()
     assert before["perplexity_ratio"] == 1
     assert before["sets"].keys() == after["sets"].keys() >= {"XSTest unsafe, half B", "own harmful, test pool"}
     assert all(rate["low"] <= rate["value"] <= rate["high"] for rate in after["sets"].values())

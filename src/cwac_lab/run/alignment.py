@@ -162,9 +162,7 @@ def _shipped(start: ModelFolder, run: Run) -> ModelFolder:
     """
     settings = shipped.recipe()["settings"]
     if shipped.recipe()["lists"] != digests():  # prompts that left a list could be dealt to a pool that is tested on
-        raise LabError(
-            "the shipped start was taught other lists than these; accepted: its own, or align.rebuild=true"
-        )
+        raise LabError("the shipped start was taught other lists than these; accepted: its own, or align.rebuild=true")
     for name, value in run.align.recipe.items():
         if value != settings[name]:
             accepted = f"{settings[name]}, as the shipped start was made with, or align.rebuild=true"
