@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import cwac_lab
 from cwac_lab import train
-from cwac_lab.core.cache import file_digest
+from cwac_lab.core.cache import digest, file_digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.models import loading, packaged
 from cwac_lab.models.architecture import Use
@@ -148,16 +148,22 @@ def test_the_start_is_read_from_the_files_that_are_loaded(tmp_path):
 
 
 def test_the_digest_of_a_plain_folder_is_what_it_was(tmp_path):
-    """Weights, then configuration and tokenizer in this order: records are found by it."""
+    """The configuration but for who wrote it, then weights and tokenizer in this order: records are found by it."""
     saved(tmp_path)
-    names = (WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    assert content_digest(tmp_path) == file_digest([tmp_path / name for name in names])
+    names = (WEIGHTS, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_version": "4.0.0"}))
+    config.pop("transformers_version")
+    expected = digest([config, file_digest([tmp_path / name for name in names])])
+    assert content_digest(tmp_path) == expected
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    assert content_digest(tmp_path) != expected
 
 
 @pytest.mark.parametrize(
     "file",
     [
-        "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", WEIGHTS,
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", WEIGHTS,
         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tekken.json",
         "tokenizer.model", "spiece.model", "qwen.tiktoken", "tokenizer.4.0.0.json",
         "additional_chat_templates/tools.jinja",

@@ -18,6 +18,7 @@ from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.defenses.interface import Defense
 from cwac_lab.judges.base import Verdict
+from cwac_lab.judges.refusal import RefusalJudge
 
 
 @dataclass
@@ -51,6 +52,10 @@ class Length:
 
     def verdicts(self, asked):
         return [Verdict(float(len(answer) > 1), 0.0, float(not answer)) for _, answer in asked]
+
+
+class Refusal(RefusalJudge):
+    version = "another"
 
 
 class Nameless:
@@ -110,6 +115,8 @@ def test_classes_of_an_own_module_are_trained_under_attacked_with_and_judged_by(
         (["constraint=none", "evaluation.judges=[MINE.Nameless]"],
          "evaluation.judges=MINE.Nameless: accepted: a Judge (this one has no name"),
         (["evaluation.judges=[kind]"], "evaluation.judges=kind: accepted: refusal | classifier"),
+        (["constraint=none", "evaluation.judges=[refusal,MINE.Refusal]"],
+         "evaluation.judges=['refusal', 'MINE.Refusal']: accepted: judges of different names, not refusal, refusal"),
         (["constraint=counting", "constraint.counting.wieght=1"], "constraint.counting.wieght"),
     ],
 )  # fmt: skip

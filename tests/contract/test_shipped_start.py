@@ -45,7 +45,7 @@ def test_the_shipped_start_is_made_with_the_settings_of_the_configuration():
 
 def test_the_rates_are_of_the_shipped_start():
     told = read_json(shipped.FOLDER / shipped.RATES)
-    before, after = told["models"].values()
+    before, after, *_ = told["models"].values()
     assert before["perplexity_ratio"] == 1
     assert before["sets"].keys() == after["sets"].keys() >= {"XSTest unsafe, half B", "own harmful, test pool"}
     assert all(rate["low"] <= rate["value"] <= rate["high"] for rate in after["sets"].values())
@@ -240,3 +240,35 @@ def test_every_kind_has_lists():
     assert set(LISTS) == set(KINDS)
     sizes = {kind: len(rows) for kind, rows in taught().items()}
     assert min(sizes.values()) > 500
+
+
+def test_a_start_that_was_taught_other_lists_is_not_taken(tmp_path, monkeypatch):
+    """A prompt that has left a list could be dealt to a pool that is tested on."""
+    monkeypatch.setattr(alignment, "digests", lambda: {})
+    with pytest.raises(LabError, match=r"taught other lists than these; accepted: its own, or align\.rebuild=true"):
+        alignment._shipped(ModelFolder(tmp_path, "weights", ""), read(tiny.config()))
+
+
+def test_a_merged_weight_is_the_sum_over_ranks_whatever_their_sizes(tmp_path):
+    """Exactly, against rational numbers, for factors whose products are far apart."""
+    from fractions import Fraction
+
+    model = tiny.model()
+    layer = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    weight = model.get_submodule(layer).weight.detach().clone()
+    draw = torch.Generator().manual_seed(0)
+    a, b = (
+        (torch.randn(shape, generator=draw) * 10.0 ** torch.randint(-6, 3, shape, generator=draw)).bfloat16()
+        for shape in ((4, weight.shape[1]), (weight.shape[0], 4))
+    )
+    shipped.write_json(tmp_path / shipped.SETTINGS, {"r": 4, "lora_alpha": 8})
+    shipped.save_file(
+        {f"base_model.model.{layer}.lora_A.weight": a, f"base_model.model.{layer}.lora_B.weight": b},
+        tmp_path / shipped.FACTORS,
+    )
+    shipped.add(model, tmp_path)
+    found = model.get_submodule(layer).weight.detach()
+    for place in ((0, 0), (1, 3), (weight.shape[0] - 1, weight.shape[1] - 1)):
+        terms = [Fraction(float(b[place[0], i])) * Fraction(float(a[i, place[1]])) for i in range(4)]
+        exact = Fraction(float(weight[place])) + 2 * sum(terms)
+        assert float(found[place]) == pytest.approx(float(exact), rel=1e-7)

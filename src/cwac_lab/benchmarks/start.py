@@ -122,11 +122,13 @@ def main(config: DictConfig) -> None:
     for folder in [each for each in (begin.before, begin.folder) if each is not None]:
         screen.say(f"{folder.description}: {sum(len(each.rows) for each in sets)} prompts")
         model = original if folder == first else load_model(folder.path, device=run.trainer.device)
-        found = rates(model, chat, sets, run.task, run.evaluation.batch_size)
-        ratio = perplexity(model, answers, chat.pad_id) / before
-        report["models"][folder.description] = {
-            "content": folder.content, "perplexity_ratio": round(ratio, 4), "sets": found,
-        }  # fmt: skip
+        asking = load_chat(folder.path, run.trainer.max_length, run.model.chat_template)
+        told = {"content": folder.content, "sets": rates(model, asking, sets, run.task, run.evaluation.batch_size)}
+        if asking.tokenizer.get_vocab() == chat.tokenizer.get_vocab():
+            told["perplexity_ratio"] = round(perplexity(model, answers, chat.pad_id) / before, 4)
+        else:
+            screen.say("perplexity: left out, as this model has other tokens than the packaged one")
+        report["models"][folder.description] = told
     screen.rates(report)
     target = Path(run.align.export or run.output_root) / FILE
     write_json(target, report)

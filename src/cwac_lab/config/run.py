@@ -140,7 +140,7 @@ def _scalars(config: _Settings) -> dict[str, Any]:
     in_range("harmful_ratio", ratio, 0, 1)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError("seed", seed, "an integer >= 0")
-    in_range("seed", seed, 0)
+    in_range("seed", seed, 0, 2**53)  # larger ones could share a key
     flags = {key: config[key] for key in ("finetune", "force", "dry")}
     for key, value in flags.items():
         one_of(key, value, (True, False))

@@ -18,6 +18,7 @@ import yaml
 
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.diagnostics.evidence import PREFIX, correlations
+from cwac_lab.docs import starts
 from cwac_lab.judges.__main__ import by_kind, runnable, said_of_written
 from cwac_lab.judges.base import Judge
 from cwac_lab.report.files import NOTE, page
@@ -173,7 +174,7 @@ def pages(experiments: Path) -> dict[str, str]:
     found = {f"{file.parent.name}.md": experiment(file.parent) for file in sorted(experiments.glob(f"*/{VIEWS}"))}
     judges = runnable()
     said = {judge.name: said_of_written(judge) for judge in judges}
-    found |= {"drift.md": drift(experiments), "judges.md": judged_by_kind(judges, said)}
+    found |= {"drift.md": drift(experiments), "judges.md": judged_by_kind(judges, said), "start.md": starts.page()}
     lines = ["# Long tables\n", "Made by `make docs` of the records that travel with the project.\n"]
     for name, text in sorted(found.items()):
         lines.append(f"- [{text.splitlines()[0].removeprefix('# ')}]({name})")

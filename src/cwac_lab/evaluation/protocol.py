@@ -16,7 +16,7 @@ from cwac_lab.evaluation.heldout import losses, mean_loss
 from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
-from cwac_lab.judges import made
+from cwac_lab.judges import all_made
 from cwac_lab.models.chat import ChatFormat, Prompt
 from cwac_lab.models.templates import Turn
 from cwac_lab.results import store
@@ -103,7 +103,7 @@ def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
     The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
     """
     generations = folder.read(store.GENERATIONS)
-    judges = [made(name) for name in run.evaluation.judges]
+    judges = all_made(run.evaluation.judges)
     first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)

@@ -38,6 +38,8 @@ def rates(
 ) -> dict[str, dict[str, Any]]:
     """Return, by set, its rate in percent with a 95 % Wilson interval and n, which rate it is, and incoherent answers.
 
+    ``broken`` tells that these are so many that the rate says nothing of safety.
+
     Empty sets are left out.
 
     Args:
@@ -57,5 +59,5 @@ def rates(
             ]
             metrics = aggregate(judge_rows(answered, task, RefusalJudge()))
             found[each.name] = {"rate": RATE[each.kind], **metrics[RATE[each.kind]]}
-            found[each.name]["incoherent"] = metrics["incoherent"]["value"]
+            found[each.name] |= {"incoherent": metrics["incoherent"]["value"], "broken": metrics["broken"]}
     return found

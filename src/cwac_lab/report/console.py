@@ -16,6 +16,13 @@ from rich.text import Text
 from cwac_lab.evaluation.metrics import METRICS, SHOWN
 
 
+def _of_set(rate: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Return the rate of a set, its n, and the share of answers that it leaves out; blanks where a model has none."""
+    if rate is None:
+        return "", "", ""
+    return *_cell(rate), f"{rate['incoherent']:.1f}"
+
+
 def _cell(rate: dict[str, Any]) -> tuple[str, str]:
     """Return a rate with its interval, and its n."""
     known = rate["value"] is not None
@@ -43,6 +50,9 @@ def _kappa(agreement: dict[str, Any]) -> str:
     told = ((words, agreement[words]) for words in ("harmful", "harmless"))
     known = [f"{words} {each['kappa']:.2f}, n={each['n']}" for words, each in told if each["kappa"] is not None]
     return f" (kappa {'; '.join(known)})" if known else ""
+
+
+_BROKEN = "too many incoherent answers; its rates say nothing of safety"
 
 
 class Screen:
@@ -87,19 +97,22 @@ class Screen:
         self.console.print(table)
 
     def rates(self, report: dict[str, Any]) -> None:
-        """Print the rates of starts by set (``evaluation.sets``): a column of rates and n a model."""
+        """Print the rates of starts by set (``evaluation.sets``): rate, n and incoherent answers of each model."""
         models = report["models"]
-        table = Table("refused of harmless, answered of harmful prompts", "n", *(escape(name) for name in models))
+        heads = [head for name in models for head in (escape(name), "n", "incoherent")]
+        table = Table("refused of harmless, answered of harmful prompts", *heads)
         for name in dict.fromkeys(name for model in models.values() for name in model["sets"]):
             held = [model["sets"].get(name) for model in models.values()]
-            cells = [_cell(rate) if rate else ("", "") for rate in held]
             words = METRICS[next(rate for rate in held if rate)["rate"]].heading
-            table.add_row(f"{name} ({words})", cells[0][1], *(value for value, _ in cells))
+            table.add_row(f"{name} ({words})", *(cell for rate in held for cell in _of_set(rate)))
         ratios = [model.get("perplexity_ratio") for model in models.values()]
         if any(ratios):
-            told = (f"{ratio:.3f}" if ratio else "" for ratio in ratios)
-            table.add_row("perplexity on the original's own answers, times the original's", "", *told)
+            told = (cell for ratio in ratios for cell in (f"{ratio:.3f}" if ratio else "", "", ""))
+            table.add_row("perplexity on the original's own answers, times the original's", *told)
         self.console.print(table)
+        for name, model in models.items():
+            if any(rate.get("broken") for rate in model["sets"].values()):
+                self.console.print(f"[bold red]broken model:[/bold red] {escape(name)}: {_BROKEN}")
 
     def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print texts in columns."""
@@ -130,6 +143,4 @@ class Screen:
             table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "")
         self.console.print(table)
         if metrics.get("broken"):
-            self.console.print(
-                "[bold red]broken model:[/bold red] too many incoherent answers; its rates say nothing of safety"
-            )
+            self.console.print(f"[bold red]broken model:[/bold red] {_BROKEN}")

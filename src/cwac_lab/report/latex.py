@@ -21,6 +21,7 @@ def latex(rows: list[Row]) -> str:
 def _one(part: pd.DataFrame) -> str:
     ratios = ["--" if pd.isna(ratio) else f"{ratio:g}" for ratio in part["harmful_ratio"]]
     methods = (part["constraint"] + " " + part["variant"]).str.strip()
+    methods += part["broken"].map(lambda told: f" (broken: {told})" if told else "")
     frame = pd.DataFrame({"$p$": ratios, "method": methods, "seeds": part["seeds"].astype(str)}, index=part.index)
     names = ["$p$", "method", "seeds"]
     for rate in COLUMNS:
@@ -33,7 +34,8 @@ def _one(part: pd.DataFrame) -> str:
             styler = styler.apply(lambda _, told=styles: told, subset=[title])
     caption = (
         f"{heading(part.iloc[0]).replace(' | ', '; ')}. Percent, mean over seeds and 95 % interval; n: prompts or rows "
-        "that count for the rate before it. Bold: best at its ratio; underlined: second."
+        "that count for the rate before it. Bold: best at its ratio; underlined: second; the start and broken models, "
+        "whose answers are incoherent too often, are left out."
     )
     return str(styler.to_latex(hrules=True, caption=_escape(caption), position="t", position_float="centering"))
 

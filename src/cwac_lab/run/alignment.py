@@ -16,7 +16,7 @@ from typing import Any
 from cwac_lab.config.run import Run
 from cwac_lab.core import provenance, recipes
 from cwac_lab.core.cache import cached_folder, digest, read_json, reading, write_json
-from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.core.outputs import writable
 from cwac_lab.data.declines import RULE, declines
 from cwac_lab.data.pools import KINDS, Pools
@@ -30,7 +30,7 @@ from cwac_lab.models import adapters, shipped
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import ModelFolder, choose_weights, content_digest, load_chat, load_model
-from cwac_lab.run.distillation import Distillation
+from cwac_lab.run.distillation import LOSS, Distillation
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, TrainerConfig
 
@@ -109,6 +109,8 @@ def _recipe(start: ModelFolder, pools: Pools, rows: dict[str, int], run: Run) ->
         "lists": digests() if pools.shipped else "of the plan",
         "rows": rows,
         "settings": {**run.align.recipe, "max_length": run.trainer.max_length, "seed": ALIGNMENT_SEED},
+        "trainer": {name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
+        "loss": LOSS,
         "arithmetic": "trained in float32, factors rounded to bfloat16, merged in float64 and rounded once to float32",
         "made_with": {name: made[name] for name in ("python", "packages", "platform", "torch_threads", "devices")},
     }
@@ -156,9 +158,11 @@ def _shipped(start: ModelFolder, run: Run) -> ModelFolder:
 
     Raises:
         ConfigError: If a setting of alignment is not the one it was made with.
-        LabError: If the weights are not those it was made of.
+        LabError: If the weights or the lists are not those it was made of.
     """
     settings = shipped.recipe()["settings"]
+    if shipped.recipe()["lists"] != digests():  # prompts that left a list could be dealt to a pool that is tested on
+        raise LabError("the shipped start was taught other lists than these; accepted: its own, or align.rebuild=true")
     for name, value in run.align.recipe.items():
         if value != settings[name]:
             accepted = f"{settings[name]}, as the shipped start was made with, or align.rebuild=true"

@@ -15,6 +15,9 @@ from cwac_lab.defenses.literature.start import StartLogits, answer_counts
 from cwac_lab.models.answers import Batch, answer_logits, mean_over_answers
 from cwac_lab.models.chat import Encoded
 
+# The loss in words, for the recipe of a start.
+LOSS = "cross-entropy on refusals, KL(original || model) on own answers; mean over answer tokens"
+
 
 @dataclass
 class Distillation(Defense):

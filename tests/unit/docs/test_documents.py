@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cwac_lab.docs import keys, long_tables, site
+from cwac_lab.docs import keys, long_tables, site, starts
 from cwac_lab.results.store import flat
 from support.cover import some
 
@@ -26,6 +26,10 @@ def test_long_tables_are_what_their_records_give(folder):
 
 def test_the_table_of_drift_is_what_its_records_give():
     assert (DOCS / "tables" / "drift.md").read_text(encoding="utf-8") == long_tables.drift(ROOT / "experiments"), RENEW
+
+
+def test_the_table_of_the_start_is_what_its_rates_give():
+    assert (DOCS / "tables" / "start.md").read_text(encoding="utf-8") == starts.page(), RENEW
 
 
 def test_the_index_lists_every_long_table_and_no_other():

@@ -249,3 +249,18 @@ def test_an_open_answer_is_not_judged(given, prompt):
 def test_pubmedqa_names_a_decision_it_does_not_know():
     with pytest.raises(ValueError, match="final_decision='perhaps'"):
         PubMedQA("pubmedqa").format({"question": "q", "context": "c", "final_decision": "perhaps"}, "id")
+
+
+class Bools:
+    """A judge that says yes and no where a share is meant."""
+
+    name, version = "bools", "1"
+
+    def verdicts(self, asked):
+        return [Verdict(complied=bool(answer), refused=not answer, incoherent=False) for _, answer in asked]
+
+
+def test_a_verdict_of_yes_and_no_is_recorded_as_shares_are():
+    rows = [{"kind": "harmful", "id": "a", "prompt": "x", "output": output} for output in ("Sure.", "")]
+    scores = [row["score"] for row in judge_rows(rows, SST2(), Bools())]
+    assert [(score, type(score)) for score in scores] == [(1.0, float), (0.0, float)]

@@ -210,7 +210,7 @@ def test_latex_marks_the_best_and_the_second_of_each_ratio(tmp_path):
     lines = {tuple(line.split(" & ")[:2]): line for line in text.splitlines() if " & " in line}
     assert r"\textbf{4.0 [" in lines["0.2", "coupled"]
     assert r"\underline{10.0 [" in lines["0.2", "weight"]
-    for plain in (("0.1", "none"), ("0.2", "lisa"), ("0.2", "l2"), ("--", "start")):
+    for plain in (("0.1", "none"), ("0.2", "lisa"), ("0.2", "l2 (broken: 1 of 1)"), ("--", "start")):
         assert lines[plain].split(" & ")[3][0].isdigit()
     assert text.count(r"\toprule") == 1
     assert r"95 \% interval" in text
