@@ -1,4 +1,4 @@
-"""The examples of ``docs/your-own.md`` as they stand there: a task, a defence and a judge of the reader."""
+"""The examples of ``docs/extending.md`` as they stand there: a task, a defence and a judge of the reader."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from cwac_lab import train
 from cwac_lab.core.cache import read_json, read_jsonl
 from support import tiny
 
-PAGE = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
