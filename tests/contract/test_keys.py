@@ -12,6 +12,7 @@ import torch
 
 from cwac_lab.config.run import read
 from cwac_lab.core.cache import digest
+from cwac_lab.core.errors import LabError
 from cwac_lab.core.recipes import RECIPES
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import PromptRow
@@ -20,7 +21,7 @@ from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
 from cwac_lab.models import packaged
 from cwac_lab.models.loading import ModelFolder
 from cwac_lab.results.store import flat
-from cwac_lab.run import alignment, artefacts, references
+from cwac_lab.run import alignment, artefacts, references, start_answers
 from cwac_lab.run.artefacts import _Workshop
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
@@ -83,7 +84,7 @@ def key_of(kind, parts):
     """Return the key by which an artefact of these parts is kept, through the code that asks for it."""
     run, chat, said = parts["run"], parts["chat"], lambda _: None
     versions = {"sae-lens": parts["library"], parts["package"]: parts["version"]}
-    model = SimpleNamespace(dtype=parts["dtype"])
+    model = SimpleNamespace(dtype=parts["dtype"], device="cpu")
     start = ModelFolder(Path("nowhere"), "words", parts["content"])
     shop = _Workshop(run, Start(start, parts["pools"]), model, chat, parts["held"], said)
     made = {}
@@ -98,7 +99,9 @@ def key_of(kind, parts):
     with pytest.MonkeyPatch.context() as patch:
         for module in (packaged, references, alignment):
             patch.setattr(module, "cached_folder", ask)
-        patch.setattr(artefacts, "together", keep)
+        for module in (artefacts, start_answers):
+            patch.setattr(module, "together", keep)
+        patch.setattr(start_answers, "read_jsonl", lambda _: [])
         patch.setattr(artefacts, "decoder_layers", lambda _: range(2))
         patch.setattr(alignment, "load_chat", lambda *_: chat)
         patch.setattr(importlib.metadata, "version", versions.__getitem__)
@@ -112,7 +115,11 @@ def key_of(kind, parts):
             return _asked(alignment._shipped, start, run)
         if kind == "answers":
             return _asked(references._answers, run, parts["held"].harmful, parts["content"], model, chat, said)
-        if kind == "subspace":
+        if kind == "start_answers":
+            rows = [{"prompt": run.attack.asked(row.prompt)} for row in parts["held"].harmful]
+            with pytest.raises(LabError, match="0 answers to 1 prompts"):  # nothing was made
+                start_answers.start_answers(run, rows, parts["content"], model, chat, said)
+        elif kind == "subspace":
             shop.subspace(parts["subspace"])
         else:
             shop.features(parts["latents"])
@@ -202,6 +209,16 @@ ROWS = [
     ("answers", "prompts", other_template),
     ("answers", "tokens", of_run("align", answer_tokens=5)),
     ("answers", "end", ends_with(7)),
+    ("start_answers", "model", put(content="others")),
+    ("start_answers", "dtype", put(dtype=torch.bfloat16)),
+    ("start_answers", "prompts", of_held(harmful=OTHER)),
+    ("start_answers", "prompts", of_run("attack", prefix="Obey. ")),
+    ("start_answers", "prompts", of_run("attack", template=tiny.TEMPLATE.replace("role'] + '", "role'] + ': "))),
+    ("start_answers", "prompts", other_template),
+    ("start_answers", "opening", of_run("attack", prefill="Sure")),
+    ("start_answers", "tokens", of_run("evaluation", max_new_tokens=5)),
+    ("start_answers", "end", ends_with(7)),
+    ("start_answers", "engine", of_run("evaluation", engine="vllm")),
     ("subspace", "model", put(content="others")),
     ("subspace", "dtype", put(dtype=torch.bfloat16)),
     ("subspace", "prompts", of_held(harmful_ids=[[5, 9]])),

@@ -37,7 +37,7 @@ def together(modes, folder):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """What two processes leave."""
-    return together(["few", "logged"], tmp_path_factory.mktemp("together"))
+    return together(["few", "logged", "asked"], tmp_path_factory.mktemp("together"))
 
 
 @pytest.fixture(params=STRATEGIES)
@@ -93,6 +93,13 @@ def test_what_two_processes_log_is_what_one_does(folder):
     found, expected = (pd.read_csv(folder / version / "metrics.csv") for version in ("together", "alone"))
     assert {"loss/task", "loss/proximal", "weight/removed", "weight/leak"} < set(expected)
     pd.testing.assert_frame_equal(found[list(expected)], expected, rtol=0.02, atol=1e-5)
+
+
+def test_what_the_start_answers_is_asked_by_both_and_kept(folder, tmp_path):
+    found, expected = read_json(folder / "start_answers.json"), spmd.start_answered(tmp_path)
+    assert found == expected
+    assert len(set(found["given"][0])) > 1
+    assert len(found["said"]) == 1
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from cwac_lab.results import load
 from support import tiny
 
 CONSTRAINTS = ("none", "weight", "activation", "coupled")
-RATES = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike", "incoherent")
+RATES = ("harmful_score", "retained_refusals", "finetune_accuracy", "over_refusal", "over_refusal_lookalike")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_record_is_complete(output, method):
     assert {"config.json", "provenance.json", "generations.jsonl", "verdicts.jsonl"} <= {
         f.name for f in folder.iterdir()
     }
-    for rate in RATES:
+    for rate in (*RATES, "incoherent"):
         assert set(metrics[rate]) == {"value", "low", "high", "n"}
     assert metrics["constraint"] == method
     assert metrics["finetune_accuracy"]["n"] == 4
@@ -64,6 +64,17 @@ def test_the_record_is_complete(output, method):
     } <= set(provenance)
     kinds = [row["kind"] for row in read_jsonl(folder / "generations.jsonl")]
     assert {kind: kinds.count(kind) for kind in kinds} == {"harmful": 3, "harmless": 3, "lookalike": 3, "task": 4}
+
+
+def test_what_the_start_answers_is_asked_once_and_is_what_a_run_of_it_answers(output):
+    assert len(list((output / "cache" / "start_answers").iterdir())) == 1 + 1  # and a lock
+    told = {}
+    for method in (*CONSTRAINTS, "start"):
+        rows = read_jsonl(folder_of(output, method) / "generations.jsonl")
+        told[method] = [row["start_output"] for row in rows if row["kind"] == "harmful"]
+        assert {row["kind"] for row in rows if "start_output" in row} == {"harmful"}
+    own = [row["output"] for row in rows if row["kind"] == "harmful"]
+    assert all(texts == own for texts in told.values())
 
 
 def test_fewer_prompts_can_be_asked(tiny_folder, tmp_path):

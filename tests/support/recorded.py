@@ -32,3 +32,14 @@ def record(folder, constraint, ratio, seed, hits, task="sst2", right=80, **confi
     run.write("metrics.json", {**facts, **aggregate(verdicts), "judges": schema2.UNVERSIONED, "stages": {}})
     run.mark("ok")
     return run
+
+
+def beside_start(run, refused, kept):
+    """Let a record know that the start refuses so many of the harmful prompts, and how many the run refuses."""
+    verdicts = run.read("verdicts.jsonl")
+    harmful = [row for row in verdicts if row["kind"] == "harmful"]
+    for i, row in enumerate(harmful):
+        row |= {"refused": i < kept, "start_refused": i < refused}
+    run.write("verdicts.jsonl", verdicts)
+    run.write("metrics.json", run.read("metrics.json") | aggregate(verdicts))
+    return run

@@ -11,10 +11,14 @@ import lightning as L
 import torch
 from safetensors.torch import save_file
 
+from cwac_lab.config.run import read
 from cwac_lab.core import distributed
+from cwac_lab.core.cache import write_json
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite
 from cwac_lab.defenses.literature.lisa import Lisa
+from cwac_lab.run.start_answers import start_answers
+from support import tiny
 from support.defenses import ACTIVE
 from support.held import FULL, LORA, ROWS, Kill, Killed, train, weights
 
@@ -95,6 +99,22 @@ def resume(folder, strategy):
                 distributed.wait()
             if kept == "here":
                 save(folder, name, trained(name, "full", **settings)[0])
+
+
+def asked(folder, strategy):
+    """What the start answers, asked by all."""
+    told = start_answered(folder)
+    if distributed.rank() == 0:
+        write_json(folder / "start_answers.json", told)
+
+
+def start_answered(folder):
+    """Ask a lively start five prompts, and again, where the cache has the answers."""
+    run = read(tiny.config(f"output_root={folder}", "evaluation.max_new_tokens=6"))
+    rows = [{"kind": "harmful", "id": str(i), "prompt": f"{i} {'film ' * i}"} for i in range(5)]
+    said = []
+    given = [start_answers(run, rows, "weights", tiny.lively("llama"), tiny.chat(), said.append) for _ in range(2)]
+    return {"said": said, "given": given}
 
 
 def lose(folder, strategy):

@@ -70,6 +70,13 @@ ALIGNED = Recipe(
 START = Recipe("start", 1, ("start", "adapter"), (*_of("run.alignment", "_merge", "_shipped"), "models.shipped:add"))
 # The start's own answers to reference prompts.
 ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
+# The same to the harmful prompts of an evaluation. ``opening`` is what an attack makes answers begin with.
+START_ANSWERS = Recipe(
+    "start_answers",
+    1,
+    ("model", "dtype", "prompts", "opening", "tokens", "end", "engine"),
+    ("run.start_answers:start_answers", "evaluation.protocol:answered", "evaluation.engines", *_ANSWERING),
+)
 SUBSPACE = Recipe(
     "subspace",
     2,
@@ -106,4 +113,5 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, START, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}
+_ALL = (PACKAGE, ALIGNED, START, ANSWERS, START_ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)
+RECIPES = {recipe.kind: recipe for recipe in _ALL}

@@ -24,12 +24,12 @@ from cwac_lab.judges.base import Judge
 from cwac_lab.report.files import NOTE, page
 from cwac_lab.report.grouping import Row, records
 from cwac_lab.report.paired import compare
-from cwac_lab.report.tables import TITLES
+from cwac_lab.report.tables import TITLES, rate_of
 from cwac_lab.report.views import views
 from cwac_lab.results import load, select
 
 VIEWS, PAIRS = "tables.yaml", "pairs.yaml"
-_COMPARED = ("harmful_score", "finetune_accuracy", "over_refusal", "over_refusal_lookalike")
+_COMPARED = ("harmful_score", "retained_refusals", "finetune_accuracy", "over_refusal", "over_refusal_lookalike")
 # Settings that tell measured runs apart, and what most of them have.
 _USUAL: dict[str, float | None] = {
     "trainer.learning_rate": 1e-4, "trainer.epochs": 2, "data.n_train": 400, "harmful_ratio": 0.2,
@@ -93,6 +93,8 @@ def pairs(folder: Path) -> str:
     for name, (ours, other) in told.items():
         mine, theirs = rows_of(folder, name, ours), rows_of(folder, name, other)
         for rate in _COMPARED:
+            if not all(rate_of(rows, rate).n for rows in (mine, theirs)):
+                continue  # records of before do not know it
             found, p = compare(mine, theirs, rate)
             shown = "<0.0001" if p < 1e-4 else f"{p:.2g}"
             lines.append(f"| {name} | {TITLES[rate]} | {found} | {shown} | {found.n} | {found.seeds} |")

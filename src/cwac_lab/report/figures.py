@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Cells = list[tuple[Row, list[Row]]]
 Lines = dict[str, list[tuple[float, list[Row]]]]
 _PANELS = {"harmful_score": "harmful score (%), lower is better", "finetune_accuracy": "accuracy (%), higher is better"}
+_RETAINED = {"retained_refusals": "retained refusals (%), higher is better"}
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00")
 _MARKERS = "osD^vP*X"
@@ -69,8 +70,14 @@ def trade_off(axes: Axes, cells: Cells) -> None:
 
 
 def curves(figure: Figure, lines: Lines, label: str) -> None:
-    """Draw HS and FA over a setting, a line a method, with bands of the 95 % intervals; crosses are broken models."""
-    for axes, (name, title) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
+    """Draw HS and FA over a setting, and retained refusals where a run has them, a line a method.
+
+    Bands are 95 % intervals, crosses broken models.
+    """
+    groups = [group for points in lines.values() for _, group in points]
+    panels = _PANELS | (_RETAINED if any(rate_of(group, *_RETAINED).n for group in groups) else {})
+    figure.set_size_inches(3.6 * len(panels), 3.6)
+    for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for number, (method, points) in enumerate(lines.items()):
             rates = [(x, rate_of(group, name)) for x, group in sorted(points, key=lambda point: point[0])]
             known = [(x, rate.value, rate.low, rate.high) for x, rate in rates if rate.value is not None]
@@ -156,7 +163,7 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
                     file = folder / f"{stem}-trade_off-p{ratio:g}"
                     written += _save(figure, f"{title}, harmful ratio {ratio:g}", file)
             for label, lines in _lines(cells):
-                figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+                figure = Figure(layout="constrained")
                 curves(figure, lines, label)
                 written += _save(figure, title, folder / f"{stem}-over-{label.replace(' ', '_')}")
     return written

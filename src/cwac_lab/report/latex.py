@@ -6,9 +6,9 @@ import pandas as pd
 
 from cwac_lab.evaluation.metrics import METRICS
 from cwac_lab.report.grouping import SETTING, Row
-from cwac_lab.report.tables import COUNTS, TITLES, heading, ranked, summary
+from cwac_lab.report.tables import COUNTS, TITLES, filled, heading, ranked, summary
 
-COLUMNS = ("harmful_score", "finetune_accuracy", "over_refusal")
+COLUMNS = ("harmful_score", "retained_refusals", "finetune_accuracy", "over_refusal")
 _STYLE = ("textbf:--rwrap;", "underline:--rwrap;")
 
 
@@ -25,6 +25,8 @@ def _one(part: pd.DataFrame) -> str:
     frame = pd.DataFrame({"$p$": ratios, "method": methods, "seeds": part["seeds"].astype(str)}, index=part.index)
     names = ["$p$", "method", "seeds"]
     for rate in COLUMNS:
+        if TITLES[rate] not in filled(part):
+            continue
         frame[TITLES[rate]], frame[COUNTS[rate]] = part[TITLES[rate]], part[COUNTS[rate]].astype(str)
         names += [_title(rate), "$n$"]
     styler = frame.style.hide(axis="index").format(escape="latex").relabel_index(names, axis="columns")

@@ -44,7 +44,8 @@ const bars = (cells, rate) => ({
 });
 const told = (cell) => {
   const say = (words, r) => (r.value === null ? `${words} n/a` : `${words} ${r.value} [${r.low}, ${r.high}] (n=${r.n})`);
-  return `${cell.method}<br>${say("HS", cell.harmful_score)}<br>${say("FA", cell.finetune_accuracy)}` +
+  const kept = cell.retained_refusals.value === null ? "" : `<br>${say("retained refusals", cell.retained_refusals)}`;
+  return `${cell.method}<br>${say("HS", cell.harmful_score)}${kept}<br>${say("FA", cell.finetune_accuracy)}` +
     `<br>${cell.seeds} seed${cell.seeds === 1 ? "" : "s"}${cell.broken ? ", broken" : ""}`;
 };
 const scored = (cell) => cell.harmful_score.value !== null;

@@ -21,7 +21,7 @@ from cwac_lab.report.files import NOTE
 from cwac_lab.report.grouping import RATES, SETTING, Row, finished, grouped, records, said
 from cwac_lab.report.paired import CAPTION as PAIRED
 from cwac_lab.report.paired import differences
-from cwac_lab.report.tables import CAPTION, column_title, heading, ranked, rate_of, summary
+from cwac_lab.report.tables import CAPTION, column_title, filled, heading, ranked, rate_of, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import Record
 
@@ -29,6 +29,7 @@ T = TypeVar("T")
 FILE = Path("report") / "index.html"
 # Points of a training curve at most, and digits that a figure keeps.
 POINTS, DIGITS = 120, 4
+_PLOTTED = ("harmful_score", "retained_refusals", "finetune_accuracy")
 _TERMS = ("weight", "activation", "cross", "total")
 
 
@@ -45,13 +46,13 @@ def _title(entry: Row) -> str:
 
 
 def _cells(rows: list[Row]) -> list[dict[str, Any]]:
-    """Return the points of the figures: a row of the tables each, with HS and FA and their intervals."""
+    """Return the points of the figures: a row of the tables each, with the rates of ``_PLOTTED`` and intervals."""
     found = []
     for entry, group in grouped(rows):
         done = finished(group)
         if not done:
             continue
-        rates = {name: rate_of(group, name).to_dict() for name in ("harmful_score", "finetune_accuracy")}
+        rates = {name: rate_of(group, name).to_dict() for name in _PLOTTED}
         cell = {
             "setting": heading(entry), "method": _title(entry), "ratio": entry["harmful_ratio"], "seeds": len(done),
             "broken": any(run["broken"] for run in done),
@@ -69,7 +70,7 @@ def _tables(rows: list[Row]) -> list[dict[str, Any]]:
         best = ranked(frame) if frame is rates else {}
         for keys, part in frame.groupby([name for name in SETTING if name in frame], sort=False) if len(frame) else ():
             shown = part.drop(columns=[name for name in SETTING if name in part]).astype(object).fillna("").astype(str)
-            shown = shown.loc[:, (shown != "").any()]
+            shown = shown[filled(shown)]
             cells = [
                 [{"text": row[name], "best": best.get(name, {}).get(at) == 0} for name in shown.columns]
                 for at, row in shown.iterrows()

@@ -60,8 +60,9 @@ def _differing(row: Row, other: Row) -> list[str]:
 
 
 def _one_start(start: Row, other: Row) -> bool:
-    """Tell whether two starts have the same settings, and the same outcome of every rate."""
-    alike = (outcomes(start["verdicts"], rate) == outcomes(other["verdicts"], rate) for rate, _ in COMPARED.values())
+    """Tell whether two starts have the same settings, and the same outcome of all that is compared with starts."""
+    rates = (rate for rate, baseline in COMPARED.values() if baseline == "start")
+    alike = (outcomes(start["verdicts"], rate) == outcomes(other["verdicts"], rate) for rate in rates)
     return _differing(start, other) == [] and all(alike)
 
 
@@ -120,7 +121,8 @@ def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> t
     Args:
         ours: Records of one method (``grouping.records``), e.g. of ``results.select``.
         other: Records of the other.
-        rate: ``harmful_score``, ``finetune_accuracy``, ``over_refusal`` or ``over_refusal_lookalike``.
+        rate: ``harmful_score``, ``retained_refusals``, ``finetune_accuracy``, ``over_refusal`` or
+            ``over_refusal_lookalike``.
 
     Raises:
         LabError: If the records of a method are not seeds of one row of a table, or no pair is left to compare.

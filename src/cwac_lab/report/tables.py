@@ -22,6 +22,8 @@ from cwac_lab.report.published import PAPER_TASKS, published
 TITLES = {name: f"{metric.heading} {metric.arrow}" for name, metric in SHOWN.items()}
 # The column after each rate: on how many prompts or rows it is.
 COUNTS = {name: f"n, {metric.heading}" for name, metric in SHOWN.items()}
+# Rates that a table has even where no run has a value: the cell says why.
+MAIN = ("harmful_score", "finetune_accuracy")
 CAPTION = (
     "Percent: mean over seeds [95 % interval]. ↓ lower is better, ↑ higher is better; bold is best at its harmful "
     "ratio, the start and broken models left out. n: prompts or rows that count for the rate before it."
@@ -104,8 +106,16 @@ def numbers(rows: list[Row]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def filled(table: pd.DataFrame) -> list[str]:
+    """Return the columns that say something: not those that are empty, nor rates (and their n) that no row has."""
+    rates = [name for name, title in TITLES.items() if title in table and name not in MAIN]
+    without = {name for name in rates if not _values(table[TITLES[name]])}
+    silent = {column for name in without for column in (TITLES[name], COUNTS[name])}
+    return [column for column in table.columns if column not in silent and table[column].ne("").any()]
+
+
 def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
-    """Return the means over tasks of HS and FA, where the same weights were fine-tuned on more than one.
+    """Return the means over tasks of HS, retained refusals and FA, where weights were fine-tuned on more than one.
 
     Tasks weigh alike; the interval draws seeds within each task, and items (the prompts of HS are the same in all).
     """
@@ -117,7 +127,7 @@ def averages(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
         if entry["constraint"] == "start" or len(tasks) < 2:
             continue
         rates: Row = {}
-        for name in ("harmful_score", "finetune_accuracy"):
+        for name in ("harmful_score", "retained_refusals", "finetune_accuracy"):
             rates[TITLES[name]], rates[COUNTS[name]] = _average(tasks, name)
         beside = published(experiment, {**entry, "task": "average"}) if set(tasks) == PAPER_TASKS else {}
         broken = sum(row["broken"] for row in finished(group))
@@ -194,7 +204,7 @@ def markdown(table: pd.DataFrame, title: str = "", caption: str = CAPTION) -> st
     setting = [name for name in SETTING if name in table.columns]
     best = ranked(table) if "broken" in table else {}
     for _, group in table.groupby(setting, sort=False):
-        columns = [name for name in table.columns if name not in setting and group[name].ne("").any()]
+        columns = [name for name in filled(group) if name not in setting]
         lines = [f"### {title}{heading(group.iloc[0])}", "", caption, ""]
         lines += ["| " + " | ".join(map(column_title, columns)) + " |", "|" + " --- |" * len(columns)]
         for at, row in group.iterrows():

@@ -54,7 +54,10 @@ _RECORDS = pa.schema(
 _FIELDS: dict[str, pa.DataType] = {
     **{"kind": _TEXT, "id": _TEXT, "judge": _TEXT, "refused": pa.bool_(), "incoherent": pa.bool_()},
     **{"complied": pa.bool_(), "score": pa.float64(), "reason": _TEXT, "correct": pa.bool_()},
+    "start_refused": pa.bool_(),
 }
+# Those that archives of before do not have.
+_LATER = ("start_refused",)
 _SAID = pa.schema(
     [("run", _TEXT), ("file", _TEXT), ("fields", _TEXT), *_FIELDS.items()], metadata={"schema": str(SCHEMA)}
 )
@@ -164,6 +167,8 @@ def _read(path: Path, columns: pa.Schema, *_: int) -> tuple[dict[str, Any], ...]
     try:
         table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
         schema = int((table.schema.metadata or {}).get(b"schema", 0))
+        for name in set(_LATER) & set(columns.names) - set(table.column_names):
+            table = table.append_column(name, pa.nulls(len(table), columns.field(name).type))
         if schema <= SCHEMA:
             return tuple(table.select(columns.names).cast(columns).to_pylist())
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:

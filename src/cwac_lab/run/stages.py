@@ -1,4 +1,4 @@
-"""The stages of one run, in their order: load, artefacts, rows, fit, drift, export, answers, verdicts, record.
+"""The stages of a run, in their order: load, start, rows, artefacts, fit, drift, export, answers, verdicts, record.
 
 Each stage is saved as it ends.
 """
@@ -19,6 +19,7 @@ from cwac_lab.defenses.interface import Context
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
+from cwac_lab.evaluation.verdicts import START_OUTPUT
 from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
@@ -31,6 +32,7 @@ from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
+from cwac_lab.run.start_answers import start_answers
 from cwac_lab.run.survey import survey, told
 from cwac_lab.training.loop import check_finite, fit, loggers
 
@@ -70,11 +72,12 @@ def carry_through(job: Job) -> None:
     if folder.writes:
         logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)
     with logged as made:
+        asked = _asked(job, model, chat)
         tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
         if run.finetune and run.trainer.export and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
-        metrics = _evaluate(job, model, chat)
+        metrics = _evaluate(job, asked, model, chat)
         if not folder.writes:
             return
         leak = tuned.get("constraint_summary", {}).get("leak")
@@ -179,13 +182,25 @@ def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> DriftSampler:
     return DriftSampler(drift, job.run.diagnostics.every_n_steps, earlier, record)
 
 
-def _evaluate(job: Job, model: Any, chat: ChatFormat) -> dict[str, Any]:
+def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, Any]]]:
+    """Return what is asked in the end; beside harmful prompts what the start answers, where it is to be fine-tuned."""
+    run, begin = job.run, job.begin
+    rows = evaluation_rows(run, begin.pools, job.data)
+    if run.finetune and rows["harmful"]:
+        with job.meter.stage("start"):
+            given = start_answers(run, rows["harmful"], begin.folder.content, start, chat, job.screen.say)
+        rows["harmful"] = [{**row, START_OUTPUT: text} for row, text in zip(rows["harmful"], given, strict=True)]
+    return rows
+
+
+def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> dict[str, Any]:
     """Answer, judge and aggregate; every stage is saved before the next."""
     run, folder = job.run, job.folder
     job.screen.say(f"evaluating on the {run.evaluation.split} split")
     with job.meter.stage("evaluate"):
-        rows = evaluation_rows(run, job.begin.pools, job.data)
-        given = answered(run, rows, model, chat)
+        given = answered(run, asked, model, chat)
+        if not run.finetune:  # its own answers are the start's
+            given = [{**row, START_OUTPUT: row["output"]} if row["kind"] == "harmful" else row for row in given]
         folder.write(store.GENERATIONS, given)
         for line in remarks(given, chat):
             job.screen.say(line)

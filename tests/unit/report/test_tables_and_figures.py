@@ -9,11 +9,12 @@ from cwac_lab.core.stats import wilson
 from cwac_lab.report.figures import draw, pareto
 from cwac_lab.report.grouping import records
 from cwac_lab.report.latex import latex
+from cwac_lab.report.page import render
 from cwac_lab.report.paired import differences
 from cwac_lab.report.tables import COUNTS, averages, markdown, numbers, summary
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
-from support.recorded import record, settings
+from support.recorded import beside_start, record, settings
 
 
 def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
@@ -234,6 +235,36 @@ def test_markdown_marks_what_is_best_as_printed_and_says_what_the_columns_are(tm
     assert cells["| 0.2", "none"] == ["90.0 [82.6, 94.5]", "100", "**90.0 [82.6, 94.5]**", "100"]
     for plain in (("| 0.1", "none"), ("| 0.2", "l2"), ("| 0.2", "lisa"), ("| ", "start")):
         assert "**" not in "".join(cells[plain])
+
+
+def test_retained_refusals_stand_beside_hs_where_a_record_has_them(tmp_path):
+    for root, known in ((tmp_path / "before", False), (tmp_path / "now", True)):
+        for ratio, task in ((0.1, "sst2"), (0.2, "sst2"), (0.2, "gsm8k")):
+            for method, kept in (("none", 10), ("coupled", 30)):
+                run = record(root, method, ratio, 0, 50, task)
+                if known:
+                    beside_start(run, 40, kept)
+        rows = records(runs(root))
+        text = markdown(summary(rows)) + markdown(averages(rows))
+        heads = [line for line in text.splitlines() if line.startswith("| harmful_ratio")]
+        assert len(heads) == 3
+        beside = "HS ↓ | n | retained refusals ↑ | n | FA ↑"
+        assert all((beside in head) is known and ("retained" in head) is known for head in heads)
+        assert ("retained" in latex(rows)) is known
+        assert ("retained refusals ↑" in render(list(runs(root)))) is known
+        plain = [row for row in rows if row["constraint"] == "none" and row["task"] == "sst2"]
+        (curve,) = [file for file in draw(plain, root, "mine") if file.suffix == ".svg"]
+        assert ("retained refusals (%)" in curve.read_text()) is known
+        paired = differences(rows)
+        assert ("retained refusals - none" in set(paired["comparison"])) is known
+    assert set(summary(rows)["retained refusals ↑"]) == {str(wilson(10, 40)), str(wilson(30, 40))}
+    assert set(summary(rows)[COUNTS["retained_refusals"]]) == {40}
+    (found,) = {
+        (row["difference"].split(" ")[0], row["n"])
+        for row in paired.to_dict("records")
+        if row["comparison"] == "retained refusals - none"
+    }
+    assert found == ("+50.0", 40)
 
 
 def test_the_front_holds_what_nothing_beats():

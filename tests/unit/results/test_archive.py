@@ -18,7 +18,7 @@ from cwac_lab.results import load, schema2, select
 from cwac_lab.results.archive import RECORDS, SAID, add, archived
 from cwac_lab.results.store import SCHEMA, named, runs
 from support import tiny
-from support.recorded import record
+from support.recorded import beside_start, record
 
 KAPPA = {"kappa": None, "n": 0}
 
@@ -138,6 +138,22 @@ def test_what_is_under_way_or_unreadable_is_left_out_and_told(tmp_path):
     assert [line.partition(": ")[0] for line in told] == ["left out"] * 3
     for words in ("metrics.json: weights='missing'", "verdicts.jsonl: opinion: accepted: kind, id", "interrupted"):
         assert any(words in line for line in told), told
+
+
+def test_archives_of_before_do_not_know_what_the_start_refused(both, tmp_path):
+    """They are read as they are; beside a record that knows it they stay without."""
+    folders, archive = both
+    said = pq.read_table(archive / SAID).drop_columns("start_refused")
+    pq.write_table(said, archive / SAID)
+    for here, there in zip(runs(folders), runs(archive), strict=True):
+        if here.status == "ok":
+            assert there.read("verdicts.jsonl") == here.read("verdicts.jsonl")
+    knows = beside_start(record(tmp_path / "new", "none", 0.2, 5, 40), 20, 15)
+    add(archive, [knows], force=False, say=pytest.fail)
+    table = summary(records(runs(archive), pytest.fail))
+    assert dict(zip(table["constraint"], table["retained refusals ↑"], strict=True)) == {
+        "start": "n/a", "none": "75.0 [53.1, 88.8], 1 of 2 runs", "weight": "n/a",
+    }  # fmt: skip
 
 
 def newer(path):
