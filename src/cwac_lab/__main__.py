@@ -10,6 +10,7 @@ COMMANDS = {
     "tables": "tables of records; exp=NAME makes the runs of an experiment that are missing",
     "report": "a page to explore all runs",
     "evaluate": "judge saved answers again",
+    "compare": "two models on the same prompts: which refusals are retained",
     "diagnose": "measure what moved inside a model",
     "align": "the aligned start and its rates",
     "prepare": "build subspace and autoencoder ahead",
