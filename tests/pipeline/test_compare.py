@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 from omegaconf import OmegaConf
 
@@ -97,4 +95,3 @@ def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_hol
     assert ended.value.code == 1
     assert "is below fail_below.retained_refusals=95" in capsys.readouterr().out.replace("\n", " ")
     assert {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "out" / "runs").iterdir()} == runs
-    assert sys.argv
