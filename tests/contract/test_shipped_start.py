@@ -135,15 +135,13 @@ def test_half_an_alignment_plan_is_told():
 @pytest.fixture
 def adapter(tmp_path):
     """An adapter of a tiny model, and the model's own factors in float64 by layer."""
-    model = tiny.model()
-    adapters.attach(model, TuningConfig("lora", 4, 8.0, "all_linear"), 0)
+    model, config = tiny.model(), TuningConfig("lora", 4, 8.0, "all_linear")
+    adapters.attach(model, config, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    settings = {"r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}
-    settings["target_modules"] += ["gate_proj", "down_proj"]
-    shipped.save_adapter(model, settings, tmp_path / "adapter")
+    shipped.save_adapter(model, config, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

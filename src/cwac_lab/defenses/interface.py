@@ -5,11 +5,12 @@ The default of every hook does nothing, so defences compose. Hooks are handed lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -159,6 +160,20 @@ class Defense:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what ``state_dict`` returned."""
+
+
+@contextmanager
+def settled(defense: Defense, model: Any) -> Iterator[None]:
+    """Enter a context in which a model's trained weights are those that are used; afterwards they are as before."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = [parameter.detach().clone() for parameter in trained]
+    try:
+        defense.settle(model)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, held, strict=True):
+                parameter.copy_(value)
 
 
 def _joined(parts: Iterable[dict[str, T]]) -> dict[str, T]:

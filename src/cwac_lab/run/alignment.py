@@ -91,9 +91,7 @@ def _train(model: Any, refusals: list[Encoded], own: list[Encoded], pad_id: int,
     adapters.attach(model, tuning, ALIGNMENT_SEED)
     loss = Distillation(model, pad_id, own)
     fit(model, [*refusals, *own], pad_id, loss, _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
-    modules = sorted(path.rpartition(".")[2] for path in adapters.TARGETS[tuning.modules])
-    settings = {"r": tuning.rank, "lora_alpha": tuning.alpha, "target_modules": modules}
-    shipped.save_adapter(model, settings, adapter)
+    shipped.save_adapter(model, tuning, adapter)
 
 
 def _recipe(start: ModelFolder, pools: Pools, rows: dict[str, int], run: Run) -> dict[str, Any]:

@@ -9,18 +9,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cwac_lab.config.run import Run
 from cwac_lab.core.cache import write_text
 from cwac_lab.core.provenance import StageMeter
 from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import TaskData
-from cwac_lab.defenses.interface import Context
+from cwac_lab.defenses.interface import Context, settled
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
 from cwac_lab.evaluation.verdicts import START_OUTPUT
-from cwac_lab.models import adapters
+from cwac_lab.models import adapters, shipped
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
 from cwac_lab.report import card
@@ -35,6 +37,9 @@ from cwac_lab.run.start import Start
 from cwac_lab.run.start_answers import start_answers
 from cwac_lab.run.survey import survey, told
 from cwac_lab.training.loop import check_finite, fit, loggers
+
+# Where a run keeps the adapter that it saves.
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def carry_through(job: Job) -> None:
     with logged as made:
         asked = _asked(job, model, chat)
         tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
-        if run.finetune and run.trainer.export and folder.writes:
+        if run.finetune and run.trainer.export and run.tuning.save != "adapter" and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
         metrics = _evaluate(job, asked, model, chat)
@@ -89,12 +94,21 @@ def carry_through(job: Job) -> None:
     job.screen.result(title(record), record)
 
 
+def _save_adapter(job: Job, model: Any) -> None:
+    """Save the factors of a trained model, as they are used, before they are merged."""
+    run = job.run
+    if run.trainer.export and run.tuning.save != "merged" and job.folder.writes:
+        base = str(job.begin.folder.path)
+        with settled(run.constraint, model):
+            shipped.save_adapter(model, run.tuning, job.folder.path / ADAPTER, torch.float32, base)
+
+
 def _card(job: Job, record: dict[str, Any]) -> None:
-    """Write the model card into the folder of a model that was saved."""
-    path = job.folder.path / store.MODEL
-    if path.is_dir() and job.run.finetune:
-        provenance = job.folder.read(store.PROVENANCE)
-        write_text(path / card.FILE, card.card(job.run.resolved, record, provenance, job.folder.path.name))
+    """Write the model card beside what was saved of a model."""
+    for path in (job.folder.path / store.MODEL, job.folder.path / ADAPTER):
+        if path.is_dir() and job.run.finetune:
+            provenance = job.folder.read(store.PROVENANCE)
+            write_text(path / card.FILE, card.card(job.run.resolved, record, provenance, job.folder.path.name))
 
 
 def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
@@ -132,6 +146,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
             model, examples, chat.pad_id, defense, run.trainer, run.seed,
             loggers=loggers, checkpoint=job.folder.path / store.CHECKPOINT, callbacks=[sampler] if sampler else [],
         )  # fmt: skip
+        _save_adapter(job, model)
         merge()
         defense.after_training(model)
         check_finite(model, examples[0], chat.pad_id)

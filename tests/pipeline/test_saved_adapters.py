@@ -1,0 +1,52 @@
+"""The adapter that a run saves gives the model that the run made, on the base as it is, by PEFT itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from cwac_lab import train
+from support import tiny
+from support.cover import some
+
+
+@pytest.mark.parametrize("constraint", some(["none", "weight", "safelora", "l2"], "weight"))
+def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, tmp_path):
+    given = tiny.small_run(tiny_folder, tmp_path / "out")
+    more = [
+        "tuning=lora",
+        "tuning.rank=4",
+        "tuning.save=both",
+        f"constraint={constraint}",
+        "trainer.learning_rate=1e-2",
+    ]
+    more += [f"model.weights.embedded.base={tiny_folder}"] if constraint == "safelora" else []
+    tiny.launch(train.main, [*given, *more])
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    ids = torch.arange(3, 40)[None]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    before = base(ids).logits
+    tuned = PeftModel.from_pretrained(base, folder / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    torch.testing.assert_close(tuned(ids).logits, merged(ids).logits, atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(before, merged(ids).logits, atol=1e-2)
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert (folder / "adapter" / "README.md").read_text() == (folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("save", "there"), [("merged", {"model"}), ("adapter", {"adapter"})])
+def test_what_is_saved_is_what_is_asked_for(save, there, tiny_folder, tmp_path):
+    given = tiny.small_run(tiny_folder, tmp_path / "out")
+    tiny.launch(train.main, [*given, "tuning=lora", f"tuning.save={save}", "constraint=none"])
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    assert {path.name for path in folder.iterdir() if path.name in ("model", "adapter")} == there
+
+
+def test_all_weights_have_no_adapter(tiny_folder, tmp_path, capsys):
+    given = tiny.small_run(tiny_folder, tmp_path / "out")
+    line = tiny.error_of(train.main, [*given, "+tuning.save=adapter"], capsys)
+    assert line.startswith("tuning.save=adapter: accepted: merged")
