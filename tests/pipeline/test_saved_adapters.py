@@ -14,7 +14,7 @@ from support import tiny
 from support.cover import some
 
 
-@pytest.mark.parametrize("constraint", some(["none", "weight", "safelora", "l2"], "weight"))
+@pytest.mark.parametrize("constraint", some(["none", "weight", "l2", "lisa"], "weight"))
 def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, tmp_path):
     given = tiny.small_run(tiny_folder, tmp_path / "out")
     more = [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 
-from cwac_lab.core.errors import in_range, one_of
+from cwac_lab.core.errors import ConfigError, in_range, one_of
 
 
 @dataclass
@@ -58,6 +59,25 @@ class AlignConfig:
     def recipe(self) -> dict[str, float]:
         """What makes the start, without where it is put."""
         return {name: value for name, value in asdict(self).items() if name not in ("rebuild", "export")}
+
+
+@dataclass
+class ExportConfig:
+    """Where a saved model goes beside the run's folder.
+
+    Attributes:
+        push: Repository of the hub, ORG/NAME, that it is uploaded to; null: none.
+        private: Whether that repository is private, where it is made anew.
+    """
+
+    push: str | None = None
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("private", self.private, (True, False))
+        if self.push is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push):
+            raise ConfigError("push", self.push, "a repository of the hub, ORG/NAME")
 
 
 @dataclass

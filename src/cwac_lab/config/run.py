@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from cwac_lab import judges
 from cwac_lab.config.binding import bind, bind_target, mapping
-from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ProfileConfig
+from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ExportConfig, ProfileConfig
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
@@ -37,7 +37,16 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "dry", "data.root", "model.path", "trainer.accelerator"),
-    *("diagnostics", "task.train", "task.test", "tuning.save", "evaluation.judges", "align.rebuild", "align.export"),
+    *(
+        "export",
+        "diagnostics",
+        "task.train",
+        "task.test",
+        "tuning.save",
+        "evaluation.judges",
+        "align.rebuild",
+        "align.export",
+    ),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -71,6 +80,7 @@ class Run:
     trainer: TrainerConfig
     logger: LoggerConfig
     align: AlignConfig
+    export: ExportConfig
     evaluation: EvaluationConfig
     attack: AttackConfig
     forms: FormsConfig
@@ -178,6 +188,7 @@ def read(config: DictConfig, *, recorded: bool = False) -> Run:
         trainer=bind("trainer", TrainerConfig, settings["trainer"]),
         logger=bind("logger", LoggerConfig, settings["logger"]),
         align=bind("align", AlignConfig, settings["align"]),
+        export=bind("export", ExportConfig, settings.get("export") or {}),
         evaluation=bind("evaluation", EvaluationConfig, settings["evaluation"]),
         attack=_attack(settings.get("attack") or {}),
         forms=bind("forms", FormsConfig, settings.get("forms") or {}),

@@ -21,6 +21,7 @@ from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
 from cwac_lab.models.sites import linears
+from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import use_of
 from cwac_lab.run.survey import survey, told
@@ -122,7 +123,12 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     rows = train_rows(run, data.train, pools, None, chat, say)
     examples = encoded(rows, chat, run.task.train_on, say)
     lines = [*run.task.remarks, *told(survey(rows, examples, pools.harmful()))]
-    for line in [folder.description, *lines, *estimate(run, skeleton(folder.path), examples).lines()]:
+    found = estimate(run, skeleton(folder.path), examples)
+    lines = [folder.description, *lines, *found.lines()]
+    if run.export.push is not None:
+        size = 4 * found.trained if run.tuning.save == "adapter" else 4 * found.parameters
+        lines.append(listed(run.export, size))
+    for line in lines:
         say(line)
 
 

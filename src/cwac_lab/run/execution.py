@@ -21,6 +21,7 @@ from cwac_lab.results.store import RunFolder
 from cwac_lab.run import stages
 from cwac_lab.run.afterwards import catch_up
 from cwac_lab.run.identity import content_of, folder_of, identity
+from cwac_lab.run.push import check as check_push
 from cwac_lab.run.stages import Job, title
 from cwac_lab.run.start import Start, start
 
@@ -32,6 +33,7 @@ def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
         LabError: As ``execute``; and if one of several processes is lost.
     """
     check_machine(run)
+    check_push(run.export, run.finetune and run.trainer.export)
     writable("output_root", run.output_root, "runs")
     if distributed.launched():
         with distributed.group(run.trainer.device):

@@ -32,6 +32,7 @@ from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
+from cwac_lab.run.push import push
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
 from cwac_lab.run.start_answers import start_answers
@@ -91,6 +92,8 @@ def carry_through(job: Job) -> None:
         folder.write(store.METRICS, record)
         _card(job, record)
         log_run(made, folder, job.screen.say)
+        if run.export.push is not None:
+            push(run.export, folder.path / (ADAPTER if run.tuning.save == "adapter" else store.MODEL), job.screen.say)
     job.screen.result(title(record), record)
 
 
