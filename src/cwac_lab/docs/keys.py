@@ -19,7 +19,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ProfileConfig
+from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ExportConfig, ProfileConfig
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
 from cwac_lab.core.errors import ConfigError
@@ -38,6 +38,7 @@ from cwac_lab.training.settings import LoggerConfig, TrainerConfig
 GROUPS: dict[str, type | None] = {
     "model": ModelConfig, "task": None, "data": DataConfig, "sae": SAEConfig, "tuning": TuningConfig,
     "trainer": TrainerConfig, "attack": AttackConfig, "forms": FormsConfig, "align": AlignConfig,
+    "export": ExportConfig,
     "evaluation": EvaluationConfig, "diagnostics": DiagnosticsConfig, "logger": LoggerConfig, "profile": ProfileConfig,
 }  # fmt: skip
 # Groups that set keys of others only.
