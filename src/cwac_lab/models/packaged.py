@@ -1,7 +1,7 @@
 """Weights that travel in packages of the Python index: found, dequantized once, carried into the wanted architecture.
 
-They are kept in float32, in which what a GGUF file stands for (scales in float16 times small whole numbers) is reckoned;
-bfloat16 would round it once more.
+They are kept in float32, in which the numbers of a GGUF file (scales in float16 times small whole numbers) are made;
+bfloat16 would round them once more.
 
 Qwen2 and Mistral are supersets of the Llama architecture (Qwen2 adds q/k/v biases, Mistral a sliding window), so
 weights of a Llama model run unchanged in their code paths: biases zero, window off.
