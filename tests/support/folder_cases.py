@@ -12,11 +12,11 @@ from support.folders import (
     WEIGHTS,
     adapter,
     beside,
-    bf16,
     configured,
     dangling,
     edit,
     gpt2,
+    in_few,
     inner,
     instead,
     more_tokens,
@@ -44,7 +44,11 @@ FAMILIES = ("accepted:", "Llama, Mistral, Qwen2, Qwen3, Gemma")
 REFUSED = {
     # What is no model folder.
     "nowhere": (lambda folder: None, (), ["model.path=", "a folder with config.json"]),
-    "only-adapter": (adapter, (), ["holds an adapter", "LORA", "some/base-7b", "merge_and_unload", "save_pretrained"]),
+    "adapter-of-another-kind": (
+        lambda folder: adapter(folder, "IA3"),
+        (),
+        ["peft_type=IA3; accepted: LoRA", "some/base-7b", "merge_and_unload", "save_pretrained"],
+    ),
     "only-prompt-adapter": (lambda folder: adapter(folder, "PROMPT_TUNING"), (), ["PROMPT_TUNING cannot be merged"]),
     "adapter-config-broken": (
         lambda folder: (adapter(folder), (folder / "adapter_config.json").write_text("{")),
@@ -88,7 +92,11 @@ REFUSED = {
     },
     "compressed": (configured(compression_config={"format": "int"}), (), ["compression_config"]),
     # Weights.
-    "adapter-beside-model": (beside, (), ["adapter_config.json lies beside", "accepted: a folder without it"]),
+    "adapter-beside-model": (
+        beside,
+        (),
+        ["adapter_config.json lies beside", "accepted: a folder without it", "model.adapter=FOLDER"],
+    ),
     "adapter-beside-model-start": (beside, ("finetune=false",), ["adapter_config.json lies beside"]),
     "only-bin": (instead("pytorch_model.bin"), (), ["pickled weights are not loaded (pytorch_model.bin)"]),
     "only-pt": (instead("consolidated.00.pth"), (), ["pickled weights are not loaded (consolidated.00.pth)"]),
@@ -284,7 +292,9 @@ REFUSED = {
 LOADED = {
     "plain": (saved, ("constraint=weight",)),
     **{architecture: (of(architecture), COUPLED) for architecture in tiny.ARCHITECTURES[1:]},
-    "bf16-shards": (bf16, ("constraint=weight",)),
+    "bf16-shards": (in_few(torch.bfloat16), ("constraint=weight",)),
+    "fp16-shards": (in_few(torch.float16), COUPLED),
+    "fp16-lora": (in_few(torch.float16), (*LORA, "tuning.base=bfloat16")),
     "head-apart": (of("llama", tie_word_embeddings=False), ()),
     "head-tied-and-saved": (reworked(with_both_tied), ()),
     "buffers-of-old": (reworked(with_old_buffers), ()),

@@ -196,9 +196,14 @@ def inner(folder):
     tiny.model().model.save_pretrained(folder)
 
 
-def bf16(folder):
-    tiny.model().to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
-    tiny.tokenizer().save_pretrained(folder)
+def in_few(dtype):
+    """A folder of numbers of few bits, in several files."""
+
+    def make(folder):
+        tiny.model().to(dtype).save_pretrained(folder, max_shard_size="20KB")
+        tiny.tokenizer().save_pretrained(folder)
+
+    return make
 
 
 def with_consolidated(folder):

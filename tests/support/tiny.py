@@ -131,7 +131,7 @@ def small_run(folder: Path, output: Path) -> list[str]:
         if (kind, pool) not in {("harmless", "finetune"), ("lookalike", "finetune"), ("lookalike", "reference")}
     ]
     return [
-        f"model.path={folder}", "model.align=none", f"output_root={output}", "logger=csv",
+        f"model.path={folder}", "model.name=smollm", "model.align=none", f"output_root={output}", "logger=csv",
         "trainer.progress_bar=false", "data.reference=all", "data.n_train=16", "data.n_validation=4", "data.n_test=4",
         "trainer.batch_size=4", "evaluation.max_new_tokens=4", "evaluation.judges=[refusal]",
         "sae.n_latents=96", "sae.k=8", "sae.n_tokens=400",

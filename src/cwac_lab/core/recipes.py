@@ -67,7 +67,16 @@ ALIGNED = Recipe(
     ),
 )
 # The start that travels with the package, merged. ``adapter`` is its content.
-START = Recipe("start", 1, ("start", "adapter"), (*_of("run.alignment", "_merge", "_shipped"), "models.shipped:add"))
+START = Recipe(
+    "start",
+    1,
+    ("start", "adapter"),
+    (*_of("run.alignment", "_merge", "_shipped"), *_of("models.lora", "add", "scale", "_of")),
+)
+# An adapter of a user's own merged into its base, with the tokenizer of one of them, ``words``.
+MERGED = Recipe(
+    "merged", 1, ("base", "adapter", "words"), ("models.loading:_given", "models.folder:copy_words", "models.lora")
+)
 # The start's own answers to reference prompts.
 ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
 SUBSPACE = Recipe(
@@ -106,4 +115,4 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, START, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}
+RECIPES = {recipe.kind: recipe for recipe in (PACKAGE, ALIGNED, START, MERGED, ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)}
