@@ -17,8 +17,7 @@ from cwac_lab.core.cache import read_json
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.models import loading, lora
 from cwac_lab.models.architecture import Use
-from cwac_lab.models.loading import find, find_base, load_chat, load_model
-from cwac_lab.models.settings import ModelConfig, Weights
+from cwac_lab.models.loading import ModelConfig, Weights, find, find_base, load_chat, load_model
 from cwac_lab.run import start
 from support import tiny
 from support.folders import edit, run_on, saved

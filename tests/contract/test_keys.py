@@ -204,7 +204,7 @@ ROWS = [
     ("aligned", "factors", of_run("align", rank=3)),
     ("aligned", "factors", of_run("align", alpha=3.0)),
     ("start", "start", put(content="others")),
-    ("start", "adapter", of_code(lora, "digest", lambda _: "another")),
+    ("start", "adapter", of_code(alignment.shipped, "adapter_digest", lambda _: "another")),
     ("merged", "base", put(content="others")),
     ("merged", "adapter", of_code(lora, "digest", lambda _: "another")),
     ("merged", "words", of_code(folder, "words_digest", lambda _: "another")),

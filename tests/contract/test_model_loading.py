@@ -16,8 +16,7 @@ from cwac_lab.core.cache import file_digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.models import packaged
 from cwac_lab.models.architecture import Use
-from cwac_lab.models.loading import content_digest, find, load_chat, load_model
-from cwac_lab.models.settings import ModelConfig, Weights
+from cwac_lab.models.loading import ModelConfig, Weights, content_digest, find, load_chat, load_model
 from cwac_lab.run import start
 from support import tiny
 from support.folder_cases import POINTER
@@ -64,7 +63,7 @@ def test_a_folder_is_told_in_one_line_on_the_command_line(tmp_path, capfd):
         (configured(vocab_size=400), "of another shape"),
         (beside, "adapter_config.json lies beside"),
         (written(WEIGHTS, POINTER), "Git LFS pointer"),
-        (of("granite", logits_scaling=8.0), "logits are off by"),
+        (of("cohere", logit_scale=8.0), "logits are off by"),
         (reworked(lambda tensors: {name: t * torch.nan for name, t in tensors.items()}), "no finite logits"),
     ],
 )

@@ -18,7 +18,7 @@ from cwac_lab.data.near import groups
 from cwac_lab.data.pools import KINDS, build_pools
 from cwac_lab.data.sources import DataConfig, Prompts, normalise
 from cwac_lab.data.taught import LISTS, digests, taught
-from cwac_lab.models import adapters, lora, shipped
+from cwac_lab.models import adapters, shipped
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.loading import ModelFolder, content_digest, load_model
 from cwac_lab.models.packaged import carry
@@ -38,9 +38,9 @@ def test_the_shipped_start_is_of_the_lists_in_the_tree():
 def test_the_shipped_start_is_made_with_the_settings_of_the_configuration():
     settings = shipped.recipe()["settings"]
     assert {name: settings[name] for name in read(tiny.config()).align.recipe} == read(tiny.config()).align.recipe
-    file = read_json(shipped.FOLDER / lora.SETTINGS)
+    file = read_json(shipped.FOLDER / shipped.SETTINGS)
     assert (file["r"], file["lora_alpha"]) == (settings["rank"], settings["alpha"])
-    assert (shipped.FOLDER / lora.FACTORS).stat().st_size <= 12e6
+    assert (shipped.FOLDER / shipped.FACTORS).stat().st_size <= 12e6
 
 
 def test_the_rates_are_of_the_shipped_start():
@@ -150,9 +150,9 @@ def adapter(tmp_path):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral"])
 def test_the_merged_start_is_the_sum_by_hand_and_the_same_every_time(architecture, adapter):
     start, once, twice = (tiny.model(architecture) for _ in range(3))
-    lora.add(once, adapter)
-    lora.add(twice, adapter)
-    factors = load_file(adapter / lora.FACTORS)
+    shipped.add(once, adapter)
+    shipped.add(twice, adapter)
+    factors = load_file(adapter / shipped.FACTORS)
     moved = 0
     for (name, before), (_, after), (_, again) in zip(
         start.named_parameters(), once.named_parameters(), twice.named_parameters(), strict=True
@@ -175,7 +175,7 @@ def test_peft_loads_it(adapter):
     from peft import PeftModel
 
     mine = tiny.model()
-    lora.add(mine, adapter)
+    shipped.add(mine, adapter)
     theirs = PeftModel.from_pretrained(tiny.model(), str(adapter)).merge_and_unload()
     for (name, one), (_, other) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, msg=name)
@@ -185,17 +185,17 @@ def test_peft_reads_the_shipped_settings():
     from peft import LoraConfig
 
     read_back = LoraConfig.from_pretrained(str(shipped.FOLDER))
-    names = {name.split(".")[-3] for name in load_file(shipped.FOLDER / lora.FACTORS)}
+    names = {name.split(".")[-3] for name in load_file(shipped.FOLDER / shipped.FACTORS)}
     assert set(read_back.target_modules) == names
 
 
 def test_an_adapter_of_another_model_is_one_line(adapter):
     other = tiny.model(hidden_size=16)
     with pytest.raises(LabError, match=r"accepted: the model it was made of"):
-        lora.add(other, adapter)
+        shipped.add(other, adapter)
     fewer = tiny.model(num_hidden_layers=1)
     with pytest.raises(LabError, match=r"no layer model.layers.1"):
-        lora.add(fewer, adapter)
+        shipped.add(fewer, adapter)
 
 
 def test_weights_are_known_in_every_architecture_and_others_are_told(tmp_path):
@@ -230,7 +230,7 @@ def test_a_plan_of_its_own_trains_a_start_and_exports_its_adapter(tiny_folder, t
     assert recipe["base"]["package"] is None
     (made,) = [each for each in (tmp_path / "out" / "cache" / "aligned").iterdir() if each.is_dir()]
     by_hand = load_model(tiny_folder)
-    lora.add(by_hand, tmp_path / "export")
+    shipped.add(by_hand, tmp_path / "export")
     by_hand.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
     assert content_digest(made)

@@ -216,7 +216,7 @@ REFUSED = {
     ),
     "state-space": (only("mamba", num_hidden_layers=1, hidden_size=32), (), ["MambaForCausalLM (mamba)", *FAMILIES]),
     "hybrid": (only("jamba", num_hidden_layers=2, hidden_size=32), (), ["JambaForCausalLM (jamba)", *FAMILIES]),
-    "scaled-logits": (of("granite", logits_scaling=8.0), (), ["GraniteForCausalLM (granite)", "scaled", *FAMILIES]),
+    "scaled-logits": (of("cohere", logit_scale=0.25), (), ["CohereForCausalLM (cohere)", "scaled", *FAMILIES]),
     "scaled-logits-start": (
         of("cohere", logit_scale=0.25),
         ("finetune=false",),
@@ -229,17 +229,11 @@ REFUSED = {
     ),
     "vision-tower-coupled": (vision, COUPLED, ["Gemma3ForConditionalGeneration (gemma3)"]),
     "inner-model-weight": (inner, ("constraint=weight",), ["model.layers.0.self_attn.q_proj.weight under this name"]),
-    "fused-lora": (
-        of("phi3"),
-        LORA,
-        ["tuning.modules=all_linear", "Phi3ForCausalLM (phi3)", "self_attn.qkv_proj", "mlp.gate_up_proj", "no factors"],
-    ),
-    "fused-lora-part": (
+    "joined-lora-part": (
         of("phi3"),
         (*LORA, "tuning.modules=query_value"),
-        ["tuning.modules=query_value: accepted: ffn_out |", "self_attn.qkv_proj"],
+        ["tuning.modules=query_value: accepted: ffn_out | ffn | attention | all_linear |", "self_attn.qkv_proj"],
     ),
-    "fused-weight": (of("phi3"), ("constraint=weight",), ["constraint.weight.modules=all_linear: accepted: ffn_out |"]),
     "other-names-lora": (of("gpt_neox"), LORA, ["GPTNeoXForCausalLM (gpt_neox)", "attention.query_key_value"]),
     "other-names-attack": (
         of("gpt_neox"),
@@ -304,9 +298,8 @@ LOADED = {
     "code-of-its-own-not-needed": (own_code, ()),
     "tokenizer-code-not-needed": (lambda folder: own_code(folder, "tokenizer_config.json"), ()),
     "special-token-never-used": (more_tokens(special=True), ()),
-    "fused": (of("phi3"), ("constraint=l2",)),
-    "fused-lora-of-what-is-there": (of("phi3"), (*LORA, "tuning.modules=ffn_out")),
-    "fused-weight-of-what-is-there": (of("phi3"), ("constraint=weight", "constraint.weight.modules=ffn_out")),
+    "joined-l2": (of("phi3"), ("constraint=l2",)),
+    "joined-lora": (of("phi3"), (*LORA, "constraint=weight")),
     "other-names": (of("gpt_neox"), ("constraint=kl",)),
     "experts": (of("mixtral"), ()),
     "experts-lora": (of("qwen3_moe"), LORA),

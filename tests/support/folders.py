@@ -15,19 +15,13 @@ from cwac_lab.models import loading
 from support import tiny
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-MIXTURES = {
-    "qwen3_moe": {**EXPERTS, "num_experts": 4},
-    "mixtral": {**EXPERTS, "num_local_experts": 4},
-    "olmoe": {**EXPERTS, "num_experts": 4},
-}
 COUPLED = ("constraint=coupled", "constraint.activation.n_latents=16")
 LORA = ("constraint=none", "tuning=lora")
 
 
 def saved(folder, architecture="llama", tokenizer=None, **changes):
     """A small model of an architecture with its tokenizer."""
-    tiny.model(architecture, **MIXTURES.get(architecture, {}), **changes).save_pretrained(folder)
+    tiny.model(architecture, **tiny.MIXTURES.get(architecture, {}), **changes).save_pretrained(folder)
     (tokenizer or tiny.tokenizer()).save_pretrained(folder)
     return folder
 

@@ -19,7 +19,16 @@ from cwac_lab.core.overrides import as_meant
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.models.chat import ChatFormat
 
-ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "gemma3_text")
+ARCHITECTURES = (
+    *("llama", "qwen2", "mistral", "gemma2", "gemma3_text"),
+    *("qwen3", "phi3", "olmo2", "smollm3", "granite"),
+)
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES = {
+    "qwen3_moe": {**EXPERTS, "num_experts": 4},
+    "mixtral": {**EXPERTS, "num_local_experts": 4},
+    "olmoe": {**EXPERTS, "num_experts": 4},
+}
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -64,6 +73,8 @@ def model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
     }  # fmt: skip
     if architecture == "gemma2":  # low enough that a missing cap shows
         sizes |= {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0}
+    if architecture == "granite":
+        sizes |= {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
     config = AutoConfig.for_model(architecture, **(sizes | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

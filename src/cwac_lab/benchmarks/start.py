@@ -100,8 +100,8 @@ def perplexity(model: Any, examples: Sequence[Encoded], pad_id: int) -> float:
 def main(config: DictConfig) -> None:
     """Measure, print a table, write the file."""
     from cwac_lab.config.run import read
-    from cwac_lab.models import lora
     from cwac_lab.models.loading import find, load_chat, load_model
+    from cwac_lab.models.shipped import adapter_digest
     from cwac_lab.report.console import Screen
     from cwac_lab.run.alignment import adapter_of, own_answers
     from cwac_lab.run.start import start
@@ -110,15 +110,16 @@ def main(config: DictConfig) -> None:
     begin = start(run, screen.say)
     root = Path(run.data.root) if run.data.root is not None else None
     sets = [*pool_sets(begin.pools), *public_sets(root, screen.say)]
-    named = replace(run.model, path=None, revision=None, adapter=None)
-    first = begin.before or find(named, run.profile.name, Path(run.cache_root))
+    first = begin.before or find(
+        replace(run.model, path=None, revision=None, adapter=None), run.profile.name, Path(run.cache_root)
+    )
     chat, original = load_chat(first.path, run.trainer.max_length), load_model(first.path, device=run.trainer.device)
     asked = [row for each in sets if each.kind == "harmless" for row in each.rows[:HELD_OUT]]
     answers = own_answers(original, chat, asked, run)
     before = perplexity(original, answers, chat.pad_id)
     report: dict[str, Any] = {
         "judge": judge(), "answer_tokens": TOKENS, "perplexity_on": f"{len(answers)} own answers of the original",
-        "adapter": lora.digest(adapter_of(begin.folder.path)) if begin.before is not None else None, "models": {},
+        "adapter": adapter_digest(adapter_of(begin.folder.path)) if begin.before is not None else None, "models": {},
     }  # fmt: skip
     for folder in [each for each in (begin.before, begin.folder) if each is not None]:
         screen.say(f"{folder.description}: {sum(len(each.rows) for each in sets)} prompts")

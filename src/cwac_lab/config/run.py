@@ -28,7 +28,8 @@ from cwac_lab.defenses.interface import Composite, Defense, Requirements
 from cwac_lab.evaluation import engines
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
-from cwac_lab.models.settings import ModelConfig, before_alignment, choose_weights
+from cwac_lab.models.loading import ModelConfig, choose_weights
+from cwac_lab.models.settings import before_alignment
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, LoggerConfig, TrainerConfig
 
 # Compositions with a name of their own; others are called after their parts.

@@ -30,7 +30,7 @@ from cwac_lab.data.sources import DataConfig
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TuningConfig
-from cwac_lab.models.settings import ModelConfig
+from cwac_lab.models.loading import ModelConfig
 from cwac_lab.results.store import flat
 from cwac_lab.training.settings import LoggerConfig, TrainerConfig
 

@@ -21,7 +21,10 @@ from cwac_lab.models.classes import auto_classes
 from cwac_lab.models.context import check_context
 from cwac_lab.models.packaged import PACKAGES, installed_folder
 from cwac_lab.models.prefix import MIN_SHARED, states_after
-from cwac_lab.models.settings import ModelConfig, before_alignment, choose_weights
+from cwac_lab.models.settings import ModelConfig as ModelConfig
+from cwac_lab.models.settings import Weights as Weights
+from cwac_lab.models.settings import before_alignment
+from cwac_lab.models.settings import choose_weights as choose_weights
 from cwac_lab.models.sites import FAMILIES
 from cwac_lab.models.sources import Source
 

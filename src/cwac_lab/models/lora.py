@@ -202,7 +202,7 @@ def add(model: Any, folder: Path) -> None:
     Raises:
         LabError: If it is of another model.
     """
-    told = settings(folder)
+    told = folders.read(folder, SETTINGS)
     for layer, (a, b) in check(model, folder, load_file(factors(folder))).items():
         module = model.get_submodule(layer)
         update = b.double() @ a.double()

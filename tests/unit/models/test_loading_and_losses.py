@@ -10,10 +10,9 @@ from cwac_lab.evaluation.generate import answers, generate
 from cwac_lab.models.answers import answer_logits, answer_loss
 from cwac_lab.models.capture import layer_outputs, penalty_positions, site_inputs, without_sinks
 from cwac_lab.models.chat import IGNORED, ChatFormat
-from cwac_lab.models.loading import content_digest, find, load_model
+from cwac_lab.models.loading import ModelConfig, content_digest, find, load_model
 from cwac_lab.models.packaged import carry
 from cwac_lab.models.prefix import opening_cache, shared_length
-from cwac_lab.models.settings import ModelConfig
 from cwac_lab.models.sites import SCOPES, depth_to_layer, linears
 from support import tiny
 
