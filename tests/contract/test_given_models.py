@@ -20,7 +20,7 @@ from cwac_lab.models.architecture import Use
 from cwac_lab.models.loading import ModelConfig, Weights, find, find_base, load_chat, load_model
 from cwac_lab.run import start
 from support import tiny
-from support.folders import edit, run_on, saved
+from support.folders import edit, run_on, saved, with_consolidated
 from support.hub import hub_with
 from support.peft_cases import FACTORS, REFUSED, adapter_of
 
@@ -84,10 +84,12 @@ def test_the_model_before_alignment_is_that_of_the_path_and_not_of_the_option(tm
 
 
 def test_of_the_hub_a_model_comes_by_its_name(tmp_path, monkeypatch):
-    fetched = hub_with(monkeypatch, tmp_path, **{"some/model": saved(tmp_path / "held")})
+    with_consolidated(tmp_path / "held")
+    fetched = hub_with(monkeypatch, tmp_path, **{"some/model": tmp_path / "held"})
     found = find(ModelConfig("mine", path="some/model", revision="v2"), "embedded", tmp_path, USE)
     assert (found.content, found.description) == ("some/model@held-v2", "mine: some/model")
     assert {revision for _, revision, _ in fetched} == {"v2"}
+    assert not any("consolidated.safetensors" in files for _, _, files in fetched)  # the same weights once more
     assert load_model(found.path).config.model_type == "llama"
 
 
@@ -192,6 +194,15 @@ def test_what_is_merged_is_made_once_and_known_by_what_it_is_made_of(tmp_path, m
     load_chat.cache_clear()
     pads = [load_chat(found.path, 64).tokenizer.pad_token for found in (first, second, third)]
     assert pads == ["<pad>", "<pad>", "<|im_start|>"]  # the adapter's own tokenizer, where it has one
+
+
+def test_what_is_merged_ends_and_samples_as_its_base(tmp_path):
+    base = saved(tmp_path / "base")
+    own = {"eos_token_id": [2, 1], "do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    adapter = adapter_of(tmp_path / "tuned", base)
+    found = find(ModelConfig("mine", path=str(adapter)), "embedded", tmp_path / "cache", USE)
+    assert own.items() <= read_json(found.path / "generation_config.json").items()
 
 
 @pytest.mark.parametrize("by", ["path", "adapter"])

@@ -14,13 +14,18 @@ def hub_with(monkeypatch, cache, **repositories):
     """
     fetched = []
 
-    def fetch(name, revision, allow_patterns):
+    def fetch(name, revision, allow_patterns, ignore_patterns):
         held = repositories[name]
         if isinstance(held, Exception):
             raise held
         target = cache / f"{held.name}-{revision}"
         target.mkdir(exist_ok=True, parents=True)
-        wanted = [file for file in held.iterdir() if any(fnmatch(file.name, pattern) for pattern in allow_patterns)]
+        wanted = [
+            file
+            for file in held.iterdir()
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns)
+            and not any(fnmatch(file.name, pattern) for pattern in ignore_patterns)
+        ]
         for file in wanted:
             shutil.copy(file, target)
         fetched.append((name, revision, {file.name for file in wanted}))

@@ -179,7 +179,7 @@ def _given(config: ModelConfig, cache_root: Path, use: Use) -> ModelFolder:
 
     def build(target: Path) -> None:
         model = load_model(start.path)
-        lora.add(model, folder)
+        lora.add(model, folder, by_rank=False)
         model.save_pretrained(target)
         folders.copy_words(words, target)
 

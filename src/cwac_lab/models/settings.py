@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cwac_lab.core.errors import ConfigError, one_of
-from cwac_lab.models import sources
+from cwac_lab.models.folder import ADAPTERS
 from cwac_lab.models.packaged import PACKAGES
+from cwac_lab.models.sources import Source, source
 from cwac_lab.models.templates import check_template
 
 
@@ -69,7 +70,7 @@ class ModelConfig:
         """Whether the model is given by path, not by the weights of an option."""
         return self.path is not None or self.adapter is not None
 
-    def sources(self) -> tuple[sources.Source | None, sources.Source | None]:
+    def sources(self) -> tuple[Source | None, Source | None]:
         """Return where ``path`` and ``adapter`` are.
 
         Raises:
@@ -77,9 +78,9 @@ class ModelConfig:
         """
         path = adapter = None
         if self.path is not None:
-            path = sources.source("model.path", self.path, self.revision)
+            path = source("model.path", self.path, self.revision)
         if self.adapter is not None:
-            adapter = sources.source("model.adapter", self.adapter, kind=sources.ADAPTERS)
+            adapter = source("model.adapter", self.adapter, kind=ADAPTERS)
         return path, adapter
 
 
@@ -102,7 +103,7 @@ def choose_weights(config: ModelConfig, profile: str) -> Weights | None:
     return weights
 
 
-def before_alignment(config: ModelConfig, profile: str) -> sources.Source:
+def before_alignment(config: ModelConfig, profile: str) -> Source:
     """Return where the model before alignment is, for a model that was aligned elsewhere.
 
     Raises:
@@ -111,8 +112,8 @@ def before_alignment(config: ModelConfig, profile: str) -> sources.Source:
     if config.given:
         if config.base is None:
             raise ConfigError("model.base", None, "the model before its alignment, a folder or ORG/NAME of the hub")
-        return sources.source("model.base", config.base)
+        return source("model.base", config.base)
     weights, key = config.weights.get(profile), f"model.weights.{profile}.base"
     if weights is None or weights.base is None:
         raise ConfigError(key, None, "the hub repository of the model before alignment")
-    return sources.Source(key, weights.base)
+    return Source(key, weights.base)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.core.outputs import FULL
-from cwac_lab.models.folder import ADAPTERS, MODELS, named_folder, reason
-
-__all__ = ["ADAPTERS", "MODELS", "Source", "source"]
+from cwac_lab.models.folder import MODELS, named_folder, reason
 
 # What the hub is asked for first: it tells whether the weights are worth fetching.
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+# The same weights again, in a format that is not read (Mistral's).
+_TWICE = ("consolidated*",)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _ADDRESSES = ("hf://", "https://huggingface.co/")
 _LOGIN = "`hf auth login` or HF_TOKEN=TOKEN"
@@ -65,7 +65,11 @@ class Source:
         # The first base is what the library's client raises for a connection that breaks.
         transport: type[Exception] = HfHubHTTPError.__bases__[0]
         try:
-            return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=list(patterns)))
+            return Path(
+                snapshot_download(
+                    self.name, revision=self.revision, allow_patterns=list(patterns), ignore_patterns=list(_TWICE)
+                )
+            )
         except HFValidationError as error:
             raise ConfigError(self.key, self.name, f"ORG/NAME of the hub ({reason(error)})") from error
         except (transport, OSError, RuntimeError) as error:
@@ -88,13 +92,13 @@ def _why(error: Exception, name: str) -> str:
         DisabledRepoError,
         GatedRepoError,
         HfHubHTTPError,
-        IncompleteSnapshotError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
-    page, cause = f"https://huggingface.co/{name}", error.__cause__ or error
+    page = f"https://huggingface.co/{name}"
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, GatedRepoError):
         return f"gated, its owner lets in who asks; ask on {page}, then {_LOGIN}"
     if isinstance(error, RepositoryNotFoundError):
@@ -102,11 +106,11 @@ def _why(error: Exception, name: str) -> str:
     if isinstance(error, DisabledRepoError):
         return f"its owner or the hub has switched it off ({page}); choose another model"
     if isinstance(error, LocalEntryNotFoundError):
-        part = "only a part of it is" if isinstance(error, IncompleteSnapshotError) else "it is not"
+        part = "only a part of it is" if type(error).__name__ == "IncompleteSnapshotError" else "it is not"
         if isinstance(cause, OfflineModeIsEnabled):
             return f"{part} in the cache of the hub, and HF_HUB_OFFLINE=1 forbids to fetch it; unset that"
         if not isinstance(cause, HfHubHTTPError):
-            told = "" if cause is error else f" ({reason(cause)})"  # type: ignore[arg-type]  # raised as an Exception
+            told = "" if cause is error else f" ({reason(cause)})"
             return f"{part} in the cache of the hub, which cannot be reached{told}; connect"
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
