@@ -18,8 +18,9 @@ from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
-from cwac_lab.models import packaged
+from cwac_lab.models import folder, loading, lora, packaged
 from cwac_lab.models.loading import ModelFolder
+from cwac_lab.models.sources import Source
 from cwac_lab.results.store import flat
 from cwac_lab.run import alignment, artefacts, references, start_answers
 from cwac_lab.run.artefacts import _Workshop
@@ -97,11 +98,17 @@ def key_of(kind, parts):
         return root / kind / digest(key)[:16]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (packaged, references, alignment):
+        for module in (packaged, references, alignment, loading):
             patch.setattr(module, "cached_folder", ask)
         for module in (artefacts, start_answers):
             patch.setattr(module, "together", keep)
         patch.setattr(start_answers, "read_jsonl", lambda _: [])
+        patch.setattr(lora, "digest", lambda _: "adapter")
+        patch.setattr(folder, "words_digest", lambda _: "words")
+        here = Source("model.path", "mine", Path())
+        patch.setattr(loading, "_adapter", lambda _: (here, here))
+        patch.setattr(loading, "_examine_merged", lambda *_, **__: Path())
+        patch.setattr(loading, "_whole", lambda *_: start)
         patch.setattr(artefacts, "decoder_layers", lambda _: range(2))
         patch.setattr(alignment, "load_chat", lambda *_: chat)
         patch.setattr(importlib.metadata, "version", versions.__getitem__)
@@ -109,6 +116,8 @@ def key_of(kind, parts):
             patch.setattr(module, name, value)
         if kind == "models":
             return _asked(packaged.installed_folder, parts["package"], parts["architecture"], Path())
+        if kind == "merged":
+            return _asked(loading._given, run.model, Path(), None)
         if kind == "aligned":
             return _asked(alignment.aligned, start, parts["pools"], run, said)
         if kind == "start":
@@ -203,6 +212,9 @@ ROWS = [
     ("aligned", "factors", of_run("align", alpha=3.0)),
     ("start", "start", put(content="others")),
     ("start", "adapter", of_code(alignment.shipped, "adapter_digest", lambda _: "another")),
+    ("merged", "base", put(content="others")),
+    ("merged", "adapter", of_code(lora, "digest", lambda _: "another")),
+    ("merged", "words", of_code(folder, "words_digest", lambda _: "another")),
     ("answers", "model", put(content="others")),
     ("answers", "dtype", put(dtype=torch.bfloat16)),
     ("answers", "prompts", of_held(harmful=OTHER)),

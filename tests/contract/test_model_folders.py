@@ -36,12 +36,12 @@ def test_what_cannot_be_used_is_one_line(make, overrides, told, tmp_path, monkey
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("Qwen/Qwen3-0.6B", "profile=small model.weights.small.hub=Qwen/Qwen3-0.6B"),
-        ("https://huggingface.co/some/model", "profile=small model.weights.small.hub=some/model"),
-        ("hf://some/model", "profile=small model.weights.small.hub=some/model"),
-        ("gpt-of-mine", "profile=small model.weights.small.hub=gpt-of-mine"),
-        ("/nowhere/at/all", "profile=small model.weights.small.hub=NAME"),
-        ("~/nowhere-at-all", "profile=small model.weights.small.hub=NAME"),
+        ("gpt-of-mine", "of the hub ORG/NAME, or hf://NAME"),
+        ("/nowhere/at/all", "of the hub ORG/NAME"),
+        ("~/nowhere-at-all", "of the hub ORG/NAME"),
+        ("./nowhere/at", "of the hub ORG/NAME"),
+        ("some/model/main", "of the hub ORG/NAME"),
+        ("https://huggingface.co/some/model/tree/main", "of the hub ORG/NAME"),
         (__file__, "not a file"),
     ],
 )
@@ -49,11 +49,6 @@ def test_a_path_that_is_none_says_how_the_model_is_named(path, told):
     with pytest.raises(LabError, match=r"model\.path=.*a folder with config\.json") as error:
         config.read(tiny.config(f"model.path='{path}'"))
     assert told in str(error.value)
-
-
-def test_the_hint_for_the_hub_is_accepted():
-    run = config.read(tiny.config("profile=small", "model.weights.small.hub=some/model", "constraint=none"))
-    assert loading.choose_weights(run.model, run.profile.name).hub == "some/model"
 
 
 @pytest.mark.parametrize(("make", "overrides"), LOADED.values(), ids=LOADED)

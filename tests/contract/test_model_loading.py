@@ -2,13 +2,10 @@
 
 import ast
 import json
-import shutil
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,9 +14,9 @@ import cwac_lab
 from cwac_lab import train
 from cwac_lab.core.cache import digest, file_digest
 from cwac_lab.core.errors import LabError
-from cwac_lab.models import loading, packaged
+from cwac_lab.models import packaged
 from cwac_lab.models.architecture import Use
-from cwac_lab.models.loading import ModelConfig, content_digest, find, load_chat, load_model
+from cwac_lab.models.loading import ModelConfig, Weights, content_digest, find, load_chat, load_model
 from cwac_lab.run import start
 from support import tiny
 from support.folder_cases import POINTER
@@ -38,6 +35,7 @@ from support.folders import (
     without,
     written,
 )
+from support.hub import hub_with
 
 
 def test_a_path_may_be_relative_or_of_the_home(tmp_path, monkeypatch):
@@ -65,7 +63,7 @@ def test_a_folder_is_told_in_one_line_on_the_command_line(tmp_path, capfd):
         (configured(vocab_size=400), "of another shape"),
         (beside, "adapter_config.json lies beside"),
         (written(WEIGHTS, POINTER), "Git LFS pointer"),
-        (of("granite", logits_scaling=8.0), "logits are off by"),
+        (of("cohere", logit_scale=8.0), "logits are off by"),
         (reworked(lambda tensors: {name: t * torch.nan for name, t in tensors.items()}), "no finite logits"),
     ],
 )
@@ -82,20 +80,6 @@ def test_a_large_model_is_loaded_in_few_bits(tmp_path):
     assert load_model(tmp_path, torch.bfloat16).dtype == torch.bfloat16
 
 
-def snapshots(monkeypatch, files, source, target):
-    """A hub that holds a folder and notes what is fetched from it."""
-
-    def fetch(_, revision, allow_patterns):
-        target.mkdir(exist_ok=True)
-        wanted = [f for f in source.iterdir() if any(fnmatch(f.name, pattern) for pattern in allow_patterns)]
-        for file in wanted:
-            shutil.copy(file, target)
-        files.append({file.name for file in wanted})
-        return str(target)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-
-
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -108,22 +92,21 @@ def snapshots(monkeypatch, files, source, target):
 )
 def test_of_the_hub_nothing_large_is_fetched_for_nothing(make, told, tmp_path, monkeypatch):
     make(tmp_path / "hub")
-    fetched = []
-    snapshots(monkeypatch, fetched, tmp_path / "hub", tmp_path / "snapshot")
-    hub = ModelConfig("mine", weights={"small": loading.Weights(hub="some/model")})
+    fetched = hub_with(monkeypatch, tmp_path / "snapshots", **{"some/model": tmp_path / "hub"})
+    hub = ModelConfig("mine", weights={"small": Weights(hub="some/model")})
     with pytest.raises(LabError, match=told):
         find(hub, "small", tmp_path, Use(max_length=64))
-    assert len(fetched) == 1
-    assert WEIGHTS not in fetched[0]
+    ((_, _, files),) = fetched
+    assert WEIGHTS not in files
 
 
 def test_of_the_hub_weights_are_checked_as_well(tmp_path, monkeypatch):
-    hub = ModelConfig("mine", weights={"small": loading.Weights(hub="some/model")})
+    hub = ModelConfig("mine", weights={"small": Weights(hub="some/model")})
     saved(tmp_path / "good")
-    snapshots(monkeypatch, [], tmp_path / "good", tmp_path / "a1b2")
-    assert find(hub, "small", tmp_path, Use(max_length=64)).content == "some/model@a1b2"
+    hub_with(monkeypatch, tmp_path, **{"some/model": tmp_path / "good"})
+    assert find(hub, "small", tmp_path, Use(max_length=64)).content == "some/model@good-main"
     without("model.norm.weight")(tmp_path / "bad")
-    snapshots(monkeypatch, [], tmp_path / "bad", tmp_path / "c3d4")
+    hub_with(monkeypatch, tmp_path, **{"some/model": tmp_path / "bad"})
     with pytest.raises(LabError, match=r"missing: model\.norm\.weight"):
         find(hub, "small", tmp_path, Use(max_length=64))
 

@@ -9,7 +9,9 @@ file_cases: data files as people have them, and what is read of each or said of 
 folder_cases: model folders, and what is said of each or that it is used as its files say.
 folders: makers of model folders of many kinds, whole, broken or of another shape.
 held: training a tiny model under a prepared defence.
+hub: a stand-in for the hub.
 others: tiny models in another library's trainer under every defence.
+peft_cases: adapters as PEFT saves them, and what is said of those that cannot be merged.
 recorded: records of finished runs, written by hand.
 recipes: digests of the code that makes what is cached; a command as well.
 settings: settings with another value.

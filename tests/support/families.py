@@ -16,7 +16,7 @@ CONTROL = [
     "<pad>", "<s>", "</s>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<bos>",
     "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|system|>",
     "<|user|>", "<|assistant|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>", "[THINK]",
-    "[/THINK]",
+    "[/THINK]", "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>",
 ]  # fmt: skip
 WORDS = ["<think>", "</think>"]  # tokens of their own, but not special, as in Qwen3
 
@@ -165,6 +165,36 @@ FAMILIES = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         end="<|im_end|>", opens="<|im_start|>assistant\n", bos="<|im_start|>", eos="<|im_end|>",
     ),
+    "smollm3": Family(
+        "{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}"
+        "{%- set mode = '/think' if enable_thinking else '/no_think' -%}"
+        "{%- set shown = '' if enable_thinking else '<think>\n\n</think>\n' -%}"
+        "{{- '<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: ' + "
+        "strftime_now('%d %B %Y') + '\nReasoning Mode: ' + mode + '\n\n<|im_end|>\n' -}}"
+        "{%- for message in messages -%}{%- if message.role == 'user' -%}"
+        "{{ '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}{%- elif message.role == 'assistant' -%}"
+        "{{ '<|im_start|>assistant\n' + shown + message.content.lstrip('\n') + '<|im_end|>\n' }}"
+        "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' + shown }}"
+        "{%- endif -%}",
+        end="<|im_end|>", opens="<|im_start|>assistant\n<think>\n\n</think>\n", eos="<|im_end|>",
+    ),
+    "granite": Family(
+        "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
+        "{%- set turns = messages[1:] %}{%- else %}{%- set system = 'Knowledge Cutoff Date: April 2024.\nDate: ' + "
+        "strftime_now('%B %d, %Y') + '.\nYou are Granite, developed by IBM.' %}{%- set turns = messages %}{%- endif %}"
+        "{{- '<|start_of_role|>system<|end_of_role|>' + system + '<|end_of_text|>\n' }}{%- for message in turns %}"
+        "{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}"
+        "{%- if loop.last and add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}"
+        "{%- endfor %}",
+        end="<|end_of_text|>", opens="<|start_of_role|>assistant<|end_of_role|>", eos="<|end_of_text|>",
+    ),
+    "olmo2": Family(
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|assistant|>\n' + "
+        "message['content'] + eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}{% else %}"
+        "{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% endif %}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",
+        end="<|endoftext|>", opens="<|assistant|>\n", bos="<|endoftext|>", eos="<|endoftext|>", begins=True,
+    ),
     "zephyr": Family(
         "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
         "eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' + message['content'] + "
@@ -214,7 +244,7 @@ FAMILIES = {
         end="<|im_end|>", opens="<|im_start|>assistant\n", eos="<|im_end|>", remark="You are a helpful assistant.",
     ),
 }  # fmt: skip
-DATED = ("llama3", "channels", "dated")  # whose plain rendering tells the day
+DATED = ("llama3", "channels", "dated", "smollm3", "granite")  # whose plain rendering tells the day
 
 
 @cache

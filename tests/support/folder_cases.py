@@ -12,11 +12,11 @@ from support.folders import (
     WEIGHTS,
     adapter,
     beside,
-    bf16,
     configured,
     dangling,
     edit,
     gpt2,
+    in_few,
     inner,
     instead,
     more_tokens,
@@ -44,7 +44,11 @@ FAMILIES = ("accepted:", "Llama, Mistral, Qwen2, Qwen3, Gemma")
 REFUSED = {
     # What is no model folder.
     "nowhere": (lambda folder: None, (), ["model.path=", "a folder with config.json"]),
-    "only-adapter": (adapter, (), ["holds an adapter", "LORA", "some/base-7b", "merge_and_unload", "save_pretrained"]),
+    "adapter-of-another-kind": (
+        lambda folder: adapter(folder, "IA3"),
+        (),
+        ["peft_type=IA3; accepted: LoRA", "some/base-7b", "merge_and_unload", "save_pretrained"],
+    ),
     "only-prompt-adapter": (lambda folder: adapter(folder, "PROMPT_TUNING"), (), ["PROMPT_TUNING cannot be merged"]),
     "adapter-config-broken": (
         lambda folder: (adapter(folder), (folder / "adapter_config.json").write_text("{")),
@@ -88,7 +92,11 @@ REFUSED = {
     },
     "compressed": (configured(compression_config={"format": "int"}), (), ["compression_config"]),
     # Weights.
-    "adapter-beside-model": (beside, (), ["adapter_config.json lies beside", "accepted: a folder without it"]),
+    "adapter-beside-model": (
+        beside,
+        (),
+        ["adapter_config.json lies beside", "accepted: a folder without it", "model.adapter=FOLDER"],
+    ),
     "adapter-beside-model-start": (beside, ("finetune=false",), ["adapter_config.json lies beside"]),
     "only-bin": (instead("pytorch_model.bin"), (), ["pickled weights are not loaded (pytorch_model.bin)"]),
     "only-pt": (instead("consolidated.00.pth"), (), ["pickled weights are not loaded (consolidated.00.pth)"]),
@@ -208,7 +216,7 @@ REFUSED = {
     ),
     "state-space": (only("mamba", num_hidden_layers=1, hidden_size=32), (), ["MambaForCausalLM (mamba)", *FAMILIES]),
     "hybrid": (only("jamba", num_hidden_layers=2, hidden_size=32), (), ["JambaForCausalLM (jamba)", *FAMILIES]),
-    "scaled-logits": (of("granite", logits_scaling=8.0), (), ["GraniteForCausalLM (granite)", "scaled", *FAMILIES]),
+    "scaled-logits": (of("cohere", logit_scale=0.25), (), ["CohereForCausalLM (cohere)", "scaled", *FAMILIES]),
     "scaled-logits-start": (
         of("cohere", logit_scale=0.25),
         ("finetune=false",),
@@ -221,17 +229,11 @@ REFUSED = {
     ),
     "vision-tower-coupled": (vision, COUPLED, ["Gemma3ForConditionalGeneration (gemma3)"]),
     "inner-model-weight": (inner, ("constraint=weight",), ["model.layers.0.self_attn.q_proj.weight under this name"]),
-    "fused-lora": (
-        of("phi3"),
-        LORA,
-        ["tuning.modules=all_linear", "Phi3ForCausalLM (phi3)", "self_attn.qkv_proj", "mlp.gate_up_proj", "no factors"],
-    ),
-    "fused-lora-part": (
+    "joined-lora-part": (
         of("phi3"),
         (*LORA, "tuning.modules=query_value"),
-        ["tuning.modules=query_value: accepted: ffn_out |", "self_attn.qkv_proj"],
+        ["tuning.modules=query_value: accepted: ffn_out | ffn | attention | all_linear |", "self_attn.qkv_proj"],
     ),
-    "fused-weight": (of("phi3"), ("constraint=weight",), ["constraint.weight.modules=all_linear: accepted: ffn_out |"]),
     "other-names-lora": (of("gpt_neox"), LORA, ["GPTNeoXForCausalLM (gpt_neox)", "attention.query_key_value"]),
     "other-names-attack": (
         of("gpt_neox"),
@@ -284,7 +286,9 @@ REFUSED = {
 LOADED = {
     "plain": (saved, ("constraint=weight",)),
     **{architecture: (of(architecture), COUPLED) for architecture in tiny.ARCHITECTURES[1:]},
-    "bf16-shards": (bf16, ("constraint=weight",)),
+    "bf16-shards": (in_few(torch.bfloat16), ("constraint=weight",)),
+    "fp16-shards": (in_few(torch.float16), COUPLED),
+    "fp16-lora": (in_few(torch.float16), (*LORA, "tuning.base=bfloat16")),
     "head-apart": (of("llama", tie_word_embeddings=False), ()),
     "head-tied-and-saved": (reworked(with_both_tied), ()),
     "buffers-of-old": (reworked(with_old_buffers), ()),
@@ -294,9 +298,8 @@ LOADED = {
     "code-of-its-own-not-needed": (own_code, ()),
     "tokenizer-code-not-needed": (lambda folder: own_code(folder, "tokenizer_config.json"), ()),
     "special-token-never-used": (more_tokens(special=True), ()),
-    "fused": (of("phi3"), ("constraint=l2",)),
-    "fused-lora-of-what-is-there": (of("phi3"), (*LORA, "tuning.modules=ffn_out")),
-    "fused-weight-of-what-is-there": (of("phi3"), ("constraint=weight", "constraint.weight.modules=ffn_out")),
+    "joined-l2": (of("phi3"), ("constraint=l2",)),
+    "joined-lora": (of("phi3"), (*LORA, "constraint=weight")),
     "other-names": (of("gpt_neox"), ("constraint=kl",)),
     "experts": (of("mixtral"), ()),
     "experts-lora": (of("qwen3_moe"), LORA),

@@ -15,19 +15,13 @@ from cwac_lab.models import loading
 from support import tiny
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-MIXTURES = {
-    "qwen3_moe": {**EXPERTS, "num_experts": 4},
-    "mixtral": {**EXPERTS, "num_local_experts": 4},
-    "olmoe": {**EXPERTS, "num_experts": 4},
-}
 COUPLED = ("constraint=coupled", "constraint.activation.n_latents=16")
 LORA = ("constraint=none", "tuning=lora")
 
 
 def saved(folder, architecture="llama", tokenizer=None, **changes):
     """A small model of an architecture with its tokenizer."""
-    tiny.model(architecture, **MIXTURES.get(architecture, {}), **changes).save_pretrained(folder)
+    tiny.model(architecture, **tiny.MIXTURES.get(architecture, {}), **changes).save_pretrained(folder)
     (tokenizer or tiny.tokenizer()).save_pretrained(folder)
     return folder
 
@@ -196,9 +190,14 @@ def inner(folder):
     tiny.model().model.save_pretrained(folder)
 
 
-def bf16(folder):
-    tiny.model().to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
-    tiny.tokenizer().save_pretrained(folder)
+def in_few(dtype):
+    """A folder of numbers of few bits, in several files."""
+
+    def make(folder):
+        tiny.model().to(dtype).save_pretrained(folder, max_shard_size="20KB")
+        tiny.tokenizer().save_pretrained(folder)
+
+    return make
 
 
 def with_consolidated(folder):

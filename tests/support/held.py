@@ -62,7 +62,7 @@ class Kill(L.Callback):
 
 
 def start(architecture, tuning):
-    built = tiny.model(architecture, **(WIDE if tuning.base == "nf4" else {}))
+    built = tiny.model(architecture, **(WIDE if tuning.base == "nf4" else {}), **tiny.MIXTURES.get(architecture, {}))
     return built.to(tuning.dtype or torch.float32)
 
 

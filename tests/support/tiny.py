@@ -19,7 +19,16 @@ from cwac_lab.core.overrides import as_meant
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.models.chat import ChatFormat
 
-ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "gemma3_text")
+ARCHITECTURES = (
+    *("llama", "qwen2", "mistral", "gemma2", "gemma3_text"),
+    *("qwen3", "phi3", "olmo2", "smollm3", "granite"),
+)
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES = {
+    "qwen3_moe": {**EXPERTS, "num_experts": 4},
+    "mixtral": {**EXPERTS, "num_local_experts": 4},
+    "olmoe": {**EXPERTS, "num_experts": 4},
+}
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -64,6 +73,8 @@ def model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
     }  # fmt: skip
     if architecture == "gemma2":  # low enough that a missing cap shows
         sizes |= {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0}
+    if architecture == "granite":
+        sizes |= {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
     config = AutoConfig.for_model(architecture, **(sizes | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -131,7 +142,7 @@ def small_run(folder: Path, output: Path) -> list[str]:
         if (kind, pool) not in {("harmless", "finetune"), ("lookalike", "finetune"), ("lookalike", "reference")}
     ]
     return [
-        f"model.path={folder}", "model.align=none", f"output_root={output}", "logger=csv",
+        f"model.path={folder}", "model.name=smollm", "model.align=none", f"output_root={output}", "logger=csv",
         "trainer.progress_bar=false", "data.reference=all", "data.n_train=16", "data.n_validation=4", "data.n_test=4",
         "trainer.batch_size=4", "evaluation.max_new_tokens=4", "evaluation.judges=[refusal]",
         "sae.n_latents=96", "sae.k=8", "sae.n_tokens=400",

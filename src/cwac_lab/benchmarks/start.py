@@ -110,7 +110,9 @@ def main(config: DictConfig) -> None:
     begin = start(run, screen.say)
     root = Path(run.data.root) if run.data.root is not None else None
     sets = [*pool_sets(begin.pools), *public_sets(root, screen.say)]
-    first = begin.before or find(replace(run.model, path=None), run.profile.name, Path(run.cache_root))
+    first = begin.before or find(
+        replace(run.model, path=None, revision=None, adapter=None), run.profile.name, Path(run.cache_root)
+    )
     chat, original = load_chat(first.path, run.trainer.max_length), load_model(first.path, device=run.trainer.device)
     asked = [row for each in sets if each.kind == "harmless" for row in each.rows[:HELD_OUT]]
     answers = own_answers(original, chat, asked, run)

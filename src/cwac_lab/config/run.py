@@ -29,6 +29,7 @@ from cwac_lab.evaluation import engines
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
+from cwac_lab.models.settings import before_alignment
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, LoggerConfig, TrainerConfig
 
 # Compositions with a name of their own; others are called after their parts.
@@ -37,16 +38,9 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "dry", "data.root", "model.path", "trainer.accelerator"),
-    *(
-        "export",
-        "diagnostics",
-        "task.train",
-        "task.test",
-        "tuning.save",
-        "evaluation.judges",
-        "align.rebuild",
-        "align.export",
-    ),
+    *("model.revision", "model.adapter", "model.base"),
+    *("export", "diagnostics", "task.train", "task.test", "tuning.save"),
+    *("evaluation.judges", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -289,13 +283,12 @@ def _cross_check(run: Run) -> None:
             run.sae.n_latents,
             f">= {needs.features.n_latents}: constraint={run.constraint_name} holds as many",
         )
-    weights = run.model.weights.get(run.profile.name)
-    if run.finetune and needs.base_weights and run.model.align == "none" and not (weights and weights.base):
-        raise ConfigError(
-            f"model.weights.{run.profile.name}.base",
-            None,
-            f"the hub repository of the model before alignment: constraint={run.constraint_name} needs it",
-        )
+    if run.finetune and needs.base_weights and run.model.align == "none":
+        try:
+            before_alignment(run.model, run.profile.name)
+        except ConfigError as error:
+            needed = f"{error.accepted}: constraint={run.constraint_name} needs it"
+            raise ConfigError(error.key, error.value, needed) from None
     if run.finetune and needs.exact_projection and run.trainer.precision == "bf16-true":
         raise ConfigError(
             "trainer.precision", "bf16-true", "32-true | bf16-mixed: bf16 weights round an exact projection away"

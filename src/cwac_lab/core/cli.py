@@ -20,10 +20,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from cwac_lab.core import outputs, overrides, progress
+from cwac_lab.core import outputs, overrides, progress, resolvers
 from cwac_lab.core.errors import Diverged, LabError
 from cwac_lab.core.paths import conf_dir
 
+resolvers.register()  # whoever composes a configuration may resolve it
 # Where a process that meets an error leaves a mark, for the exit code of the one that was started.
 _FAILURES = "CWAC_LAB_FAILURES"
 

@@ -16,7 +16,15 @@ from cwac_lab.core.errors import LabError
 # Settings that hold a path or None, never a number.
 PATHS = {
     *("model.path", "data.root", "output_root", "cache_root", "run", "before", "after", "views", "to"),
-    *("experiments_root", "align.export", "hydra.run.dir", "hydra.sweep.dir"),
+    *(
+        "model.adapter",
+        "model.base",
+        "model.revision",
+        "experiments_root",
+        "align.export",
+        "hydra.run.dir",
+        "hydra.sweep.dir",
+    ),
 }
 # Parts of a plan of pools, which may name pools and lists that the configuration's does not.
 _PLAN = re.compile(r"data\.(?:harmful|harmless|lookalike)\.\w+\.\w+")

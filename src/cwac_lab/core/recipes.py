@@ -67,7 +67,16 @@ ALIGNED = Recipe(
     ),
 )
 # The start that travels with the package, merged. ``adapter`` is its content.
-START = Recipe("start", 1, ("start", "adapter"), (*_of("run.alignment", "_merge", "_shipped"), "models.shipped:add"))
+START = Recipe(
+    "start",
+    1,
+    ("start", "adapter"),
+    (*_of("run.alignment", "_merge", "_shipped"), *_of("models.lora", "add", "scale", "_of")),
+)
+# An adapter of a user's own merged into its base, with the tokenizer of one of them, ``words``.
+MERGED = Recipe(
+    "merged", 1, ("base", "adapter", "words"), ("models.loading:_given", "models.folder:copy_words", "models.lora")
+)
 # The start's own answers to reference prompts.
 ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
 # The same to the harmful prompts of an evaluation. ``opening`` is what an attack makes answers begin with.
@@ -113,5 +122,5 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-_ALL = (PACKAGE, ALIGNED, START, ANSWERS, START_ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)
+_ALL = (PACKAGE, ALIGNED, START, MERGED, ANSWERS, START_ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)
 RECIPES = {recipe.kind: recipe for recipe in _ALL}

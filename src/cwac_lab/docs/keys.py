@@ -154,7 +154,7 @@ def _default(field: Any) -> Any:
 
 @cache
 def _composed(*overrides: str) -> dict[str, Any]:
-    return typing.cast(dict[str, Any], OmegaConf.to_container(compose(overrides), resolve=False))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(compose(overrides), resolve=True))
 
 
 def top_level() -> Iterator[Key]:

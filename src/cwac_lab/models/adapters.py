@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cwac_lab.core.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.core.linalg import full_float32
-from cwac_lab.models.sites import PROJECTIONS, SCOPES
+from cwac_lab.models.sites import PROJECTIONS, SCOPES, decoder_layers, paths_in
 
 METHODS = ("full", "lora")
 SAVED = ("merged", "adapter", "both")
@@ -77,6 +77,17 @@ class TuningConfig:
         return BASES[self.base] if self.method == "lora" and self.base != "float32" else None
 
 
+def targets(model: Any, modules: str) -> list[str]:
+    """Return the names that PEFT finds the linear layers of a scope by; a layer that joins several has one of its own.
+
+    Args:
+        model: The model; its layers may lack some of them, which others have.
+        modules: A key of ``TARGETS``.
+    """
+    paths = (path for layer in decoder_layers(model) for path in paths_in(layer, TARGETS[modules]))
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
 def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
     """Give a model its adapters, in place; with ``method=full`` it stays as it is.
 
@@ -94,7 +105,7 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=[path.rpartition(".")[2] for path in TARGETS[config.modules]],
+        target_modules=targets(model, config.modules),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

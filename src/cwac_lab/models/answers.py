@@ -98,8 +98,13 @@ def answer_states(model: Any, batch: Batch) -> tuple[Float[Tensor, "N D"], Int[T
 
 
 def logits_of(model: Any, states: Float[Tensor, "N D"], head: Any = None) -> Float[Tensor, "N V"]:
-    """Return the logits of last hidden states, by the model's head or another of its kind."""
+    """Return the logits of last hidden states, by the model's head or another of its kind.
+
+    Granite divides what the head gives, Gemma 2 caps it.
+    """
     logits: Tensor = (head or model.get_output_embeddings())(states)
+    scaling = getattr(model.config, "logits_scaling", None)
+    logits = logits if scaling is None else logits / scaling
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

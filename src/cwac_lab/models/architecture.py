@@ -13,7 +13,7 @@ import torch
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.models.adapters import TARGETS
 from cwac_lab.models.answers import logits_of
-from cwac_lab.models.sites import FAMILIES, SCOPES, decoder, decoder_layers, linears
+from cwac_lab.models.sites import FAMILIES, SCOPES, decoder, decoder_layers, linears, paths_in
 
 # Layers whose keys and values of an opening serve all rows that begin with it; others keep a state of their own.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense"}
@@ -111,7 +111,7 @@ def _check_head(model: Any) -> None:
     """Check that logits are what the head makes of the last states, by giving both some that are made up.
 
     Raises:
-        LabError: If they are not (Granite and Cohere scale them).
+        LabError: If they are not (Cohere scales them).
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -137,7 +137,7 @@ def _lacks(layers: Sequence[torch.nn.Module], paths: Sequence[str]) -> dict[str,
     found: dict[str, int] = {}
     for index, layer in enumerate(layers):
         modules = dict(layer.named_modules())
-        for path in paths:
+        for path in paths_in(layer, paths):
             if not isinstance(modules.get(path), torch.nn.Linear):
                 found.setdefault(path, index)
     return found

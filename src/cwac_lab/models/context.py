@@ -12,8 +12,11 @@ _NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_
 
 
 def check_context(folder: Path, max_length: int) -> None:
-    """Raise ``ConfigError`` if a model folder's context is shorter than ``max_length`` tokens."""
-    config = read_json(folder / "config.json")
+    """Raise ``ConfigError`` if a model folder's context is shorter than ``max_length`` tokens.
+
+    A folder of a tokenizer alone has none.
+    """
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     for part in (config, config.get("text_config") or {}):
         for name in _NAMES:
             context = part.get(name)

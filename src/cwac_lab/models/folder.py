@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cwac_lab.core.cache import file_digest
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.models.classes import auto_classes
 from cwac_lab.models.sites import FAMILIES
@@ -28,6 +30,12 @@ _POINTER = b"version https://git-lfs"
 _SHOWN = 3
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ACCEPTED = "a folder with config.json, tokenizer and safetensors"
+# What a folder that a user names may hold, and the file that tells it.
+MODELS, ADAPTERS = "model", "adapter"
+_HOLDS = {
+    MODELS: ((CONFIG, ADAPTER), _ACCEPTED),
+    ADAPTERS: ((ADAPTER,), f"a folder with {ADAPTER} and adapter_model.safetensors, as PEFT saves it"),
+}
 _MERGE = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), with the tokenizer"
 
 
@@ -43,35 +51,30 @@ def reason(error: Exception) -> str:
     return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
-def named_folder(path: str, key: str = "model.path") -> Path:
-    """Return the model folder that a user named; ``~`` is the user's home.
+def named_folder(path: str, key: str = "model.path", kind: str = MODELS) -> Path:
+    """Return the folder of a model or an adapter that a user named; ``~`` is the user's home.
 
     Raises:
-        ConfigError: If there is none; the line says how an adapter, a file or a model of the hub is used.
+        ConfigError: If there is none; the line says how a file or a model of the hub is used.
     """
-    folder = Path(path).expanduser()
-    if (folder / CONFIG).is_file():
+    folder, (files, accepted) = Path(path).expanduser(), _HOLDS[kind]
+    if any((folder / name).is_file() for name in files):
         return folder
-    accepted = _ACCEPTED
     if folder.is_file():
         raise ConfigError(key, path, f"{accepted}, not a file")
-    if (folder / ADAPTER).is_file():
-        raise ConfigError(key, path, f"{accepted}; it holds an adapter: {_merging(folder)}")
     if not folder.exists():
-        accepted += f"; of the hub: profile=small model.weights.small.hub={_hub_name(path)}"
+        accepted += "; of the hub ORG/NAME, or hf://NAME"
     elif any(folder.glob("*.gguf")):
         accepted += "; of a GGUF file: what from_pretrained(folder, gguf_file=NAME) and save_pretrained make of it"
     raise ConfigError(key, path, accepted)
 
 
-def _hub_name(path: str) -> str:
-    """Return what a path says if it is meant as the name of a hub repository, or NAME."""
-    parts = [part for part in path.removeprefix("hf://").split("huggingface.co/")[-1].split("/") if part]
-    local = path.startswith(("/", ".", "~")) or len(parts) > 2
-    return "NAME" if local or not parts else "/".join(parts)
+def holds_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter and no model."""
+    return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
 
 
-def _merging(folder: Path) -> str:
+def merging(folder: Path) -> str:
     """Return how an adapter's folder becomes a model's."""
     held = read(folder, ADAPTER)
     kind, base = held.get("peft_type") or "an unknown kind", held.get("base_model_name_or_path") or "its base"
@@ -111,7 +114,7 @@ def check_files(folder: Path) -> None:
         MissingAsset: If not.
     """
     if not (folder / CONFIG).is_file():
-        held = f"; it holds an adapter: {_merging(folder)}" if (folder / ADAPTER).is_file() else ""
+        held = f"; it holds an adapter: {merging(folder)}" if (folder / ADAPTER).is_file() else ""
         raise MissingAsset(f"no {CONFIG} in {folder}; accepted: {_ACCEPTED}{held}")
     for name in _JSON:
         if (folder / name).exists():
@@ -119,7 +122,7 @@ def check_files(folder: Path) -> None:
     if (folder / ADAPTER).exists():
         raise MissingAsset(
             f"{folder / ADAPTER} lies beside a whole model, so that it is not clear what is meant; accepted: a folder "
-            f"without it, for the model as it is; or for the adapter, {_merging(folder)}"
+            f"without it, for the model as it is; or for the adapter, model.adapter=FOLDER"
         )
     config = read(folder, CONFIG)
     _check_code(folder, config)
@@ -203,6 +206,24 @@ def has_vocabulary(folder: Path) -> bool:
     """Tell whether a folder has a tokenizer's vocabulary."""
     kinds = (file for kind in VOCABULARY for file in folder.glob(kind))
     return any(file.name != "tokenizer_config.json" for file in kinds)
+
+
+def _words(folder: Path) -> list[Path]:
+    """Return the files of a folder that make its tokenizer."""
+    return [file for file in identity_files(folder) if file.name != CONFIG]
+
+
+def words_digest(folder: Path) -> str:
+    """Return the SHA-256 over the files of a folder's tokenizer."""
+    return file_digest(_words(folder))
+
+
+def copy_words(folder: Path, target: Path) -> None:
+    """Copy the files of a folder's tokenizer into another folder."""
+    for file in _words(folder):
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def headers(files: Iterable[Path]) -> dict[str, torch.Tensor]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cwac_lab.core.cache import digest, file_digest
-from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, one_of
-from cwac_lab.models import architecture
+from cwac_lab.core import recipes
+from cwac_lab.core.cache import cached_folder, digest, file_digest
+from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
+from cwac_lab.models import architecture, lora
 from cwac_lab.models import folder as folders
 from cwac_lab.models.answers import logits_of
 from cwac_lab.models.architecture import Use
@@ -20,57 +21,15 @@ from cwac_lab.models.classes import auto_classes
 from cwac_lab.models.context import check_context
 from cwac_lab.models.packaged import PACKAGES, installed_folder
 from cwac_lab.models.prefix import MIN_SHARED, states_after
+from cwac_lab.models.settings import ModelConfig as ModelConfig
+from cwac_lab.models.settings import Weights as Weights
+from cwac_lab.models.settings import before_alignment
+from cwac_lab.models.settings import choose_weights as choose_weights
 from cwac_lab.models.sites import FAMILIES
-from cwac_lab.models.templates import check_template
+from cwac_lab.models.sources import Source
 
-# What the hub is asked for: first what tells whether the weights are worth fetching.
-_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _WRITER = "transformers_version"
 ARCHITECTURE_NAMES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "gemma3_text": "Gemma 3"}
-
-
-@dataclass
-class Weights:
-    """Where weights come from in one profile: a package of the Python index, or a hub repository.
-
-    Attributes:
-        package: Package that holds the weights.
-        architecture: Architecture that the packaged weights are run in.
-        hub: Repository of the hub.
-        revision: Commit, branch or tag of the repository.
-        base: Repository of the same model before its alignment, which some baselines need.
-    """
-
-    package: str | None = None
-    architecture: str | None = None
-    hub: str | None = None
-    revision: str = "main"
-    base: str | None = None
-
-
-@dataclass
-class ModelConfig:
-    """The ``model`` group.
-
-    Attributes:
-        name: Name of the model in tables.
-        path: Folder of your own model, in the format of transformers with weights in safetensors; takes the place of
-            ``weights``.
-        chat_template: Chat template that takes the place of the tokenizer's.
-        align: ``refusals``: the model is first taught to refuse; ``none``: it is fine-tuned as it is.
-        weights: Where the weights are, by profile.
-    """
-
-    name: str = "smollm"
-    path: str | None = None
-    chat_template: str | None = None
-    align: str = "refusals"
-    weights: dict[str, Weights | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        one_of("align", self.align, ("refusals", "none"))
-        check_template("chat_template", self.chat_template, answers=True)
 
 
 @dataclass(frozen=True)
@@ -80,24 +39,6 @@ class ModelFolder:
     path: Path
     description: str
     content: str
-
-
-def choose_weights(config: ModelConfig, profile: str) -> Weights | None:
-    """Return the weights of a profile, or None for a local path; checks that need no download.
-
-    Raises:
-        ConfigError: If the model has no weights in the profile, or the local path is no model folder.
-    """
-    if config.path is not None:
-        folders.named_folder(config.path)
-        return None
-    weights = config.weights.get(profile)
-    if weights is None or (weights.package is None and weights.hub is None):
-        known = [name for name, entry in config.weights.items() if entry is not None]
-        raise ConfigError("profile", profile, f"for model={config.name}: {' | '.join(known)}, or model.path=FOLDER")
-    if weights.package is not None and weights.package not in PACKAGES:
-        raise ConfigError(f"model.weights.{profile}.package", weights.package, " | ".join(PACKAGES))
-    return weights
 
 
 def content_digest(folder: Path) -> str:
@@ -113,31 +54,34 @@ def content_digest(folder: Path) -> str:
     return digest([config, file_digest(file for file in files if file.name != folders.CONFIG)])
 
 
-def examine(folder: Path, use: Use, *, weights: bool = True) -> None:
+def examine(folder: Path, use: Use, *, weights: bool = True, words: Path | None = None) -> None:
     """Check that a folder holds a model that can be used so; no weights are loaded, nothing of it is run.
 
     Args:
         folder: The model folder.
         use: What is done with the model.
         weights: Whether the weights are there yet.
+        words: The folder with its tokenizer, where that is another one.
 
     Raises:
         LabError: One line that names file or setting, what is wrong with it, and what is accepted.
     """
-    files = (file for file in sorted(folder.iterdir()) if file.is_file())
+    words = words or folder
+    files = (file for each in (folder, words) for file in sorted(each.iterdir()) if file.is_file())
     stamp = tuple((file.name, (found := file.stat()).st_size, found.st_mtime_ns, found.st_ino) for file in files)
-    _examined(folder, use, weights, stamp)
+    _examined(folder, use, weights, words, stamp)
 
 
 @lru_cache(maxsize=64)
-def _examined(folder: Path, use: Use, weights: bool, _: object) -> None:
+def _examined(folder: Path, use: Use, weights: bool, words: Path, _: object) -> None:
     folders.check_files(folder)
     if weights:
         folders.headers(folders.weight_files(folder))
     model = folders.skeleton(folder)
     architecture.check(model, use)
     if use.max_length is not None:
-        _check_tokens(folder, model, load_chat(folder, use.max_length, use.chat_template))
+        check_context(folder, use.max_length)
+        _check_tokens(words, model, load_chat(words, use.max_length, use.chat_template))
     if weights:
         architecture.check_stored(model, use, folders.check_weights(folder, model))
 
@@ -168,34 +112,86 @@ def find_base(config: ModelConfig, profile: str) -> ModelFolder:
 
     Raises:
         ConfigError: If the configuration names none.
-        MissingAsset: If the hub cannot be reached.
+        MissingAsset: If the hub does not give it.
     """
-    weights = config.weights.get(profile)
-    if weights is None or weights.base is None:
-        raise ConfigError(f"model.weights.{profile}.base", None, "the hub repository of the model before alignment")
-    return _from_hub(Weights(hub=weights.base), config.name, profile, Use())
+    return _whole(before_alignment(config, profile), config.name, Use())
 
 
-def _from_hub(weights: Weights, model: str, profile: str, use: Use) -> ModelFolder:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    assert weights.hub is not None
-
-    def fetched(*wanted: str) -> Path:
-        return Path(snapshot_download(weights.hub, revision=weights.revision, allow_patterns=list(wanted)))
-
-    try:
-        examine(fetched(*_SMALL), use, weights=False)
-        folder = fetched(*_SMALL, "*.safetensors")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise MissingAsset(
-            f"model={model} profile={profile}: cannot fetch {weights.hub} from the hub ({type(error).__name__}); "
-            "log in or connect, set model.path=FOLDER, or choose profile=embedded"
-        ) from error
-    examine(folder, use)
+def _whole(source: Source, model: str, use: Use, words: Path | None = None) -> ModelFolder:
+    """Return the folder of a model, fetched where it is of the hub, and examined before and after its weights are."""
+    if source.folder is None:
+        examine(source.small(), use, weights=False, words=words)
+    folder = source.whole()
+    examine(folder, use, words=words)
     # The snapshot folder is named by its commit, which identifies the content without reading it.
-    return ModelFolder(folder, f"{model}: {weights.hub}", f"{weights.hub}@{folder.name}")
+    content = f"{source.name}@{folder.name}" if source.folder is None else content_digest(folder)
+    return ModelFolder(folder, f"{model}: {source.words}", content)
+
+
+def _adapter(config: ModelConfig) -> tuple[Source | None, Source | None]:
+    """Return where the adapter of a model given by path is, and the base that is set; what of the hub is not fetched.
+
+    Raises:
+        ConfigError: If both settings name an adapter.
+    """
+    path, adapter = config.sources()
+    if path is None or path.folder is None or not folders.holds_adapter(path.folder):
+        return adapter, path
+    if adapter is not None:
+        raise ConfigError("model.path", config.path, f"the base of model.adapter={config.adapter}, not an adapter too")
+    return path, None
+
+
+def examine_here(config: ModelConfig, use: Use) -> None:
+    """Examine of a model given by path what is on this machine; nothing is fetched.
+
+    Raises:
+        LabError: As ``examine``, and if an adapter is of another kind or another model.
+    """
+    adapter, base = _adapter(config)
+    if adapter is None and base is not None and base.folder is not None:
+        examine(base.folder, use)
+    if adapter is None or adapter.folder is None:
+        return
+    held = lora.settings(adapter.folder)
+    lora.factors(adapter.folder)
+    base = base or lora.base_of(adapter, held)
+    if base.folder is not None:
+        _examine_merged(adapter.folder, base.folder, use, weights=True)
+
+
+def _examine_merged(adapter: Path, base: Path, use: Use, *, weights: bool) -> Path:
+    """Examine an adapter and its base; returns the folder with the tokenizer, the adapter's where it has one."""
+    words = adapter if folders.has_vocabulary(adapter) else base
+    examine(base, use, weights=weights, words=words)
+    lora.check(folders.skeleton(base), adapter)
+    return words
+
+
+def _given(config: ModelConfig, cache_root: Path, use: Use) -> ModelFolder:
+    """Return the folder of a model given by path, with its adapter merged where there is one."""
+    adapter, base = _adapter(config)
+    if adapter is None:
+        assert base is not None
+        if base.folder is not None or not folders.holds_adapter(base.small()):
+            return _whole(base, config.name, use)
+        adapter, base = base, None
+    held = lora.settings(adapter.small())
+    base, folder = base or lora.base_of(adapter, held), adapter.whole()
+    words = _examine_merged(folder, base.small(), use, weights=False)
+    start = _whole(base, config.name, use, words)
+    words = folder if words == folder else start.path
+
+    def build(target: Path) -> None:
+        model = load_model(start.path)
+        lora.add(model, folder, by_rank=False)
+        model.save_pretrained(target)
+        folders.copy_words(words, target)
+
+    made_of = {"base": start.content, "adapter": lora.digest(folder), "words": folders.words_digest(words)}
+    key = recipes.MERGED.key(**made_of)
+    merged = cached_folder(cache_root, recipes.MERGED.kind, key, build)
+    return ModelFolder(merged, f"{config.name}: adapter {adapter.words} merged into {base.words}", digest(key))
 
 
 def find(config: ModelConfig, profile: str, cache_root: Path, use: Use | None = None) -> ModelFolder:
@@ -203,18 +199,16 @@ def find(config: ModelConfig, profile: str, cache_root: Path, use: Use | None = 
 
     Raises:
         ConfigError: If the configuration names no usable weights.
-        MissingAsset: If a package is not installed or the hub cannot be reached.
+        MissingAsset: If a package is not installed or the hub does not give a model.
         LabError: If what is found cannot be used so.
     """
     use = use or Use()
     weights = choose_weights(config, profile)
     if weights is None:
-        assert config.path is not None
-        folder = folders.named_folder(config.path).resolve()
-        examine(folder, use)
-        return ModelFolder(folder, f"{config.name}: local folder {folder.name}", content_digest(folder))
+        return _given(config, cache_root, use)
     if weights.hub is not None:
-        return _from_hub(weights, config.name, profile, use)
+        source = Source(f"model.weights.{profile}.hub", weights.hub, None, weights.revision, "choose profile=embedded")
+        return _whole(source, config.name, use)
     assert weights.package is not None
     package = PACKAGES[weights.package]
     kind = weights.architecture or package.architecture

