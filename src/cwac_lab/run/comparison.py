@@ -83,7 +83,8 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
 
 def _asked(model: str, config: DictConfig, screen: Screen) -> RunFolder:
     """Return the record of a model as it is, made now or before."""
-    own = [text("model.path", Path(model).absolute()), "model.align=none", "finetune=false", "data.n_test=1"]
+    place = Path(model).absolute() if Path(model).exists() else model  # or a repository of the hub
+    own = [text("model.path", place), "model.align=none", "finetune=false", "data.n_test=1"]
     run = read(compose([*own, *config.overrides, text("output_root", config.output_root)]))
     folder = carry_out(run, [], screen)
     if folder.status != "ok":
