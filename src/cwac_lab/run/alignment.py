@@ -92,7 +92,7 @@ def _train(model: Any, refusals: list[Encoded], own: list[Encoded], pad_id: int,
     loss = Distillation(model, pad_id, own)
     fit(model, [*refusals, *own], pad_id, loss, _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
     modules = sorted(path.rpartition(".")[2] for path in adapters.TARGETS[tuning.modules])
-    settings = {"r": tuning.rank, "lora_alpha": tuning.alpha, "target_modules": modules}
+    settings = {"r": tuning.rank, "lora_alpha": tuning.alpha * run.align.kept, "target_modules": modules}
     shipped.save_adapter(model, settings, adapter)
 
 
@@ -197,7 +197,7 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         refusals=digest([refusal(row) for row in pools.get("harmful", ALIGNMENT)]),
         answer_tokens=run.align.answer_tokens,
         trainer={name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
-        factors=[run.align.rank, run.align.alpha],
+        factors=[run.align.rank, run.align.alpha, run.align.kept],
         chat_template=run.model.chat_template,
         measured_on=TOKENS,
     )
