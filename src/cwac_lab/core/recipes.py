@@ -67,7 +67,7 @@ ALIGNED = Recipe(
     ),
 )
 # The start that travels with the package, merged. ``adapter`` is its content.
-START = Recipe("start", 1, ("start", "adapter"), (*_of("run.alignment", "_merge", "_shipped"), "models.shipped:add"))
+START = Recipe("start", 2, ("start", "adapter"), (*_of("run.alignment", "_merge", "_shipped"), "models.shipped:add"))
 # The start's own answers to reference prompts.
 ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
 SUBSPACE = Recipe(
