@@ -39,7 +39,7 @@ def test_the_shipped_start_is_made_with_the_settings_of_the_configuration():
     settings = shipped.recipe()["settings"]
     assert {name: settings[name] for name in read(tiny.config()).align.recipe} == read(tiny.config()).align.recipe
     file = read_json(shipped.FOLDER / shipped.SETTINGS)
-    assert (file["r"], file["lora_alpha"]) == (settings["rank"], settings["alpha"])
+    assert (file["r"], file["lora_alpha"]) == (settings["rank"], settings["alpha"] * settings["kept"])
     assert (shipped.FOLDER / shipped.FACTORS).stat().st_size <= 12e6
 
 

@@ -36,6 +36,7 @@ class AlignConfig:
         answer_tokens: Length of the model's own answers to harmless prompts.
         rank: Rank of the factors.
         alpha: Numerator of their scale, alpha / rank.
+        kept: Share of the trained update that is kept (WiSE-FT, Wortsman et al. 2022): less refuses less.
     """
 
     rebuild: bool = False
@@ -46,9 +47,11 @@ class AlignConfig:
     answer_tokens: int = 16
     rank: int = 16
     alpha: float = 32.0
+    kept: float = 0.85
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        in_range("kept", self.kept, 0, 1, open_low=True)
         one_of("rebuild", self.rebuild, (True, False))
         for key in ("epochs", "batch_size", "answer_tokens", "rank"):
             in_range(key, getattr(self, key), 1)

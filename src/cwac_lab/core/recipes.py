@@ -69,7 +69,7 @@ ALIGNED = Recipe(
 # The start that travels with the package, merged. ``adapter`` is its content.
 START = Recipe(
     "start",
-    1,
+    2,
     ("start", "adapter"),
     (*_of("run.alignment", "_merge", "_shipped"), *_of("models.lora", "add", "scale", "_of")),
 )

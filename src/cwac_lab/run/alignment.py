@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def _train(model: Any, refusals: list[Encoded], own: list[Encoded], pad_id: int,
     adapters.attach(model, tuning, ALIGNMENT_SEED)
     loss = Distillation(model, pad_id, own)
     fit(model, [*refusals, *own], pad_id, loss, _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
-    shipped.save_adapter(model, tuning, adapter)
+    shipped.save_adapter(model, replace(tuning, alpha=tuning.alpha * run.align.kept), adapter)
 
 
 def _recipe(start: ModelFolder, pools: Pools, rows: dict[str, int], run: Run) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
         refusals=digest([refusal(row) for row in pools.get("harmful", ALIGNMENT)]),
         answer_tokens=run.align.answer_tokens,
         trainer={name: value for name, value in asdict(_trainer(run)).items() if name not in INCIDENTAL_TRAINER},
-        factors=[run.align.rank, run.align.alpha],
+        factors=[run.align.rank, run.align.alpha, run.align.kept],
         chat_template=run.model.chat_template,
         measured_on=TOKENS,
     )

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cwac_lab.core.errors import LabError
+from cwac_lab.core.progress import track
 from cwac_lab.data.batches import collate
 from cwac_lab.models.adapters import has_adapters, without_adapters
 from cwac_lab.models.answers import Batch, answer_states, logits_of, to_device
@@ -55,7 +56,7 @@ class StartValues:
         """
         self._values: dict[Row, Tensor] = {}
         ordered = sorted({(tuple(r.input_ids), tuple(r.labels)) for r in rows}, key=lambda row: len(row[0]))
-        for begin in range(0, len(ordered), batch_size):
+        for begin in track(range(0, len(ordered), batch_size), "what the start says, batches"):
             part = [Encoded(list(ids), list(labels)) for ids, labels in ordered[begin : begin + batch_size]]
             batch = to_device(collate(part, pad_id), device)
             values = torch.split(compute(batch).cpu(), answer_counts(batch["labels"]).tolist())
