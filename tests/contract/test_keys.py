@@ -104,6 +104,7 @@ def key_of(kind, parts):
             patch.setattr(module, "together", keep)
         patch.setattr(start_answers, "read_jsonl", lambda _: [])
         patch.setattr(lora, "digest", lambda _: "adapter")
+        patch.setattr(lora, "settings", lambda _: {})
         patch.setattr(folder, "words_digest", lambda _: "words")
         here = Source("model.path", "mine", Path())
         patch.setattr(loading, "_adapter", lambda _: (here, here))

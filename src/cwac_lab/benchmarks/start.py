@@ -125,7 +125,10 @@ def main(config: DictConfig) -> None:
         screen.say(f"{folder.description}: {sum(len(each.rows) for each in sets)} prompts")
         model = original if folder == first else load_model(folder.path, device=run.trainer.device)
         asking = load_chat(folder.path, run.trainer.max_length, run.model.chat_template)
-        told = {"content": folder.content, "sets": rates(model, asking, sets, run.task, run.evaluation.batch_size)}
+        told: dict[str, Any] = {
+            "content": folder.content,
+            "sets": rates(model, asking, sets, run.task, run.evaluation.batch_size),
+        }
         if asking.tokenizer.get_vocab() == chat.tokenizer.get_vocab():
             told["perplexity_ratio"] = round(perplexity(model, answers, chat.pad_id) / before, 4)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,7 +95,7 @@ def _found(match: re.Match[str]) -> str:
     return str(match[1] if match.re.groups else match[0])
 
 
-SCORES = {"exact": Exact, "contains": Contains, "number": Number, "choice": Choice}
+SCORES: dict[str, Callable[[], Score]] = {"exact": Exact, "contains": Contains, "number": Number, "choice": Choice}
 
 
 def made(name: str, pattern: str | None) -> Score:

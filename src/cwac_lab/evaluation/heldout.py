@@ -43,7 +43,7 @@ def _sums(model: Any, chat: ChatFormat, examples: list[Encoded]) -> list[tuple[f
     batch = to_device(collate(examples, chat.pad_id), model.device)
     logits, targets = answer_logits(model, batch)
     counts = [sum(label >= 0 for label in example.labels[1:]) for example in examples]
-    by_row = cross_entropy(logits.float(), targets, reduction="none").split(counts)
+    by_row = torch.split(cross_entropy(logits.float(), targets, reduction="none"), counts)
     return [(float(loss.double().sum()), count) for loss, count in zip(by_row, counts, strict=True)]
 
 

@@ -74,8 +74,9 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
     for name in (RETAINED, *(name for name, metric in METRICS.items() if metric.shown and metric.judged)):
         if name in rates:
             continue
-        known = [before, {item: row | _refused(before[item]) for item, row in after.items()}]
-        told = [outcomes(verdicts.values(), name) for verdicts in known]
+        told = [
+            outcomes([row | _refused(before[item]) for item, row in said.items()], name) for said in (before, after)
+        ]
         first, rates[name] = (wilson(sum(said.values()), len(said)) for said in told)
         rows.append(_row(name, first, rates[name], told))
     return Comparison(f"{facts[0]['weights']}  ->  {facts[1]['weights']}", rows, rates)
