@@ -45,6 +45,8 @@ def overrides(group, option):
     chosen = [f"{group}={option}"]
     if option in ("local", "sst2_drift"):
         chosen.append(LOCAL)
+    if option == "chat":
+        chosen.append("task.train=rows.jsonl")
     return chosen
 
 
@@ -120,7 +122,7 @@ BAD = [
     (["harmful_ratio=1.5"], "harmful_ratio=1.5: accepted: a number in [0, 1]"),
     (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
     (["seed=-1"], "seed=-1: accepted"),
-    (["task=imdb"], "task=imdb: accepted: agnews | alpaca | gsm8k | pubmedqa | sst2"),
+    (["task=imdb"], "task=imdb: accepted: agnews | alpaca | chat | gsm8k | pubmedqa | sst2"),
     (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
     (["constraint=magic"], "constraint=magic: accepted: activation | asft | "),
     (["~align"], "align=: accepted: a value (it has no default)"),
@@ -247,7 +249,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, capsys, tmp_path):
         capsys,
     )
     assert code == 2
-    assert "cannot fetch HuggingFaceTB/SmolLM2-135M-Instruct from the hub" in err
+    assert "model.weights.small.hub=HuggingFaceTB/SmolLM2-135M-Instruct: " in err
     assert err.count("\n") == 1
 
 

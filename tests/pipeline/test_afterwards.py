@@ -16,10 +16,10 @@ SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3",
 DRIFT = "diagnostics.enabled=true"
 # What may be asked for without another key; each is tried below, or nothing is made of it after training.
 ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prompts", "evaluation.judges"}
-ASKED |= {"trainer.export", "logger.wandb"}
+ASKED |= {"trainer.export", "logger.wandb", "export.push", "export.private"}
 NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
-    *("align.export", "align.rebuild"),
+    *("dry", "model.adapter", "model.revision", "model.base", "align.export", "align.rebuild"),
     *("trainer.progress_bar", "trainer.checkpoint_every_n_steps", "trainer.gradient_checkpointing", "trainer.strategy"),
 }
 

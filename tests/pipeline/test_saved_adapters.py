@@ -33,11 +33,15 @@ def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, 
 
 
 @pytest.mark.parametrize(("save", "there"), [("merged", {"model"}), ("adapter", {"adapter"})])
-def test_what_is_saved_is_what_is_asked_for(save, there, tiny_folder, tmp_path):
+def test_what_is_saved_is_what_is_asked_for(save, there, tiny_folder, tmp_path, capsys):
     given = tiny.small_run(tiny_folder, tmp_path / "out")
     tiny.launch(train.main, [*given, "tuning=lora", f"tuning.save={save}", "constraint=none"])
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     assert {path.name for path in folder.iterdir() if path.name in ("model", "adapter")} == there
+    lacks = ({"model", "adapter"} - there).pop()
+    line = tiny.error_of(train.main, [*given, "tuning=lora", "tuning.save=both", "constraint=none"], capsys)
+    assert line.startswith("already done, but ")
+    assert f" has no {lacks}/ (" in line
 
 
 def test_all_weights_have_no_adapter(tiny_folder, tmp_path, capsys):

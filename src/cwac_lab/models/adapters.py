@@ -65,6 +65,11 @@ class TuningConfig:
             raise ConfigError("base", "nf4", "float32 | bfloat16, or bitsandbytes: pip install 'cwac-lab[qlora]'")
 
     @property
+    def saved(self) -> tuple[str, ...]:
+        """Folders of a run that hold what is saved of it: ``model``, ``adapter``, in this order."""
+        return {"merged": ("model",), "adapter": ("adapter",), "both": ("model", "adapter")}[self.save]
+
+    @property
     def title(self) -> str:
         """What is trained, in words."""
         if self.method == "full":

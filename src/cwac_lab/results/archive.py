@@ -263,13 +263,14 @@ def _json(value: Any) -> str:
 
 
 def _write(path: Path, columns: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a file atomically; equal rows make equal bytes.
+    """Write a file atomically; equal rows make equal bytes. Of ``_LATER`` a column that no row has is left out.
 
     Raises:
         LabError: If a value is not of its column's type.
     """
+    later = {name for name in _LATER if not any(row.get(name) is not None for row in rows)}
     try:
-        table = pa.Table.from_pylist(list(rows), schema=columns)
+        table = pa.Table.from_pylist(list(rows), schema=columns).drop_columns(sorted(later & set(columns.names)))
     except (pa.ArrowException, TypeError) as error:
         raise LabError(f"{path}: {' '.join(str(error).split())[:120]}") from None
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -59,7 +59,7 @@ __all__ = [
     "judged_by",
     "verdicts_of",
 ]
-CHECKPOINT, MODEL, LOCK = "checkpoint", "model", ".lock"
+CHECKPOINT, MODEL, ADAPTER, LOCK = "checkpoint", "model", "adapter", ".lock"
 HEARTBEAT_SECONDS = 30.0
 
 

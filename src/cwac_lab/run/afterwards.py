@@ -14,6 +14,7 @@ from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run.drift import POOLS, Measurer
+from cwac_lab.run.push import push
 from cwac_lab.run.start import Start
 from cwac_lab.training.loop import loggers
 
@@ -35,13 +36,16 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
     """
     _judges(run, folder, metrics, say)
     lacking = []
-    if run.finetune and run.trainer.export and not folder.has(store.MODEL):
-        lacking.append(f"{store.MODEL}/ (trainer.export=true)")
+    saved = run.tuning.saved if run.finetune and run.trainer.export else ()
+    asked = {store.MODEL: "trainer.export=true", store.ADAPTER: f"tuning.save={run.tuning.save}"}
+    lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
     _tracked(run, folder, say)
     if lacking:
         raise LabError(f"already done, but {folder.path} has no {' and no '.join(lacking)}: force=true repeats the run")
+    if run.export.push is not None:
+        push(run.export, folder.path / saved[0], say)
 
 
 def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> None:

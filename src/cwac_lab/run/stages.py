@@ -39,9 +39,6 @@ from cwac_lab.run.start_answers import start_answers
 from cwac_lab.run.survey import survey, told
 from cwac_lab.training.loop import check_finite, fit, loggers
 
-# Where a run keeps the adapter that it saves.
-ADAPTER = "adapter"
-
 
 @dataclass(frozen=True)
 class Job:
@@ -80,7 +77,7 @@ def carry_through(job: Job) -> None:
     with logged as made:
         asked = _asked(job, model, chat)
         tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
-        if run.finetune and run.trainer.export and run.tuning.save != "adapter" and folder.writes:
+        if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
         metrics = _evaluate(job, asked, model, chat)
@@ -93,22 +90,22 @@ def carry_through(job: Job) -> None:
         _card(job, record)
         log_run(made, folder, job.screen.say)
         if run.export.push is not None:
-            push(run.export, folder.path / (ADAPTER if run.tuning.save == "adapter" else store.MODEL), job.screen.say)
+            push(run.export, folder.path / run.tuning.saved[0], job.screen.say)
     job.screen.result(title(record), record)
 
 
 def _save_adapter(job: Job, model: Any) -> None:
     """Save the factors of a trained model, as they are used, before they are merged."""
     run = job.run
-    if run.trainer.export and run.tuning.save != "merged" and job.folder.writes:
+    if run.trainer.export and store.ADAPTER in run.tuning.saved and job.folder.writes:
         base = str(job.begin.folder.path)
         with settled(run.constraint, model):
-            shipped.save_adapter(model, run.tuning, job.folder.path / ADAPTER, torch.float32, base)
+            shipped.save_adapter(model, run.tuning, job.folder.path / store.ADAPTER, torch.float32, base)
 
 
 def _card(job: Job, record: dict[str, Any]) -> None:
     """Write the model card beside what was saved of a model."""
-    for path in (job.folder.path / store.MODEL, job.folder.path / ADAPTER):
+    for path in (job.folder.path / store.MODEL, job.folder.path / store.ADAPTER):
         if path.is_dir() and job.run.finetune:
             provenance = job.folder.read(store.PROVENANCE)
             write_text(path / card.FILE, card.card(job.run.resolved, record, provenance, job.folder.path.name))

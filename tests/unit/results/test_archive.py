@@ -143,8 +143,7 @@ def test_what_is_under_way_or_unreadable_is_left_out_and_told(tmp_path):
 def test_archives_of_before_do_not_know_what_the_start_refused(both, tmp_path):
     """They are read as they are; beside a record that knows it they stay without."""
     folders, archive = both
-    said = pq.read_table(archive / SAID).drop_columns("start_refused")
-    pq.write_table(said, archive / SAID)
+    assert "start_refused" not in pq.read_schema(archive / SAID).names
     for here, there in zip(runs(folders), runs(archive), strict=True):
         if here.status == "ok":
             assert there.read("verdicts.jsonl") == here.read("verdicts.jsonl")
