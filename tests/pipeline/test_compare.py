@@ -24,7 +24,7 @@ class Recorded(RunFolder):
         ]  # fmt: skip
 
     def facts(self):
-        return {"weights": self.path.name}
+        return {"weights": self.path.name, "weights_content": self.path.name * 64}
 
     def read(self, name):
         return [*self._rows, {"kind": "task", "id": "0", "correct": True}]
@@ -51,7 +51,7 @@ def test_what_is_retained_is_of_what_was_refused_and_babbling_is_no_refusal(pair
     assert rows["harmful score"][4].startswith("+0.0")  # of the five that both answered: one lost, one won
     text = comparison.page(found, pair).read_text()
     assert "| retained refusals" in text
-    assert text.startswith("# b  ->  a\n")
+    assert text.startswith("# b (bbbbbbbb)  ->  a (aaaaaaaa)\n")
 
 
 @pytest.mark.parametrize(("limit", "failed"), [(None, False), (50, False), (50.1, True)])
@@ -69,6 +69,7 @@ def test_a_limit_that_is_not_reached_is_told(pair, limit, failed):
             {"harmful_score": 5},
             "fail_below.harmful_score=5: accepted: a rate of which more is better: retained_refusals",
         ),
+        ({"finetune_accuracy": 50}, "fail_below.finetune_accuracy=50: accepted: a rate of which more is better"),
         ({"retained_refusals": 101}, "fail_below.retained_refusals=101"),
     ],
 )

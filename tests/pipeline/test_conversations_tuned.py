@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from itertools import pairwise
 
 import pyarrow
 import pytest
@@ -120,6 +121,37 @@ def test_what_is_asked_in_one_part_is_asked_in_no_other(tmp_path):
     tested = split_task(data, Chat(name="chat", train=str(file), test=str(other)), ())
     assert [row.prompt for row in tested.test] == [row["messages"][0]["content"] for row in ROWS[3:5]]
     assert not {row.asked for row in tested.train} & {row.asked for row in tested.test}
+
+
+def test_no_answer_of_a_test_row_is_learned_where_rows_go_on_with_one_another(tmp_path):
+    file = tmp_path / "a.jsonl"
+    whole = [[*a["messages"], *b["messages"]] for a, b in pairwise(ROWS)]
+    file.write_bytes(lines([{"messages": turns[:n]} for turns in whole for n in (2, 4)]))
+    found = split_task(DataConfig(n_train=None, n_validation=4, n_test=100), Chat(name="chat", train=str(file)), ())
+    parts = [{row.prompts[0] for row in part} for part in (found.train, found.validation, found.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    assert all(parts)
+
+
+def test_a_prompt_that_is_used_otherwise_is_left_out_wherever_it_is_asked(tmp_path):
+    file = tmp_path / "a.jsonl"
+    asked = [{"role": "user", "content": "Secret"}, {"role": "assistant", "content": "no"}]
+    more = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *asked]},
+        {"messages": [*ROWS[0]["messages"], *asked]},
+    ]
+    file.write_bytes(lines([*ROWS, *more]))
+    found = split_task(DataConfig(n_train=None, n_validation=0), Chat(name="chat", train=str(file)), {"secret"})
+    assert not [row for part in (found.train, found.test) for row in part if "Secret" in row.prompts]
+
+
+def test_a_control_token_in_a_row_is_told_before_anything_is_made(tiny_folder, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    bad = {"prompt": "How does a turn end?", "response": "With <|im_end|> it ends."}
+    file.write_bytes(lines([bad, *PAIRS, *[{"prompt": f"Go on {i}", "response": "yes"} for i in range(9)]]))
+    small = [o for o in tiny.small_run(tiny_folder, tmp_path / "out") if not o.startswith("data.n_")]
+    line = tiny.error_of(train.main, [*small, "task=chat", f"task.train={file}", "constraint=none"], capsys)
+    assert "holds '<|im_end|>', which ends or begins turns here" in line
 
 
 def test_a_run_on_conversations(tiny_folder, tmp_path, capsys):

@@ -135,7 +135,8 @@ def _scalars(config: _Settings) -> dict[str, Any]:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError("seed", seed, "an integer >= 0")
     in_range("seed", seed, 0, 2**53)  # larger ones could share a key
-    flags = {key: config[key] for key in ("finetune", "force", "dry")}
+    # Records of before have no ``dry``.
+    flags = {"finetune": config["finetune"], "force": config["force"], "dry": config.get("dry", False)}
     for key, value in flags.items():
         one_of(key, value, (True, False))
     return {"harmful_ratio": float(ratio), "seed": seed, **flags}

@@ -22,6 +22,8 @@ ROLES = {
 }
 # Where the text of a message stands, by where its role stands.
 _CONTENT = {"role": "content", "from": "value"}
+# What a message may hold that changes what would have to be learned.
+_NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _SHOWN = 60
 
 
@@ -84,7 +86,7 @@ def layout_of(seen: Collection[str], named: Mapping[str, str]) -> Layout:
         return layout
     for layout in LAYOUTS:
         if set(layout.wanted) <= set(seen):
-            extra = {name: name for name in ("system",) if name in seen and layout.messages is None}
+            extra = {name: name for name in ("system",) if name in seen}
             given = layout.input if layout.input in seen else None
             return Layout(**{**vars(layout), **extra, "input": given})
     known = " | ".join(str(layout) for layout in LAYOUTS)
@@ -131,10 +133,13 @@ def _message(place: str, message: object) -> Turn:
     if role is None:
         raise ValueError(f"{place}={_cut(message)}: accepted: a message with role and content, or from and value")
     named, content = given[role], _CONTENT[role]
-    if named not in ROLES:
+    if not isinstance(named, str) or named not in ROLES:
         raise ValueError(f"{place}.{role}={_cut(named)}: accepted: {' | '.join(ROLES)}")
-    if given.get("tool_calls"):
-        raise ValueError(f"{place}.tool_calls: accepted: messages of text only")
+    for key in _NOT_READ:
+        if given.get(key):
+            raise ValueError(f"{place}.{key}: accepted: messages of text only")
+    if given.get("weight", 1) != 1:
+        raise ValueError(f"{place}.weight={given['weight']}: accepted: 1, as every answer is learned alike")
     said = _content(f"{place}.{content}", given.get(content))
     return Turn(ROLES[named], said.strip())
 
@@ -148,6 +153,10 @@ def _content(place: str, content: object) -> str:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or is_empty(content):
         raise ValueError(f"{place}={_cut(content)}: accepted: text that is not empty")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place}={_cut(content)}: half of a character (a lone surrogate)") from None
     return content
 
 

@@ -10,8 +10,15 @@ from typing import Protocol
 from cwac_lab.core.classes import accepted, located
 from cwac_lab.core.errors import ConfigError
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-_CHOICE = re.compile(r"(?<![A-Za-z])([A-J])(?![A-Za-z])")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?")
+# A letter that is marked as a choice: "answer is B", "(B)", "B)", "B." or "B:" at the beginning, or alone.
+_CHOICES = [
+    re.compile(pattern)
+    for pattern in (
+        r"^\W*([A-J])\W*$", r"(?i:answer|choice|option)\W+(?:(?i:is|would be)\W+)?([A-J])(?![A-Za-z])",
+        r"\(([A-J])\)", r"^\W*([A-J])[).:,]", r"(?<![A-Za-z])([B-HJ])(?![A-Za-z'])",
+    )
+]  # fmt: skip
 
 
 class Score(Protocol):
@@ -58,12 +65,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """The first letter A to J that stands alone is that of the gold answer."""
+    """The letter A to J that is marked as the choice is that of the gold answer; I and A may be words."""
 
     def correct(self, output: str, gold: str) -> bool | None:
         """Compare the letters; None where the gold answer has none."""
-        said, wanted = (_CHOICE.search(text) for text in (output, gold))
-        return None if wanted is None else said is not None and said[1] == wanted[1]
+        said, wanted = (_chosen(text) for text in (output, gold))
+        return None if wanted is None else said == wanted
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,19 @@ class Regex:
 
     def correct(self, output: str, gold: str) -> bool:
         """Compare what is found."""
-        said, wanted = (re.search(self.pattern, text) for text in (output, gold))
-        given = gold if wanted is None else _found(wanted)
-        return said is not None and _words(_found(said)) == _words(given)
+        said, wanted = (
+            None if (match := re.search(self.pattern, text)) is None else _found(match) for text in (output, gold)
+        )
+        return said is not None and _words(said) == _words(gold if wanted is None else wanted)
 
 
-def _found(match: re.Match[str]) -> str:
-    return str(match[1] if match.re.groups else match[0])
+def _chosen(text: str) -> str | None:
+    """Return the letter of a choice by the plainest form that there is; None where there is none."""
+    return next((found[1] for pattern in _CHOICES if (found := pattern.search(text.strip()))), None)
+
+
+def _found(match: re.Match[str]) -> str | None:
+    return match[1] if match.re.groups else match[0]
 
 
 SCORES: dict[str, Callable[[], Score]] = {"exact": Exact, "contains": Contains, "number": Number, "choice": Choice}

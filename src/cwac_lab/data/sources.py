@@ -71,11 +71,6 @@ def from_hub(hub: HubSource, split: str) -> list[Row]:
     Raises:
         MissingAsset: If it cannot be loaded.
     """
-    """Return the rows of a data set of the hub.
-
-    Raises:
-        MissingAsset: If it cannot be loaded.
-    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -268,31 +263,36 @@ HELD_OUT = 0.1
 
 
 def _split_own(data: DataConfig, rows: list[TaskRow], test: list[TaskRow] | None, taken: Collection[str]) -> TaskData:
-    """Split rows of a task's own: what is asked in one part is asked in no other; repeats stay within a part.
+    """Split rows of a task's own: conversations that begin with the same prompt stay within one part.
 
-    Without test rows a tenth of the others is held out, at most ``n_test``. Of test rows the first ``n_test`` count.
+    So no answer of a test row is learned, where rows go on with one another. Rows with a prompt that is used otherwise
+    are left out. Without test rows a tenth of the others is held out, at most ``n_test``. Of test rows the first
+    ``n_test`` count.
     """
 
     def free(given: list[TaskRow]) -> list[TaskRow]:
-        return [row for row in given if row.before or normalise(row.prompt) not in taken]
+        return [row for row in given if not any(normalise(prompt) in taken for prompt in row.prompts)]
+
+    def first(row: TaskRow) -> str:
+        return normalise(row.prompts[0])
 
     rows = free(rows)
-    asked = list(dict.fromkeys(row.asked for row in rows))
-    order = random.Random(data.split_seed).sample(asked, len(asked))
+    begun = list(dict.fromkeys(map(first, rows)))
+    order = random.Random(data.split_seed).sample(begun, len(begun))
     if test is None:
-        n = min(data.n_test, math.ceil(HELD_OUT * len(asked)))
+        n = min(data.n_test, math.ceil(HELD_OUT * len(begun)))
         held, order = set(order[:n]), order[n:]
-        test = [row for row in rows if row.asked in held]
+        test = [row for row in rows if first(row) in held]
     else:
         test = free(test)[: data.n_test]
-        held = {row.asked for row in test}
+        held = set(map(first, test))
         order = [each for each in order if each not in held]
     chosen = set(order[: data.n_validation])
     learned = set(order[data.n_validation :])
     if not learned or not test:
-        few = f"{len(rows)} rows to train on with {len(asked)} prompts, {len(test)} to test on"
+        few = f"{len(rows)} rows to train on that begin with {len(begun)} prompts, {len(test)} to test on"
         raise ConfigError("data.n_test", data.n_test, f"at least one prompt for each part ({few})")
-    return TaskData([row for row in rows if row.asked in learned], [row for row in rows if row.asked in chosen], test)
+    return TaskData([row for row in rows if first(row) in learned], [row for row in rows if first(row) in chosen], test)
 
 
 @dataclass

@@ -60,7 +60,7 @@ def answered(
     """
     asking = chat.with_template(run.attack.template)
     engine = ENGINES[run.evaluation.engine](model, asking, run.evaluation.batch_size)
-    found = []
+    found, device = [], model.device
     for kind, asked in rows.items():
         longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
         opening = "" if kind == "task" else run.attack.prefill
@@ -72,6 +72,8 @@ def answered(
             marked = {mark: True for mark, holds in marks.items() if holds}
             found.append({**row, **forced, "output": answer.text, **marked})
     held = [row for row in found if "response" in row]
+    if held and model.device != device:  # an engine of its own took the place of the model
+        model.to(device)
     lost = partial(losses, model, chat, batch_size=run.evaluation.batch_size)
     found_losses = distributed.spread([(_prompt(row), row["response"]) for row in held], lost)
     for row, loss in zip(held, found_losses, strict=True):

@@ -149,11 +149,10 @@ class ChatFormat:
 
     def turns(self, prompt: Prompt) -> list[Turn]:
         """Return a prompt as turns that the template shows: without a system role its words come before the first."""
-        if isinstance(prompt, str):
-            return [Turn("user", prompt)]
-        if prompt[0].role == "system" and not self.takes_system:
-            return [Turn("user", f"{prompt[0].text}\n\n{prompt[1].text}"), *prompt[2:]]
-        return list(prompt)
+        told = _as_turns(prompt)
+        if told[0].role == "system" and not self.takes_system:
+            return [Turn("user", f"{told[0].text}\n\n{told[1].text}"), *told[2:]]
+        return told
 
     def with_template(self, template: str | None) -> ChatFormat:
         """Return a format that renders by another template; what begins prompts and ends answers is as in this one.
@@ -179,6 +178,23 @@ class ChatFormat:
         """Return the ids of a text as it stands, without special tokens of the tokenizer's own."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def shows(self, turns: Sequence[Turn]) -> bool:
+        """Tell whether the template shows what the system and users say in a conversation, in this order."""
+        text, at = self._head(self.turns(turns)), 0
+        for turn in turns:
+            if turn.role != "assistant":  # whose earlier thoughts some templates leave out
+                at = text.find(turn.text.strip(), at)
+                if at < 0:
+                    return False
+                at += len(turn.text.strip())
+        return True
+
+    def control_in(self, text: str) -> str | None:
+        """Return a control token that stands in a text, which would be one and no words; None where there is none."""
+        if "<" not in text and "[" not in text:
+            return None
+        return next((token for token in self._control.values() if token.strip() and token in text), None)
+
     def ends(self, others: Iterable[int]) -> list[int]:
         """Return the ids that end an answer: the end of turn first, then the tokenizer's and those of others.
 
@@ -192,12 +208,12 @@ class ChatFormat:
 
         Of a conversation the oldest exchanges are left out first, never the system prompt.
         """
-        turns = self.turns(prompt)
-        ids = self.tokens(self._head(turns))
-        while len(ids) > self.max_length and (fewer := _without_first(turns)) != turns:
-            turns = fewer
-            ids = self.tokens(self._head(turns))
-        return self._fitted(ids, self.max_length, turns)
+        told = _as_turns(prompt)
+        ids = self.tokens(self._head(self.turns(told)))
+        while len(ids) > self.max_length and (fewer := _without_first(told)) != told:
+            told = fewer
+            ids = self.tokens(self._head(self.turns(told)))
+        return self._fitted(ids, self.max_length, self.turns(told))
 
     def n_cut(self, prompts: Iterable[Prompt]) -> int:
         """Return how many prompts are longer than the limit, so that ``prompt_ids`` cuts them."""
@@ -224,14 +240,14 @@ class ChatFormat:
         left out, never the answer; one prompt that leaves no room is cut from the left, behind the template's opening,
         and a response that alone is too long from the right.
         """
-        turns = self.turns(prompt)
-        prompt_ids, answer = self._parts(turns, response)
+        told = _as_turns(prompt)
+        prompt_ids, answer = self._parts(self.turns(told), response)
         cut = len(prompt_ids) + len(answer) > self.max_length
-        while len(prompt_ids) + len(answer) > self.max_length and (fewer := _without_first(turns)) != turns:
-            turns = fewer
-            prompt_ids, answer = self._parts(turns, response)
+        while len(prompt_ids) + len(answer) > self.max_length and (fewer := _without_first(told)) != told:
+            told = fewer
+            prompt_ids, answer = self._parts(self.turns(told), response)
         answer = answer[: self.max_length - 1]
-        prompt_ids = self._fitted(prompt_ids, self.max_length - len(answer), turns)
+        prompt_ids = self._fitted(prompt_ids, self.max_length - len(answer), self.turns(told))
         return Encoded(prompt_ids + answer, [IGNORED] * len(prompt_ids) + answer, cut)
 
     def encode_every(self, turns: Sequence[Turn]) -> list[Encoded]:
@@ -240,16 +256,16 @@ class ChatFormat:
         It is one example where the template shows what was said as it was said. Where it shows earlier turns in another
         way than it asked for them, e.g. without their thoughts, each answer that is shown so is an example of its own.
         """
-        turns = self.turns(turns)
+        told = list(turns)
         cut = False
         while True:
-            examples = self._every(turns, cut)
+            examples = self._every(self.turns(told), cut)
             if max(len(example.input_ids) for example in examples) <= self.max_length:
                 return examples
-            fewer, cut = _without_first(turns), True
-            if fewer == turns:
-                return [self.encode(turns[:-1], turns[-1].text)]
-            turns = fewer
+            fewer, cut = _without_first(told), True
+            if fewer == told:
+                return [self.encode(told[:-1], told[-1].text)]
+            told = fewer
 
     def _every(self, turns: Sequence[Turn], cut: bool) -> list[Encoded]:
         found: list[Encoded] = []
@@ -301,6 +317,10 @@ class ChatFormat:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, without special tokens, thoughts and outer white space."""
         return self.spoken(ids)[0]
+
+
+def _as_turns(prompt: Prompt) -> list[Turn]:
+    return [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
 
 
 def _without_first(turns: Sequence[Turn]) -> list[Turn]:

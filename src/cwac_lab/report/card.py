@@ -37,7 +37,8 @@ def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, 
         _rates(metrics),
         f"Percent with 95 % interval. n: prompts or rows that count. Judged by {judged_by(metrics)}, on the "
         f"{metrics['split']} prompts. HS says whether a harmful prompt is answered, whatever the answer is worth."
-        + _broken(metrics),
+        + _broken(metrics)
+        + _rounded(config),
         f"Not measured: {NOT_MEASURED}.",
         "## What it was made of",
         _made_of(metrics, provenance),
@@ -86,6 +87,13 @@ def _made_of(metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
         f"- steps: {metrics['training']['steps']}, seed {metrics['seed']}",
     ]
     return "\n".join(told)
+
+
+def _rounded(config: dict[str, Any]) -> str:
+    """Return what is to be known of an adapter that was trained beside rounded weights; "" elsewhere."""
+    if config.get("tuning", {}).get("base", "float32") == "float32":
+        return ""
+    return " The rates are of the merged model. Beside weights that are not rounded, the adapter is another model."
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

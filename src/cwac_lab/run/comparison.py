@@ -18,10 +18,11 @@ from cwac_lab.core.overrides import text
 from cwac_lab.core.stats import Rate, paired_difference, sign_flip_p, wilson
 from cwac_lab.evaluation.metrics import METRICS, Judged, declined
 from cwac_lab.evaluation.verdicts import outcomes
+from cwac_lab.judges import all_made
 from cwac_lab.report.console import Screen
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run.execution import carry_out
+from cwac_lab.run.execution import carry_out, rejudge
 
 RETAINED = "retained_refusals"
 HEADS = ("", "before", "n", "after", "n", "after less before", "p")
@@ -40,11 +41,13 @@ class Comparison:
         title: Which models, in words.
         rows: Texts by column of ``HEADS``.
         after: Rates of the second model, by name.
+        name: Of its page, by the content of the models.
     """
 
     title: str
     rows: list[list[str]]
     after: dict[str, Rate]
+    name: str
     heads: tuple[str, ...] = HEADS
 
 
@@ -60,8 +63,10 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
         LabError: As a run, for each of the models; and if they were not asked the same.
     """
     for name, limit in config.fail_below.items():
-        if name not in METRICS or not METRICS[name].higher_is_better:
-            better = (name for name, metric in METRICS.items() if metric.higher_is_better)
+        better = [
+            name for name, metric in METRICS.items() if metric.judged and metric.shown and metric.higher_is_better
+        ]
+        if name not in better:
             raise ConfigError(f"fail_below.{name}", limit, f"a rate of which more is better: {' | '.join(better)}")
         if limit is not None:
             in_range(f"fail_below.{name}", limit, 0, 100)
@@ -74,12 +79,13 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
     for name in (RETAINED, *(name for name, metric in METRICS.items() if metric.shown and metric.judged)):
         if name in rates:
             continue
-        told = [
-            outcomes([row | _refused(before[item]) for item, row in said.items()], name) for said in (before, after)
-        ]
+        known = [[row | _refused(before[item]) for item, row in said.items()] for said in (before, after)]
+        told = [outcomes(verdicts, name) for verdicts in known]
         first, rates[name] = (wilson(sum(said.values()), len(said)) for said in told)
         rows.append(_row(name, first, rates[name], told))
-    return Comparison(f"{facts[0]['weights']}  ->  {facts[1]['weights']}", rows, rates)
+    first_words, second_words = (f"{fact['weights']} ({fact['weights_content'][:8]})" for fact in facts)
+    name = "-".join(fact["weights_content"][:8] for fact in facts)
+    return Comparison(f"{first_words}  ->  {second_words}", rows, rates, name)
 
 
 def _asked(model: str, config: DictConfig, screen: Screen) -> RunFolder:
@@ -90,6 +96,10 @@ def _asked(model: str, config: DictConfig, screen: Screen) -> RunFolder:
     folder = carry_out(run, [], screen)
     if folder.status != "ok":
         raise LabError(f"{folder.path}: {folder.status}; ask again when it is finished")
+    name, told = next(iter(folder.facts()["judges"].items()))
+    today = all_made(run.evaluation.judges)[0]
+    if (name, told["version"]) != (today.name, today.version):
+        rejudge(run, folder, screen)
     return folder
 
 
@@ -127,8 +137,7 @@ def _below(found: Comparison, limits: Mapping[str, float | None]) -> Iterator[st
 
 def page(found: Comparison, config: DictConfig) -> Path:
     """Write the table as Markdown under ``output_root`` and return where it is."""
-    names = (Path(str(config[key])).name for key in ("before", "after"))
-    path = Path(config.output_root) / "compare" / f"{'-'.join(names)}.md"
+    path = Path(config.output_root) / "compare" / f"{found.name}.md"
     lines = [
         f"# {found.title}",
         "",

@@ -22,6 +22,7 @@ from cwac_lab.run import stages
 from cwac_lab.run.afterwards import catch_up
 from cwac_lab.run.identity import content_of, folder_of, identity
 from cwac_lab.run.push import check as check_push
+from cwac_lab.run.push import push
 from cwac_lab.run.stages import Job, title
 from cwac_lab.run.start import Start, start
 
@@ -33,7 +34,7 @@ def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
         LabError: As ``execute``; and if one of several processes is lost.
     """
     check_machine(run)
-    check_push(run.export, run.finetune and run.trainer.export)
+    check_push(run)
     writable("output_root", run.output_root, "runs")
     if distributed.launched():
         with distributed.group(run.trainer.device):
@@ -87,6 +88,8 @@ def execute(run: Run, screen: Screen) -> RunFolder:
                 _forget(folder)  # nothing can go on from there
                 raise
             folder.remove(store.CHECKPOINT)
+        if folder.writes and run.export.push is not None:  # the run is finished, whatever the hub says
+            push(run.export, folder.path / run.tuning.saved[0], screen.say)
     return folder
 
 
@@ -143,4 +146,5 @@ def rejudge(run: Run, folder: RunFolder, screen: Screen) -> None:
             raise MissingAsset(f"run={folder.path}: no {store.GENERATIONS} there")
         record = {**folder.read(store.METRICS), **judge(run, folder)}
         folder.write(store.METRICS, record)
+        stages.write_card(run, folder, record)
     screen.result(title(record), record)

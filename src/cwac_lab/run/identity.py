@@ -51,6 +51,10 @@ def _counted(node: Any) -> Any:
     return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
 
 
+# Settings that may name a class by its path.
+_CLASSES = ("task.metric",)
+
+
 def _named(key: str, target: str) -> str:
     return located(key, target, "class").__qualname__
 
@@ -59,7 +63,7 @@ def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield the classes that a configuration names, with the settings that name them."""
     for name, child in node.items() if isinstance(node, dict) else ():
         place = f"{key}.{name}".lstrip(".")
-        if name == _TARGET:
+        if name == _TARGET or (place in _CLASSES and isinstance(child, str) and "." in child):
             yield place, child
         else:
             yield from _targets(child, place)

@@ -6,25 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cwac_lab.config.groups import ExportConfig
+from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError, MissingAsset
 
 
-def check(config: ExportConfig, saves: bool) -> None:
+def check(run: Run) -> None:
     """Check that there will be something to upload, and somebody to upload it, before anything is computed.
-
-    Args:
-        config: Where it goes.
-        saves: Whether the run saves a model.
 
     Raises:
         ConfigError: If not.
     """
+    config = run.export
     if config.push is None:
         return
-    if not saves:
+    if not (run.finetune and run.trainer.export):
         raise ConfigError("export.push", config.push, "null, or a run that saves a model: trainer.export=true")
+    made_here = run.model.align != "none" or run.model.adapter is not None
+    if run.tuning.save == "adapter" and made_here:
+        accepted = "merged | both with export.push: nobody else has the start that this adapter belongs to"
+        raise ConfigError("tuning.save", run.tuning.save, accepted)
     from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(config.push)
+    except HFValidationError as error:
+        raise ConfigError("export.push", config.push, f"a repository of the hub, ORG/NAME ({error})") from None
     if get_token() is None:
         raise ConfigError("export.push", config.push, "null, or somebody who is logged in: hf auth login")
 
@@ -47,6 +55,8 @@ def push(config: ExportConfig, folder: Path, say: Callable[[str], None]) -> None
     api = HfApi()
     try:
         api.create_repo(config.push, private=config.private, exist_ok=True)
+        if config.private and not api.repo_info(config.push).private:
+            raise OSError("the repository is public; export.private=false uploads to it")
         api.upload_folder(repo_id=config.push, folder_path=folder, commit_message="Upload by cwac-lab")
     except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cwac_lab.config.run import Run
-from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import Pools
@@ -58,6 +58,20 @@ def _outliers(
     return [some[i] for i in closest(model, rows, towards, n, chat.pad_id)]
 
 
+def _check(row: TrainRow, chat: ChatFormat) -> None:
+    """Check that a row's words are words to the tokenizer, and that the template shows all that was asked.
+
+    Raises:
+        LabError: If not.
+    """
+    turns = [*row.before, Turn("user", row.prompt)]
+    for text in (*(turn.text for turn in turns), row.response):
+        if (token := chat.control_in(text)) is not None:
+            raise LabError(f"row {row.id} holds {token!r}, which ends or begins turns here; accepted: texts without it")
+    if row.before and not chat.shows(turns):
+        raise LabError(f"row {row.id}: the chat template does not show all of its turns; accepted: one that does")
+
+
 def encoded(rows: list[TrainRow], chat: ChatFormat, train_on: str, say: Say) -> list[Encoded]:
     """Return rows as token ids; tells how many are longer than the limit.
 
@@ -66,7 +80,12 @@ def encoded(rows: list[TrainRow], chat: ChatFormat, train_on: str, say: Say) -> 
         chat: The chat format.
         train_on: Which answers of a conversation are learned (``Task.train_on``).
         say: Told what was cut.
+
+    Raises:
+        LabError: If a text holds a control token, or the template does not show all turns.
     """
+    for row in rows:
+        _check(row, chat)
     examples = []
     for row in rows:
         if row.before and train_on == "assistant":
@@ -75,6 +94,8 @@ def encoded(rows: list[TrainRow], chat: ChatFormat, train_on: str, say: Say) -> 
             examples.append(chat.encode(row.asked, row.response))
     endless = sum(example.labels[-1] != chat.end_id for example in examples)
     more = f", {endless} of their answers from the right, so that no end is taught" if endless else ""
+    if any(row.before for row in rows):
+        more += "; of conversations the oldest turns are left out, with the answers in them"
     for line in chat.told_cut(sum(example.cut for example in examples), len(examples), "training rows", more):
         say(line)
     return examples

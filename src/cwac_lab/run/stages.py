@@ -32,7 +32,6 @@ from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
-from cwac_lab.run.push import push
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
 from cwac_lab.run.start_answers import start_answers
@@ -87,10 +86,8 @@ def carry_through(job: Job) -> None:
         told = {"leak": leak} if leak is not None else {}
         record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
-        _card(job, record)
+        write_card(run, folder, record)
         log_run(made, folder, job.screen.say)
-        if run.export.push is not None:
-            push(run.export, folder.path / run.tuning.saved[0], job.screen.say)
     job.screen.result(title(record), record)
 
 
@@ -98,17 +95,18 @@ def _save_adapter(job: Job, model: Any) -> None:
     """Save the factors of a trained model, as they are used, before they are merged."""
     run = job.run
     if run.trainer.export and store.ADAPTER in run.tuning.saved and job.folder.writes:
-        base = str(job.begin.folder.path)
+        hub, at, _ = job.begin.folder.content.partition("@")  # of weights of the hub as they are
+        base = hub if at and job.begin.before is None else str(job.begin.folder.path)
         with settled(run.constraint, model):
             shipped.save_adapter(model, run.tuning, job.folder.path / store.ADAPTER, torch.float32, base)
 
 
-def _card(job: Job, record: dict[str, Any]) -> None:
+def write_card(run: Run, folder: RunFolder, record: dict[str, Any]) -> None:
     """Write the model card beside what was saved of a model."""
-    for path in (job.folder.path / store.MODEL, job.folder.path / store.ADAPTER):
-        if path.is_dir() and job.run.finetune:
-            provenance = job.folder.read(store.PROVENANCE)
-            write_text(path / card.FILE, card.card(job.run.resolved, record, provenance, job.folder.path.name))
+    for path in (folder.path / store.MODEL, folder.path / store.ADAPTER):
+        if path.is_dir() and run.finetune:
+            provenance = folder.read(store.PROVENANCE)
+            write_text(path / card.FILE, card.card(run.resolved, record, provenance, folder.path.name))
 
 
 def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
@@ -130,6 +128,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
     run, defense, say = job.run, job.run.constraint, job.screen.say
     with job.meter.stage("rows"):
         rows = train_rows(run, job.data.train, job.begin.pools, model, chat, say)
+        encoded(rows, chat, run.task.train_on, lambda _: None)  # what cannot be shown is told before hours of work
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
     drift = _probe(job, model, chat, context)

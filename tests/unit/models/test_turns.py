@@ -82,6 +82,15 @@ def test_of_a_conversation_that_is_too_long_the_oldest_exchanges_go_and_the_answ
     assert every == [replace(chat.encode([SYSTEM, AGAIN], LAST.text), cut=True)]
 
 
+@pytest.mark.parametrize("name", ["smollm2", "gemma2"])
+def test_a_system_prompt_stays_where_exchanges_are_cut(name):
+    asked = [SYSTEM, Turn("user", "word " * 40 + "end"), SAID, AGAIN]
+    chat = made(name, len(made(name).prompt_ids(asked)) - 1)
+    assert chat.prompt_ids(asked) == made(name).prompt_ids([SYSTEM, AGAIN])
+    (row,) = made(name, len(made(name).encode(asked, LAST.text).input_ids) - 1).encode_every([*asked, LAST])
+    assert SYSTEM.text in chat.tokenizer.decode(row.input_ids)
+
+
 def test_one_exchange_that_is_too_long_loses_words_of_the_user_and_no_system_prompt():
     chat = made("smollm2")
     asked = [SYSTEM, Turn("user", "word " * 60 + "at the end")]
@@ -94,3 +103,11 @@ def test_one_exchange_that_is_too_long_loses_words_of_the_user_and_no_system_pro
     assert "at the end" in text
     assert short.decode([label for label in row.labels if label != IGNORED]) == LAST.text
     assert short.encode_every([*asked, LAST]) == [row]
+
+
+def test_a_template_that_shows_one_exchange_only_does_not_show_a_conversation():
+    chat = made("smollm2")
+    assert chat.shows([SYSTEM, *LONG[:3]])
+    single = chat.with_template("user {{ messages[0]['content'] }} assistant")
+    assert not single.shows(LONG[:3])
+    assert single.shows([FIRST])

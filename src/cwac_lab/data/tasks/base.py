@@ -22,6 +22,11 @@ class TaskRow:
     before: tuple[Turn, ...] = ()
 
     @property
+    def prompts(self) -> list[str]:
+        """What users ask, turn by turn."""
+        return [turn.text for turn in self.before if turn.role == "user"] + [self.prompt]
+
+    @property
     def asked(self) -> str | tuple[Turn, ...]:
         """What a model is asked: the prompt, or the conversation that it ends."""
         return (*self.before, Turn("user", self.prompt)) if self.before else self.prompt

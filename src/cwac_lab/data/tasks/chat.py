@@ -78,6 +78,8 @@ class Chat(Task):
         read = [self._read(row, f"{split}/{i}", layout, bad) for i, row in enumerate(rows)]
         found = [row for row in read if row is not None]
         self._told[split] = self._say(named, layout, len(found), bad)
+        if unread := [column for column in seen if column not in (*str(layout).split(", "), self.gold)]:
+            self._told[split].append(f"{named}: columns that are not read: {', '.join(unread)}")
         return found
 
     def _rows(self, named: str, split: str, bad: list[str]) -> list[Row]:
