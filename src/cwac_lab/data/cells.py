@@ -55,10 +55,19 @@ def text(cells: Mapping[str, Any], column: str) -> str:
     given = str(cell)
     if _MESSAGES.fullmatch(given):
         raise ValueError(f"{column}={_shown(given)} is a list of messages in quotes: accepted: {_TEXT}")
+    return whole(column, given)
+
+
+def whole(place: str, given: str) -> str:
+    """Return a text that can be written as UTF-8.
+
+    Raises:
+        ValueError: If it holds half of a character.
+    """
     try:
         given.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{column}={_shown(given)}: half of a character (a lone surrogate)") from None
+        raise ValueError(f"{place}={_shown(given)}: half of a character (a lone surrogate)") from None
     return given
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cwac_lab.core.errors import ConfigError
-from cwac_lab.data.cells import is_empty, text
+from cwac_lab.data.cells import is_empty, text, whole
 from cwac_lab.models.templates import Turn
 
 # Names of roles in files, by what they are here.
@@ -153,11 +153,7 @@ def _content(place: str, content: object) -> str:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or is_empty(content):
         raise ValueError(f"{place}={_cut(content)}: accepted: text that is not empty")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{place}={_cut(content)}: half of a character (a lone surrogate)") from None
-    return content
+    return whole(place, content)
 
 
 def _checked(turns: list[Turn]) -> list[Turn]:

@@ -158,9 +158,7 @@ def fit(
     except Diverged as error:
         clip = f"gradient_clip={config.gradient_clip:g}"
         raise Diverged(f"{error} ({group}.learning_rate={config.learning_rate:g}, {clip})") from None
-    learned = [sum(label >= 0 for label in example.labels) for example in examples]
-    tokens = sum(learned[row] for rows in data.plan for row in rows)
-    return {"steps": steps, "answer_tokens": tokens, "trained_parameters": trained}
+    return {"steps": steps, "answer_tokens": data.answer_tokens, "trained_parameters": trained}
 
 
 @torch.no_grad()

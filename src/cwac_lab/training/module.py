@@ -189,6 +189,12 @@ class TrainData(L.LightningDataModule):
         self.plan = plan_batches([len(e.input_ids) for e in examples], batch_size * accumulate, epochs, seed)
         self.first_step = first_step
 
+    @property
+    def answer_tokens(self) -> int:
+        """Answer tokens that the whole plan learns; a row counts as often as it is in it."""
+        learned = [sum(label >= 0 for label in example.labels) for example in self.examples]
+        return sum(learned[row] for rows in self.plan for row in rows)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader over this process's pieces of the steps that are left."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
