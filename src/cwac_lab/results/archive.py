@@ -56,7 +56,7 @@ _FIELDS: dict[str, pa.DataType] = {
     **{"complied": pa.bool_(), "score": pa.float64(), "reason": _TEXT, "correct": pa.bool_()},
     "start_refused": pa.bool_(),
 }
-# Those that archives of before do not have.
+# Those that came later: an archive has them where a verdict does, so that one of before keeps its bytes.
 _LATER = ("start_refused",)
 _SAID = pa.schema(
     [("run", _TEXT), ("file", _TEXT), ("fields", _TEXT), *_FIELDS.items()], metadata={"schema": str(SCHEMA)}
@@ -268,8 +268,9 @@ def _write(path: Path, columns: pa.Schema, rows: Sequence[dict[str, Any]]) -> No
     Raises:
         LabError: If a value is not of its column's type.
     """
+    used = [each for each in columns if each.name not in _LATER or any(row[each.name] is not None for row in rows)]
     try:
-        table = pa.Table.from_pylist(list(rows), schema=columns)
+        table = pa.Table.from_pylist(list(rows), schema=pa.schema(used, columns.metadata))
     except (pa.ArrowException, TypeError) as error:
         raise LabError(f"{path}: {' '.join(str(error).split())[:120]}") from None
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
