@@ -56,7 +56,7 @@ _FIELDS: dict[str, pa.DataType] = {
     **{"complied": pa.bool_(), "score": pa.float64(), "reason": _TEXT, "correct": pa.bool_()},
     "start_refused": pa.bool_(),
 }
-# Those that came later: an archive has them where a verdict does, so that one of before keeps its bytes.
+# Those that archives of before do not have.
 _LATER = ("start_refused",)
 _SAID = pa.schema(
     [("run", _TEXT), ("file", _TEXT), ("fields", _TEXT), *_FIELDS.items()], metadata={"schema": str(SCHEMA)}
@@ -263,14 +263,14 @@ def _json(value: Any) -> str:
 
 
 def _write(path: Path, columns: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a file atomically; equal rows make equal bytes.
+    """Write a file atomically; equal rows make equal bytes. Of ``_LATER`` a column that no row has is left out.
 
     Raises:
         LabError: If a value is not of its column's type.
     """
-    used = [each for each in columns if each.name not in _LATER or any(row[each.name] is not None for row in rows)]
+    later = {name for name in _LATER if not any(row.get(name) is not None for row in rows)}
     try:
-        table = pa.Table.from_pylist(list(rows), schema=pa.schema(used, columns.metadata))
+        table = pa.Table.from_pylist(list(rows), schema=columns).drop_columns(sorted(later & set(columns.names)))
     except (pa.ArrowException, TypeError) as error:
         raise LabError(f"{path}: {' '.join(str(error).split())[:120]}") from None
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -144,13 +144,11 @@ def test_archives_of_before_do_not_know_what_the_start_refused(both, tmp_path):
     """They are read as they are; beside a record that knows it they stay without."""
     folders, archive = both
     assert "start_refused" not in pq.read_schema(archive / SAID).names
+    for here, there in zip(runs(folders), runs(archive), strict=True):
+        if here.status == "ok":
+            assert there.read("verdicts.jsonl") == here.read("verdicts.jsonl")
     knows = beside_start(record(tmp_path / "new", "none", 0.2, 5, 40), 20, 15)
     add(archive, [knows], force=False, say=pytest.fail)
-    assert "start_refused" in pq.read_schema(archive / SAID).names
-    found = {run.path.name: run for run in runs(archive)}
-    for here in (knows, *runs(folders)):
-        if here.status == "ok":
-            assert found[here.path.name].read("verdicts.jsonl") == here.read("verdicts.jsonl")
     table = summary(records(runs(archive), pytest.fail))
     assert dict(zip(table["constraint"], table["retained refusals ↑"], strict=True)) == {
         "start": "n/a", "none": "75.0 [53.1, 88.8], 1 of 2 runs", "weight": "n/a",
@@ -224,3 +222,12 @@ def test_the_command(both, tmp_path, capsys):
         ([f"output_root={folders}"], "to"),
     ]:
         assert line in tiny.error_of(entry.main, wrong, capsys, "archive")
+
+
+def test_an_archive_says_what_the_start_refused_as_the_folder_does(tmp_path):
+    knows = beside_start(record(tmp_path / "new", "none", 0.2, 0, 40), 20, 15)
+    add(tmp_path / "to", [knows], force=False, say=pytest.fail)
+    assert "start_refused" in pq.read_schema(tmp_path / "to" / SAID).names
+    (found,) = archived(tmp_path / "to")
+    assert found.read("verdicts.jsonl") == knows.read("verdicts.jsonl")
+    assert [row["start_refused"] for row in found.read("verdicts.jsonl")[:100]] == [i < 20 for i in range(100)]
