@@ -22,9 +22,9 @@ from cwac_lab.docs import starts
 from cwac_lab.judges.__main__ import by_kind, runnable, said_of_written
 from cwac_lab.judges.base import Judge
 from cwac_lab.report.files import NOTE, page
-from cwac_lab.report.grouping import Row, records
+from cwac_lab.report.grouping import Row, has_rate, records
 from cwac_lab.report.paired import compare
-from cwac_lab.report.tables import TITLES, rate_of
+from cwac_lab.report.tables import TITLES
 from cwac_lab.report.views import views
 from cwac_lab.results import load, select
 
@@ -93,8 +93,8 @@ def pairs(folder: Path) -> str:
     for name, (ours, other) in told.items():
         mine, theirs = rows_of(folder, name, ours), rows_of(folder, name, other)
         for rate in _COMPARED:
-            if not all(rate_of(rows, rate).n for rows in (mine, theirs)):
-                continue  # records of before do not know it
+            if not (has_rate(mine, rate) and has_rate(theirs, rate)):
+                continue
             found, p = compare(mine, theirs, rate)
             shown = "<0.0001" if p < 1e-4 else f"{p:.2g}"
             lines.append(f"| {name} | {TITLES[rate]} | {found} | {shown} | {found.n} | {found.seeds} |")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwac_lab.core.cache import digest
-from cwac_lab.report.grouping import SETTING, Row, finished, grouped
+from cwac_lab.report.grouping import SETTING, Row, finished, grouped, has_rate
 from cwac_lab.report.tables import heading, rate_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def curves(figure: Figure, lines: Lines, label: str) -> None:
     Bands are 95 % intervals, crosses broken models.
     """
     groups = [group for points in lines.values() for _, group in points]
-    panels = _PANELS | (_RETAINED if any(rate_of(group, *_RETAINED).n for group in groups) else {})
+    panels = _PANELS | (_RETAINED if any(has_rate(group, *_RETAINED) for group in groups) else {})
     figure.set_size_inches(3.6 * len(panels), 3.6)
     for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for number, (method, points) in enumerate(lines.items()):

@@ -188,6 +188,11 @@ def finished(group: list[Row]) -> list[Row]:
     return [row for row in group if "failed" not in row]
 
 
+def has_rate(rows: list[Row], rate: str) -> bool:
+    """Tell whether any answer counts for a rate in any of the finished runs; records of before a rate have none."""
+    return any(outcomes(row["verdicts"], rate) for row in finished(rows))
+
+
 def outcome_matrix(rows: list[Row], rate: str) -> Float[np.ndarray, "S N"]:
     """Return the outcomes of S runs on the N items that count in any of them; NaN where an item does not count."""
     found = [outcomes(row["verdicts"], rate) for row in rows]

@@ -222,3 +222,12 @@ def test_the_command(both, tmp_path, capsys):
         ([f"output_root={folders}"], "to"),
     ]:
         assert line in tiny.error_of(entry.main, wrong, capsys, "archive")
+
+
+def test_an_archive_says_what_the_start_refused_as_the_folder_does(tmp_path):
+    knows = beside_start(record(tmp_path / "new", "none", 0.2, 0, 40), 20, 15)
+    add(tmp_path / "to", [knows], force=False, say=pytest.fail)
+    assert "start_refused" in pq.read_schema(tmp_path / "to" / SAID).names
+    (found,) = archived(tmp_path / "to")
+    assert found.read("verdicts.jsonl") == knows.read("verdicts.jsonl")
+    assert [row["start_refused"] for row in found.read("verdicts.jsonl")[:100]] == [i < 20 for i in range(100)]
