@@ -100,6 +100,7 @@ def key_of(kind, parts):
         for module in (packaged, references, alignment, loading):
             patch.setattr(module, "cached_folder", ask)
         patch.setattr(lora, "digest", lambda _: "adapter")
+        patch.setattr(lora, "settings", lambda _: {})
         patch.setattr(folder, "words_digest", lambda _: "words")
         here = Source("model.path", "mine", Path())
         patch.setattr(loading, "_adapter", lambda _: (here, here))
