@@ -22,11 +22,10 @@ SCOPE = {"qwen3_moe": "attention", "mixtral": "attention"}
 FAMILIES = (*tiny.ARCHITECTURES, *SCOPE)
 
 
-def parts(family, constraint):
-    scope = SCOPE.get(family, "all_linear")
+def parts(scope, constraint):
     made = {
         "weight": WeightConstraint(energy=0.9, modules=scope, trainable="all"),
-        "activation": ActivationConstraint(strength=50.0, depths=[0.5], n_latents=4, every_n_steps=1),
+        "activation": ActivationConstraint(strength=300.0, depths=[0.5], n_latents=4, batch_size=7, every_n_steps=1),
     }
     return {name: part for name, part in made.items() if constraint in (name, "coupled")}
 
@@ -46,8 +45,9 @@ def held_latents(model, prepared):
 def test_what_a_constraint_holds_in_a_family_is_held(family, constraint, tuning):
     scope = SCOPE.get(family, "all_linear")
     way = FULL if tuning == "full" else replace(LORA, modules=scope)
-    held = parts(family, constraint)
-    model, prepared = train(Composite(held), architecture=family, tuning=way, rows=ROWS, learning_rate=1e-3)
+    held = parts(scope, constraint)
+    settings = {"architecture": family, "tuning": way, "rows": ROWS[:12], "epochs": 3, "learning_rate": 3e-3}
+    model, prepared = train(Composite(held), **settings)
     before, after = weights(start(family, way)), weights(model)
     matrices = {matrix.name: matrix.site.name for matrix in linears(model, scope)}
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -58,10 +58,10 @@ def test_what_a_constraint_holds_in_a_family_is_held(family, constraint, tuning)
             assert 0 < basis.shape[1] < len(basis)
             assert (update @ basis).norm() < 1e-4 * update.norm(), name
     if "activation" in held:
-        free, _ = train(Composite(), architecture=family, tuning=way, rows=ROWS, learning_rate=1e-3)
+        free, _ = train(Composite(), **settings)
         was = held_latents(start(family, way), prepared)
         drift, free_drift = ((held_latents(each, prepared) - was).norm() for each in (model, free))
-        assert drift < 0.7 * free_drift
+        assert drift < 0.3 * free_drift  # 0.02 to 0.16 were seen
 
 
 @pytest.mark.parametrize("family", tiny.ARCHITECTURES)
