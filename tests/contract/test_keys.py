@@ -10,11 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cwac_lab.config.run import read
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.recipes import RECIPES
-from cwac_lab.data.pools import build_pools
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
@@ -35,22 +33,6 @@ LATENTS = FeatureSpec((0.0,), 4, "attribution", "last", 2)
 
 class Asked(Exception):
     """What a key was asked for, in place of the artefact."""
-
-
-@pytest.fixture(scope="module")
-def small(tiny_folder, tmp_path_factory):
-    some = (*tiny.small_run(tiny_folder, tmp_path_factory.mktemp("out")), "constraint.activation.n_latents=4")
-    return lambda *overrides: read(tiny.config(*some, "sae.n_tokens=1000000", *overrides))
-
-
-@pytest.fixture(scope="module")
-def run(small):
-    return small()
-
-
-@pytest.fixture(scope="module")
-def pools(run):
-    return build_pools(run.data)
 
 
 @pytest.fixture

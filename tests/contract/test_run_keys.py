@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cwac_lab.config.run import INCIDENTAL, read
+from cwac_lab.config.run import INCIDENTAL
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data import attacks
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.data.pools import build_pools
 from cwac_lab.data.tasks.agnews import AGNews
 from cwac_lab.data.tasks.sst2 import SST2
 from cwac_lab.models.loading import ModelFolder
@@ -21,24 +20,7 @@ from cwac_lab.results.store import flat
 from cwac_lab.run import identity
 from cwac_lab.run.identity import ATTACK_ROWS, run_key
 from cwac_lab.run.start import Start
-from support import tiny
 from support.settings import another
-
-
-@pytest.fixture(scope="module")
-def small(tiny_folder, tmp_path_factory):
-    some = (*tiny.small_run(tiny_folder, tmp_path_factory.mktemp("out")), "constraint.activation.n_latents=4")
-    return lambda *overrides: read(tiny.config(*some, "sae.n_tokens=1000000", *overrides))
-
-
-@pytest.fixture(scope="module")
-def run(small):
-    return small()
-
-
-@pytest.fixture(scope="module")
-def pools(run):
-    return build_pools(run.data)
 
 
 def _changed(settings, path):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
 import torch
+import yaml
 from omegaconf import DictConfig, ListConfig
 
 from cwac_lab.core.errors import MissingAsset, in_range
 from cwac_lab.core.overrides import text
+from cwac_lab.core.paths import conf_dir
+from cwac_lab.models.shipped import PACKAGED
 from cwac_lab.report.console import Screen
 from cwac_lab.report.files import write
 from cwac_lab.results.store import runs
@@ -42,13 +45,29 @@ def chosen(asked: DictConfig) -> list[Grid]:
     return [grid.read(file, asked.profile_name) for file in files]
 
 
-def fitting(profile: str) -> int:
-    """Return how many runs of a profile this machine takes side by side.
+def _small(override: str) -> bool:
+    """Tell whether an override leaves the model that of the packaged 135M weights."""
+    key, _, value = override.partition("=")
+    if key in ("model.path", "model.adapter"):
+        return value == "null"
+    if key != "model":
+        return True
+    file = conf_dir() / "model" / f"{value}.yaml"
+    weights = yaml.safe_load(file.read_text(encoding="utf-8"))["weights"] if file.is_file() else {}
+    return bool((weights.get("embedded") or {}).get("package") == PACKAGED)
+
+
+def fitting(profile: str, overrides: Iterable[str]) -> int:
+    """Return how many runs this machine takes side by side.
 
     On a CPU two runs with a thread each end sooner than one after the other; each needs ``MEMORY``. A GPU takes one,
-    and so does a model of unknown size.
+    and so does a model that is larger, or of unknown size.
+
+    Args:
+        profile: Their profile.
+        overrides: Those of all runs.
     """
-    if profile != "embedded" or torch.accelerator.is_available():
+    if profile != "embedded" or torch.accelerator.is_available() or not all(map(_small, overrides)):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, psutil.virtual_memory().available // MEMORY))
@@ -64,7 +83,8 @@ def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -
         screen: What the user reads.
     """
     cells, failed = Cells(root), list[Outcome]()
-    jobs = fitting(asked.profile_name) if asked.jobs is None else asked.jobs
+    overrides = {override for each in grids for run in each.runs(1) for override in (*run, *asked.overrides)}
+    jobs = fitting(asked.profile_name, overrides) if asked.jobs is None else asked.jobs
     for each in grids:
         screen.say(f"{each.name}: {each.title}")
         wanted = [(*run, *asked.overrides, text("output_root", root)) for run in each.runs(asked.seeds)]
