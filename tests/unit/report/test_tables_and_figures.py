@@ -36,6 +36,20 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     assert f"w (c0ffee) | sst2, local data ({rows}, {prompts}), test split" in markdown(table)
 
 
+def test_the_loss_on_held_out_answers_has_a_column_where_it_is_known(tmp_path):
+    for seed, loss in enumerate((1.0, 1.2)):
+        told = {"value": loss, "low": loss - 0.05, "high": loss + 0.05, "n": 9}
+        run = record(tmp_path, "coupled", 0.2, seed, 10)
+        run.write("metrics.json", run.read("metrics.json") | {"held_out_loss": told})
+    record(tmp_path, "none", 0.2, 0, 90)
+    rows = records(runs(tmp_path))
+    cells = summary(rows)["loss on held-out answers, nats ↓"].tolist()
+    assert cells == ["n/a", "1.100 [-0.171, 2.371]"]  # Student's: 12.706 * 0.1, wider than 0.05 over rows
+    assert numbers(rows)["held_out_loss"].tolist()[1] == pytest.approx(1.1)
+    assert "loss on held-out answers, nats ↓ | n |" in markdown(summary(rows))
+    assert "loss on held-out" not in markdown(summary([row for row in rows if row["constraint"] == "none"]))
+
+
 def test_two_settings_of_one_constraint_are_two_rows(tmp_path):
     record(tmp_path, "weight", 0.2, 0, 10, energy=0.9)
     record(tmp_path, "weight", 0.2, 1, 40, energy=0.99)

@@ -18,6 +18,7 @@ from cwac_lab.data.tasks.base import Task, TaskRow, with_input
 class Alpaca(Task):
     """Answers are saved and not judged: fine-tuning accuracy is n/a with n = 0, never 0."""
 
+    held_out_loss = True
     # 28 rows of the published training data have no output (tatsu-lab/stanford_alpaca, issue 265).
     empty_on_hub = ("output",)
 

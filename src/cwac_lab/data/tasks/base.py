@@ -73,7 +73,7 @@ class Task:
     """
 
     empty_on_hub: ClassVar[tuple[str, ...]] = ()
-    # Whether the loss on the answers of test rows is measured.
+    # Whether the loss on the answers of test rows is measured: where answers are more than a label.
     held_out_loss: ClassVar[bool] = False
 
     name: str = ""

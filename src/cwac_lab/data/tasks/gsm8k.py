@@ -18,6 +18,8 @@ _NUMBER = re.compile(r"-?\d+\.?\d*")
 class GSM8K(Task):
     """First number after the marker, else the last number of the output; commas removed, compared as floats."""
 
+    held_out_loss = True
+
     @staticmethod
     def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated one- and two-step problems."""
