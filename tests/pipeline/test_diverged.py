@@ -136,7 +136,7 @@ def test_what_it_had_of_an_earlier_run_is_not_taken_for_its_own(tiny_folder, tmp
 
 def test_a_sweep_goes_on_with_the_next_run(tiny_folder, tmp_path):
     shared = (*tiny.small_run(tiny_folder, tmp_path), "constraint=none")
-    found = runner.sweep([(*shared, *WILD), shared], 1, Screen(quiet=True), lambda _: None, Cells(tmp_path))
+    found = list(runner.sweep([(*shared, *WILD), shared], 1, Screen(quiet=True), lambda _: None, Cells(tmp_path)))
     assert [outcome.status for outcome in found] == ["failed", "ok"]
     assert found[0].reason.startswith("Diverged: gradient of the loss is not finite since step 1 of 8")
 

@@ -51,7 +51,7 @@ def sweep(wanted, trace=None):
 
         stages.carry_through = noted
     output = next(key.partition("=")[2] for key in wanted[0] if key.startswith("output_root="))
-    return runner.sweep(wanted, 1, Screen(quiet=True), lambda _: None, Cells(Path(output)))
+    return list(runner.sweep(wanted, 1, Screen(quiet=True), lambda _: None, Cells(Path(output))))
 
 
 def what_came_out(root):

@@ -120,6 +120,22 @@ def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     assert (tmp_path / "out" / "tables" / "mine.md").read_text() == table
 
 
+def test_the_runs_of_all_grids_are_one_sweep_and_each_table_comes_as_its_runs_are_there(tiny_folder, tmp_path, capsys):
+    alike = [{"constraint": "none", "harmful_ratio": ratio} for ratio in (0.2, "2.0e-1")]  # two cells, one run
+    write(tmp_path / "exp", "a", {"title": "a", "fixed": {"task": "sst2"}, "cells": alike})
+    write(tmp_path / "exp", "b", {**SMALL, "start": False})
+    launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=all", "jobs=1")
+    told = capsys.readouterr().out
+    assert "2 runs, 0 recorded already" in told
+    assert (
+        told.index("[1/2] ok")
+        < told.index("| 0.2 | none | 1 |")
+        < told.index("[2/2] ok")
+        < told.index("| 0.2 | l2 | 1 |")
+    )
+    assert (tmp_path / "out" / "tables" / "a.md").read_text().count("| 0.2 | none |") == 1
+
+
 @pytest.mark.slow
 def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(tiny_folder, tmp_path, monkeypatch):
     write(tmp_path / "exp", "mine", SMALL)

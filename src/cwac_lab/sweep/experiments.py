@@ -21,7 +21,7 @@ from cwac_lab.results.store import runs
 from cwac_lab.sweep import grid
 from cwac_lab.sweep.cells import Cells
 from cwac_lab.sweep.grid import Grid
-from cwac_lab.sweep.runner import Outcome, sweep
+from cwac_lab.sweep.runner import Outcome, Overrides, sweep
 
 # Bytes that a run of the packaged 135M weights takes at most: weights, gradients and AdamW's moments in float32, the
 # start's copy and activations.
@@ -74,7 +74,9 @@ def fitting(profile: str, overrides: Iterable[str]) -> int:
 
 
 def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -> list[Outcome]:
-    """Make the runs that grids lack, and a table a grid as its runs are there; returns those that failed.
+    """Make the runs that grids lack, all in one sweep, and a table a grid as its runs are there.
+
+    Returns the runs that failed.
 
     Args:
         grids: What runs there are to be.
@@ -82,20 +84,33 @@ def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -
         asked: ``seeds`` and ``jobs``, and ``overrides`` for every run.
         screen: What the user reads.
     """
-    cells, failed = Cells(root), list[Outcome]()
     overrides = {override for each in grids for run in each.runs(1) for override in (*run, *asked.overrides)}
     jobs = fitting(asked.profile_name, overrides) if asked.jobs is None else asked.jobs
+    wanted = {
+        each: [(*run, *asked.overrides, text("output_root", root)) for run in each.runs(asked.seeds)] for each in grids
+    }
     for each in grids:
-        screen.say(f"{each.name}: {each.title}")
-        wanted = [(*run, *asked.overrides, text("output_root", root)) for run in each.runs(asked.seeds)]
-        found = sweep(wanted, jobs, screen, screen.say, cells)
-        failed += [outcome for outcome in found if outcome.status == "failed"]
-        elsewhere = sum(outcome.status == "running" for outcome in found)
-        if elsewhere:
-            screen.say(f"{elsewhere} runs are left to another process: the table is without them")
-        paths = {outcome.path for outcome in found}
-        if any(outcome.status == "ok" for outcome in found):
-            print(write(root, each.name, [run for run in runs(root) if run.path in paths]))
+        screen.say(f"{each.name}: {each.title} ({len(wanted[each])} runs)")
+    left = {each: set(runs) for each, runs in wanted.items()}
+    ended: dict[Overrides, Outcome] = {}
+    every = list(dict.fromkeys(run for runs in wanted.values() for run in runs))
+    for outcome in sweep(every, jobs, screen, screen.say, Cells(root)):
+        ended[outcome.overrides] = outcome
+        for each in [each for each, rest in left.items() if rest == {outcome.overrides}]:
+            _table(root, each.name, [ended[run] for run in wanted[each]], screen)
+        for rest in left.values():
+            rest.discard(outcome.overrides)
+    failed = [outcome for outcome in ended.values() if outcome.status == "failed"]
     for outcome in failed:
         screen.say(f"{outcome.status}: {' '.join(outcome.overrides)}: {outcome.reason}", "red")
     return failed
+
+
+def _table(root: Path, name: str, made: list[Outcome], screen: Screen) -> None:
+    """Write the table of a grid over what became of its runs."""
+    elsewhere = sum(outcome.status == "running" for outcome in made)
+    if elsewhere:
+        screen.say(f"{name}: {elsewhere} runs are left to another process: the table is without them")
+    paths = {outcome.path for outcome in made}
+    if any(outcome.status == "ok" for outcome in made):
+        print(write(root, name, [run for run in runs(root) if run.path in paths]))

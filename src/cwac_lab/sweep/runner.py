@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -127,10 +127,10 @@ def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, li
 
 def sweep(
     runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[str], None], cells: Cells
-) -> list[Outcome]:
-    """Run what is missing, tell how far it is, and return the outcome of every run, recorded ones included."""
+) -> Iterator[Outcome]:
+    """Run what is missing, tell how far it is, and yield an outcome for each of ``runs``: first of those recorded."""
     found: list[Outcome] = []
-    missing: dict[Path, Overrides] = {}
+    missing: dict[Path, list[Overrides]] = {}  # cells that come to the same run
     for overrides in runs:
         try:
             recorded = cells.finished(overrides)
@@ -148,18 +148,20 @@ def sweep(
         if done:
             found.append(Outcome(overrides, "ok", path=folder.path))
         else:
-            missing.setdefault(folder.path, overrides)  # two cells may come to the same run
+            missing.setdefault(folder.path, []).append(overrides)
     cells.save()
-    already = sum(outcome.status == "ok" for outcome in found)
-    say(f"{len(found) + len(missing)} runs, {already} recorded already")
+    already = {outcome.path for outcome in found if outcome.status == "ok"}
+    failed = sum(outcome.status == "failed" for outcome in found)
+    say(f"{len(already) + failed + len(missing)} runs, {len(already)} recorded already")
+    yield from found
     begin = time.perf_counter()
     # A run in this process tells how far it is by itself.
     with Meter("runs", len(missing)) if jobs > 1 and missing else nullcontext() as meter:
-        for number, outcome in enumerate(outcomes(list(missing.values()), jobs, screen), start=1):
-            found.append(outcome)
+        alike = {cells[0]: cells for cells in missing.values()}
+        for number, outcome in enumerate(outcomes(list(alike), jobs, screen), start=1):
             left = (time.perf_counter() - begin) / number * (len(missing) - number)
             told = f"{outcome.status} in {outcome.seconds:.0f} s: {' '.join(outcome.overrides)}"
             say(f"[{number}/{len(missing)}] {told} (about {duration(left)} left)")
             if meter is not None:
                 meter.advance()
-    return found
+            yield from (replace(outcome, overrides=overrides) for overrides in alike[outcome.overrides])
