@@ -232,6 +232,9 @@ def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], c
     if context.subspace is not None:
         ranks = sorted(held.shape[1] for held in context.subspace.bases.values())
         yield f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites"
+        unread, experts = basis.unread(context.subspace)
+        if unread and ranks[-1]:
+            yield f"{unread} of {experts} experts read no token of the reference prompts: they are free"
         for name, share in _covered(run, begin, context, facts, chat):
             yield f"inputs within the subspace, {name}: {share:.4f}"
     for features in context.features:
