@@ -285,7 +285,7 @@ REFUSED = {
     ),
     "experts-asft": (
         of("mixtral"),
-        ("constraint=asft", "constraint.asft.modules=ffn"),
+        ("constraint=asft", "constraint.asft.modules=ffn", "model.align=refusals"),
         ["constraint.asft.modules=ffn: accepted: attention | constraint=none |", "MixtralForCausalLM (mixtral)"],
     ),
     "experts-bf16": (

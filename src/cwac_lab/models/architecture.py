@@ -14,7 +14,6 @@ from cwac_lab.models.answers import logits_of
 from cwac_lab.models.sites import (
     EXPERTS,
     FAMILIES,
-    JOINED,
     OF_EXPERTS,
     SCOPES,
     decoder,
@@ -167,7 +166,7 @@ def _lacks(layers: Sequence[torch.nn.Module], paths: Sequence[str], *, experts: 
 
 def _others(layer: torch.nn.Module) -> list[str]:
     """Return the modules of a decoder layer that hold matrices which no scope names."""
-    known = {*(path for paths in TARGETS.values() for path in paths), *JOINED}
+    known = {path for paths in TARGETS.values() for path in paths}
     held = {name.rpartition(".")[0] for name, parameter in layer.named_parameters() if parameter.ndim > 1}
     return sorted(held - known)
 
