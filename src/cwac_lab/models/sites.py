@@ -188,6 +188,12 @@ class Matrix:
         return self.of(self.parameter)
 
     @property
+    def width(self) -> int:
+        """The width d of what it reads; a weight in few bits has another shape."""
+        linear = isinstance(self.module, torch.nn.Linear)
+        return int(self.module.in_features if linear else self.weight.shape[1])
+
+    @property
     def share(self) -> float:
         """Share of the tokens that it reads; of experts the mean over all of them."""
         if self.site.expert is None:

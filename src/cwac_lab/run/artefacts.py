@@ -211,7 +211,11 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
         facts["reference"]["forms"] = held.forms
     if needs.subspace is not None:
         folder = shop.subspace(needs.subspace)
-        context = replace(context, subspace=basis.load(folder))
+        subspace = basis.load(folder)
+        context = replace(context, subspace=subspace)
+        unread, experts = basis.unread(subspace)
+        if unread and needs.subspace.rank != 0:
+            say(f"{unread} of {experts} experts read no token of the reference prompts: they are free")
         facts["subspace"] = {"folder": folder.name}
     if needs.features is not None:
         folder = shop.features(needs.features)
@@ -232,9 +236,6 @@ def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], c
     if context.subspace is not None:
         ranks = sorted(held.shape[1] for held in context.subspace.bases.values())
         yield f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites"
-        unread, experts = basis.unread(context.subspace)
-        if unread and ranks[-1]:
-            yield f"{unread} of {experts} experts read no token of the reference prompts: they are free"
         for name, share in _covered(run, begin, context, facts, chat):
             yield f"inputs within the subspace, {name}: {share:.4f}"
     for features in context.features:

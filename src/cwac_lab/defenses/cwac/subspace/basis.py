@@ -126,7 +126,7 @@ def leading(
         batch_size: Prompts per forward.
     """
     matrices = {matrix.site: matrix for matrix in linears(model, spec.modules)}
-    widths = {site: matrix.weight.shape[1] for site, matrix in matrices.items()}
+    widths = {site: matrix.width for site, matrix in matrices.items()}
     n = sum(map(len, prompts))
     ranks = {site: None if spec.rank is None else min(spec.rank, width) for site, width in widths.items()}
     kinds: dict[Site, type[Solver]] = {
