@@ -16,6 +16,7 @@ from cwac_lab.defenses.interface import Composite
 from cwac_lab.models import lora, shipped
 from cwac_lab.models.adapters import TARGETS, attach, targets
 from cwac_lab.models.sites import decoder_layers, is_linear, linears
+from cwac_lab.run.estimate import trained_parameters
 from support import tiny
 from support.cover import table
 from support.held import FULL, LORA, ROWS, context, start, train, weights
@@ -114,6 +115,15 @@ def test_a_saved_adapter_is_what_peft_computes_and_what_is_merged(family, tmp_pa
         assert (update @ basis).norm() < 1e-5 * update.norm(), matrix.site.name
         assert torch.linalg.matrix_rank(update, atol=1e-4) <= LORA.rank
     assert 0 < defense.leak() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_parameters_are_said_to_train_as_train(family):
+    model = start(family, FULL)
+    for way in (FULL, LORA):
+        said = trained_parameters(start(family, FULL), way)
+        attach(model, way, 0)
+        assert said == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_a_layer_that_joins_others_stands_in_their_place():

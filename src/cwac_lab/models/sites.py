@@ -105,7 +105,7 @@ def experts_in(layer: torch.nn.Module) -> Any:
     found = _plain(outer)
     shapes = [getattr(getattr(found, path.rpartition(".")[2], None), "ndim", 0) for path in OF_EXPERTS]
     others = ("has_bias", "is_transposed", "has_post_expert_norm")
-    if shapes != [3, 3] or not getattr(found, "has_gate", False) or any(getattr(found, name, True) for name in others):
+    if shapes != [3, 3] or not getattr(found, "has_gate", False) or any(getattr(found, name, False) for name in others):
         return None
     assert block is not None
     beside = (module for name, module in block.named_modules() if not name.startswith("experts"))
