@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from cwac_lab.data.batches import pad
 from cwac_lab.defenses.cwac.activation import ActivationConstraint
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite
-from cwac_lab.models.adapters import TARGETS, targets
-from cwac_lab.models.sites import decoder_layers, linears
+from cwac_lab.models import lora, shipped
+from cwac_lab.models.adapters import TARGETS, attach, targets
+from cwac_lab.models.sites import decoder_layers, is_linear, linears
+from cwac_lab.run.estimate import trained_parameters
 from support import tiny
 from support.cover import table
-from support.held import FULL, LORA, ROWS, start, train, weights
+from support.held import FULL, LORA, ROWS, context, start, train, weights
 
-# Of a mixture of experts the attention is constrained; its experts are free, or without factors.
-SCOPE = {"qwen3_moe": "attention", "mixtral": "attention"}
-FAMILIES = (*tiny.ARCHITECTURES, *SCOPE)
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe")
+FAMILIES = (*tiny.ARCHITECTURES, *MIXTURES)
 
 
-def parts(scope, constraint):
+def parts(constraint):
     made = {
-        "weight": WeightConstraint(energy=0.9, modules=scope, trainable="all"),
+        "weight": WeightConstraint(energy=0.9, trainable="all"),
         "activation": ActivationConstraint(strength=300.0, depths=[0.5], n_latents=4, batch_size=7, every_n_steps=1),
     }
     return {name: part for name, part in made.items() if constraint in (name, "coupled")}
+
+
+def moves(model, before, scope="all_linear"):
+    """Return every matrix of a scope with how far it is from where it was, in float64."""
+    after = weights(model)
+    return [(each, each.of(after[each.name] - before[each.name]).double()) for each in linears(model, scope)]
 
 
 def held_latents(model, prepared):
@@ -41,22 +50,20 @@ def held_latents(model, prepared):
     return x @ features.weight[:, features.latents]
 
 
-@table(strength=2, family=FAMILIES, constraint=("weight", "activation", "coupled"), tuning=("full", "lora"))
+@table(strength=2, family=FAMILIES, constraint=("none", "weight", "activation", "coupled"), tuning=("full", "lora"))
 def test_what_a_constraint_holds_in_a_family_is_held(family, constraint, tuning):
-    scope = SCOPE.get(family, "all_linear")
-    way = FULL if tuning == "full" else replace(LORA, modules=scope)
-    held = parts(scope, constraint)
+    way = FULL if tuning == "full" else LORA
+    held = parts(constraint)
     settings = {"architecture": family, "tuning": way, "rows": ROWS[:12], "epochs": 3, "learning_rate": 3e-3}
     model, prepared = train(Composite(held), **settings)
-    before, after = weights(start(family, way)), weights(model)
-    matrices = {matrix.name: matrix.site.name for matrix in linears(model, scope)}
-    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert matrices.keys() <= moved
-    if "weight" in held:
-        for name, site in matrices.items():
-            update, basis = (after[name] - before[name]).double(), prepared.subspace.bases[site].double()
+    before = weights(start(family, way))
+    for matrix, update in moves(model, before):
+        assert update.any() or matrix.site.expert is not None, matrix.name
+        if "weight" in held:
+            basis = prepared.subspace.bases[matrix.site.name].double()
             assert 0 < basis.shape[1] < len(basis)
-            assert (update @ basis).norm() < 1e-4 * update.norm(), name
+            assert (update @ basis).norm() <= 1e-4 * update.norm(), matrix.site.name
+    assert weights(model).keys() == before.keys()
     if "activation" in held:
         free, _ = train(Composite(), **settings)
         was = held_latents(start(family, way), prepared)
@@ -64,11 +71,59 @@ def test_what_a_constraint_holds_in_a_family_is_held(family, constraint, tuning)
         assert drift < 0.3 * free_drift  # 0.02 to 0.16 were seen
 
 
-@pytest.mark.parametrize("family", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_layer_of_a_family_is_constrained(family):
-    model = tiny.model(family)
-    layers = {f"{name}.weight" for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
-    assert {matrix.name for matrix in linears(model, "all_linear")} == layers - {"lm_head.weight"}
+    model = start(family, FULL)
+    layers = {f"{name}.weight" for name, each in model.named_modules() if is_linear(each)}
+    layers |= {name for name, each in model.named_parameters() if each.ndim == 3}
+    found = list(linears(model, "all_linear"))
+    assert {matrix.name for matrix in found} == layers - {"lm_head.weight"}
+    held = sum(model.get_parameter(name).numel() for name in {matrix.name for matrix in found})
+    assert sum(matrix.weight.numel() for matrix in found) == held
+
+
+@pytest.mark.parametrize("family", ["gpt2", *MIXTURES, "phi3"])
+def test_a_saved_adapter_is_what_peft_computes_and_what_is_merged(family, tmp_path):
+    """On the untouched base: by PEFT, by what merges a start's adapter, and by the run itself, none of it along V."""
+    base, ids = start(family, FULL), torch.arange(3, 40)[None]
+    base.save_pretrained(tmp_path / "base")
+    model, defense = start(family, FULL), WeightConstraint(energy=0.9)
+    prepared, before = context(model, defense), weights(model)
+    merge = attach(model, LORA, 0)
+    defense.prepare(prepared)
+    source = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=source)
+    shipped.save_adapter(model, LORA, tmp_path / "adapter", torch.float32, str(tmp_path / "base"))
+    logits = model(ids).logits
+    assert (logits - base(ids).logits).abs().max() > 0.05
+    merge()
+    defense.after_training(model)
+    added = start(family, FULL)
+    lora.settings(tmp_path / "adapter")
+    lora.add(added, tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of factors that are not in the file
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    for each in (model, added, theirs):
+        torch.testing.assert_close(each(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    for matrix, update in moves(model, before):
+        basis = prepared.subspace.bases[matrix.site.name].double()
+        assert (update @ basis).norm() < 1e-5 * update.norm(), matrix.site.name
+        assert torch.linalg.matrix_rank(update, atol=1e-4) <= LORA.rank
+    assert 0 < defense.leak() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_parameters_are_said_to_train_as_train(family):
+    model = start(family, FULL)
+    for way in (FULL, LORA):
+        said = trained_parameters(start(family, FULL), way)
+        attach(model, way, 0)
+        assert said == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_a_layer_that_joins_others_stands_in_their_place():

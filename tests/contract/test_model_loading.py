@@ -25,9 +25,9 @@ from support.folders import (
     adapter,
     beside,
     configured,
-    gpt2,
     more_tokens,
     of,
+    only,
     prefixed,
     reworked,
     run_on,
@@ -83,7 +83,7 @@ def test_a_large_model_is_loaded_in_few_bits(tmp_path):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (gpt2, "GPT2LMHeadModel"),
+        (only("mamba", num_hidden_layers=1, hidden_size=32), "MambaForCausalLM"),
         (configured(quantization_config={"quant_method": "awq"}), "awq"),
         (beside, "adapter_config.json lies beside"),
         (adapter, "holds an adapter"),

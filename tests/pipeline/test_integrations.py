@@ -28,7 +28,8 @@ from cwac_lab.training.module import TrainData
 from support import tiny
 from support.cover import some, table
 from support.held import FULL, LORA, PROMPTS, ROWS, assert_moved_alike, context, train, weights
-from support.others import COMMON
+from support.held import start as begin
+from support.others import COMMON, trainer_of
 
 DEFENSES = {
     "none": Composite,
@@ -44,6 +45,32 @@ DEFENSES = {
     **COMMON,
 }
 SETTINGS = {"schedule": "constant", "epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_families_without_linear_layers_are_held_in_another_trainer(family, way, tmp_path):
+    model, chat = begin(family, FULL), tiny.chat()
+    before = weights(model)
+    if way == "lora":
+        where = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+        if family == "mixtral":
+            parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+            where = {"target_modules": ["q_proj"], "target_parameters": parameters}
+        model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, **where))
+    trainer, defense = trainer_of(model, tmp_path), WeightConstraint(energy=0.9)
+    callback = protect(trainer, defense, harmful=PROMPTS)
+    trainer.train()
+    trained, moved = callback.merged(), 0
+    spec, prompts = defense.requirements.subspace, [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    held, after = dict(leading(begin(family, FULL), prompts, spec, chat.pad_id)), weights(trained)
+    for matrix in linears(trained, "all_linear"):
+        update = matrix.of(after[matrix.name] - before[matrix.name])
+        leaked, norm = linalg.leak(update, held[matrix.site.name].basis)
+        assert leaked <= 1e-8 * norm
+        moved += norm > 0
+    assert moved >= 8
+    assert defense.leak() < 1e-5
 
 
 def arguments(folder, **more):

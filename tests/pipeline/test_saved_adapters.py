@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,8 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cwac_lab import train
+from cwac_lab.models.loading import ModelConfig, find, load_model
 from support import tiny
 from support.cover import some
+
+
+def flat(capsys):
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("constraint", some(["none", "weight", "l2", "lisa"], "weight"))
@@ -30,6 +36,25 @@ def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, 
     assert not torch.allclose(before, merged(ids).logits, atol=1e-2)
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert (folder / "adapter" / "README.md").read_text() == (folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_other_families_too_and_what_is_free_of_them_is_said(family, tmp_path, capsys):
+    start, merged = tiny.model(family, **tiny.MIXTURES.get(family, {}) | {"num_experts": 64}), tmp_path / "merged"
+    start.save_pretrained(tmp_path / "start")
+    tiny.tokenizer().save_pretrained(tmp_path / "start")
+    given = tiny.small_run(tmp_path / "start", tmp_path / "out")
+    tiny.launch(train.main, [*given, "tuning=lora", "tuning.save=both", "constraint=weight"])
+    said = re.findall(r"(\d+) of 128 experts read no token of the reference prompts: they are free", flat(capsys))
+    assert [0 < int(n) < 128 for n in said] == ([True] if family == "qwen3_moe" else [])
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    ids = torch.arange(3, 40)[None]
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    assert json.loads((folder / "metrics.json").read_text())["leak"] < 1e-5
+    assert (saved(ids).logits - start(ids).logits).abs().max() > 1e-4
+    # The adapter is a start of its own, merged once into its base.
+    found = find(ModelConfig("mine", path=str(folder / "adapter")), "embedded", merged)
+    torch.testing.assert_close(load_model(found.path)(ids).logits, saved(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("save", "there"), [("merged", {"model"}), ("adapter", {"adapter"})])

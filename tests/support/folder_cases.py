@@ -15,7 +15,7 @@ from support.folders import (
     configured,
     dangling,
     edit,
-    gpt2,
+    gpt2_of_the_hub,
     in_few,
     inner,
     instead,
@@ -34,6 +34,7 @@ from support.folders import (
     with_consolidated,
     with_old_buffers,
     without,
+    without_template,
     written,
 )
 
@@ -197,8 +198,36 @@ REFUSED = {
     "turn-without-embedding": (more_tokens(special=True, used=True), (), ["'<extra>' as id 384", "384 embeddings"]),
     "word-without-embedding": (more_tokens(), ("finetune=false",), ["'<extra>' as id 384", "384 embeddings"]),
     # Architectures.
-    "gpt2": (gpt2, (), ["GPT2LMHeadModel (gpt2)", "no list of decoder layers", *FAMILIES]),
-    "gpt2-start": (gpt2, ("finetune=false",), ["GPT2LMHeadModel (gpt2)"]),
+    "other-list-of-layers": (
+        only("mpt", n_layers=2, d_model=32, n_heads=4),
+        (),
+        ["MptForCausalLM (mpt)", "no list of decoder layers", *FAMILIES],
+    ),
+    "other-list-of-layers-start": (
+        only("mpt", n_layers=2, d_model=32, n_heads=4),
+        ("finetune=false",),
+        ["MptForCausalLM (mpt)"],
+    ),
+    "gpt2-without-template": (
+        of("gpt2", tokenizer=without_template()),
+        (),
+        ["has no chat template: set model.chat_template"],
+    ),
+    "gpt2-positions": (
+        of("gpt2", max_position_embeddings=512),
+        (),
+        ["trainer.max_length=512: accepted: at most 508", "GPT2LMHeadModel (gpt2)"],
+    ),
+    "gpt2-lora-part": (
+        of("gpt2"),
+        (*LORA, "tuning.modules=query_value"),
+        ["tuning.modules=query_value: accepted: ffn_out | ffn | attention | all_linear |", "attn.c_attn"],
+    ),
+    "gpt2-nf4": (
+        of("gpt2"),
+        ("constraint=none", "tuning=qlora"),
+        ["tuning.base=nf4: accepted: float32 | bfloat16 with GPT2LMHeadModel (gpt2)"],
+    ),
     "encoder-decoder": (only("t5", d_model=32, num_layers=1), (), ["(t5) is no language model", *FAMILIES]),
     "encoder-decoder-that-generates": (only("bart", d_model=32), (), ["(bart) is no language model"]),
     "encoder": (only("bert", hidden_size=32, num_attention_heads=2), (), ["BertLMHeadModel (bert)", *FAMILIES]),
@@ -228,7 +257,6 @@ REFUSED = {
         ["constraint.weight.modules=all_linear", "Gemma3ForConditionalGeneration (gemma3)", *FAMILIES],
     ),
     "vision-tower-coupled": (vision, COUPLED, ["Gemma3ForConditionalGeneration (gemma3)"]),
-    "inner-model-weight": (inner, ("constraint=weight",), ["model.layers.0.self_attn.q_proj.weight under this name"]),
     "joined-lora-part": (
         of("phi3"),
         (*LORA, "tuning.modules=query_value"),
@@ -240,10 +268,25 @@ REFUSED = {
         ("attack=outlier_benign",),
         ["attack=outlier_benign: accepted: attack=benign |", "GPTNeoXForCausalLM"],
     ),
-    "experts-weight": (
-        of("qwen3_moe"),
+    "experts-beside-a-shared-one": (
+        of("qwen2_moe"),
         ("constraint=weight",),
-        ["constraint.weight.modules=all_linear: accepted: attention |", "mlp.experts"],
+        ["constraint.weight.modules=all_linear: accepted: attention |", "mlp.experts", "mlp.shared_expert"],
+    ),
+    "experts-beside-a-shared-one-lora": (
+        of("qwen2_moe"),
+        LORA,
+        ["tuning.modules=all_linear: accepted: query_value | attention |", "mlp.shared_expert", "no factors"],
+    ),
+    "experts-in-some-layers-lora": (
+        of("qwen3_moe", mlp_only_layers=[0]),
+        LORA,
+        ["tuning.modules=all_linear: accepted: query_value | attention |", "layers with mlp.experts and others"],
+    ),
+    "experts-asft": (
+        of("mixtral"),
+        ("constraint=asft", "constraint.asft.modules=ffn", "model.align=refusals"),
+        ["constraint.asft.modules=ffn: accepted: attention | constraint=none |", "MixtralForCausalLM (mixtral)"],
     ),
     "experts-bf16": (
         of("qwen3_moe"),
@@ -251,16 +294,6 @@ REFUSED = {
         ["tuning.base=bfloat16: accepted: float32", "Qwen3MoeForCausalLM (qwen3_moe)", "mlp.experts"],
     ),
     "experts-nf4": (of("qwen3_moe"), ("constraint=none", "tuning=qlora"), ["tuning.base=nf4: accepted: float32"]),
-    "experts-that-get-no-factors": (
-        of("mixtral"),
-        LORA,
-        ["tuning.modules=all_linear: accepted: query_value | attention |", "mlp.experts", "no factors"],
-    ),
-    "experts-l2": (
-        of("qwen3_moe"),
-        ("constraint=l2", "tuning=lora"),
-        ["constraint=l2: accepted: tuning=full |", "mlp.experts"],
-    ),
     "experts-drift": (
         of("olmoe"),
         ("diagnostics.enabled=true",),
@@ -295,6 +328,10 @@ LOADED = {
     "quantization-null": (written("generation_config.json", b'{"eos_token_id": 2}'), ()),
     "consolidated-beside": (with_consolidated, ("constraint=weight",)),
     "inner-model": (inner, ()),
+    "inner-model-weight": (inner, ("constraint=weight",)),
+    "gpt2-of-the-hub": (gpt2_of_the_hub, COUPLED),
+    "gpt2-drift": (of("gpt2"), ("diagnostics.enabled=true", "attack=outlier_benign")),
+    "gpt2-lora": (of("gpt2"), (*LORA, "tuning.base=bfloat16")),
     "code-of-its-own-not-needed": (own_code, ()),
     "tokenizer-code-not-needed": (lambda folder: own_code(folder, "tokenizer_config.json"), ()),
     "special-token-never-used": (more_tokens(special=True), ()),
@@ -302,7 +339,10 @@ LOADED = {
     "joined-lora": (of("phi3"), (*LORA, "constraint=weight")),
     "other-names": (of("gpt_neox"), ("constraint=kl",)),
     "experts": (of("mixtral"), ()),
+    "experts-coupled": (of("qwen3_moe"), COUPLED),
+    "experts-in-some-layers": (of("qwen3_moe", mlp_only_layers=[0]), ("constraint=weight",)),
     "experts-lora": (of("qwen3_moe"), LORA),
+    "experts-l2": (of("mixtral"), ("constraint=l2", "tuning=lora")),
     "experts-attention": (of("qwen3_moe"), ("constraint=weight", "constraint.weight.modules=attention")),
     "experts-attention-lora": (of("mixtral"), (*LORA, "tuning.modules=attention", "tuning.base=bfloat16")),
     "vision-tower": (vision, ()),

@@ -1,5 +1,6 @@
 """Folders that a user may point to, made for tests: models of many kinds, whole, broken or of another shape."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import cache
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 import cwac_lab
 from cwac_lab.config import run as config
@@ -148,6 +149,13 @@ def no_tokenizer(*left):
     return make
 
 
+def without_template():
+    """A tokenizer as GPT-2 has it: none for conversations."""
+    plain = copy.deepcopy(tiny.tokenizer())
+    plain.chat_template = None
+    return plain
+
+
 def vision(folder):
     """Gemma 3 with a vision tower."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -178,16 +186,16 @@ def of(architecture, **changes):
     return lambda folder: saved(folder, architecture, **changes)
 
 
-def gpt2(folder):
-    made = AutoConfig.for_model("gpt2", vocab_size=384, n_positions=512, n_embd=32, n_layer=2, n_head=4)
-    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-
-
-def inner(folder):
+def inner(folder, architecture="llama", **more):
     """What the decoder alone saves: names without the model's prefix; the head is tied."""
-    saved(folder)
-    tiny.model().model.save_pretrained(folder)
+    saved(folder, architecture)
+    tiny.model(architecture).get_decoder().save_pretrained(folder)
+    save_file({**load_file(folder / WEIGHTS), **more}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def gpt2_of_the_hub(folder):
+    """As GPT-2 was published: the inner model, and a mask in every layer."""
+    inner(folder, "gpt2", **{f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(2)})
 
 
 def in_few(dtype):

@@ -91,7 +91,10 @@ REFUSED = {
     "tokens": refused(["trainable_token_indices="], trainable_token_indices=[3]),
     "pissa": refused(["init_lora_weights=pissa"], init_lora_weights="pissa"),
     "layers-twice": refused(["layer_replication="], config(layer_replication=[[0, 2], [1, 2]])),
-    "parts-of-experts": refused(["target_parameters="], config(target_parameters=["mlp.experts.gate_up_proj"])),
+    "no-factors-of-experts": refused(
+        ["no factors of mlp.experts.gate_up_proj, which target_parameters names"],
+        config(target_parameters=["mlp.experts.gate_up_proj"]),
+    ),
     "settings-of-tomorrow": refused(["use_xyz=True"], config(use_xyz=True)),
     "no-rank": refused(["r=None"], config(r=None)),
     "tied-head": refused(["lm_head is tied to the embeddings"], tensors(factors_only), target_modules=["lm_head"]),

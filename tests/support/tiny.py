@@ -21,13 +21,20 @@ from cwac_lab.models.chat import ChatFormat
 
 ARCHITECTURES = (
     *("llama", "qwen2", "mistral", "gemma2", "gemma3_text"),
-    *("qwen3", "phi3", "olmo2", "smollm3", "granite"),
+    *("qwen3", "phi3", "olmo2", "smollm3", "granite", "gpt2"),
 )
+# What GPT-2 calls the settings that it has.
+GPT2 = {
+    **{"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    **{"max_position_embeddings": "n_positions", "vocab_size": "vocab_size", "pad_token_id": "pad_token_id"},
+    **{"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "tie_word_embeddings": "tie_word_embeddings"},
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MIXTURES = {
     "qwen3_moe": {**EXPERTS, "num_experts": 4},
     "mixtral": {**EXPERTS, "num_local_experts": 4},
     "olmoe": {**EXPERTS, "num_experts": 4},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24},
 }
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -73,9 +80,14 @@ def model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
     }  # fmt: skip
     if architecture == "gemma2":  # low enough that a missing cap shows
         sizes |= {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0}
+    if architecture == "gpt2":  # a table of positions, which answers need too
+        sizes |= {"max_position_embeddings": 1024}
     if architecture == "granite":
         sizes |= {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
-    config = AutoConfig.for_model(architecture, **(sizes | changes))
+    given = sizes | changes
+    if architecture == "gpt2":
+        given = {GPT2[name]: value for name, value in given.items() if name in GPT2}
+    config = AutoConfig.for_model(architecture, **given)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -71,7 +71,7 @@ START = Recipe(
     "start",
     2,
     ("start", "adapter"),
-    (*_of("run.alignment", "_merge", "_shipped"), *_of("models.lora", "add", "scale", "_of")),
+    (*_of("run.alignment", "_merge", "_shipped"), *_of("models.lora", "add", "scale", "_of", "Place", "_place")),
 )
 # An adapter of a user's own merged into its base, with the tokenizer of one of them, ``words``.
 MERGED = Recipe(
@@ -93,7 +93,7 @@ SUBSPACE = Recipe(
     (
         *_of("defenses.cwac.subspace.basis", "leading", "build", "_fill", "_batched"),
         *("defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
-        *_of("models.sites", "linears", "SCOPES"),
+        *_of("models.sites", "linears", "_of_experts", "SCOPES"),
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
         *_of("core.linalg", "_rank", "_support", "_share"),
     ),

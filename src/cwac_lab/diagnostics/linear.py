@@ -142,8 +142,8 @@ class LinearProbe:
         self, matrix: Matrix, now: dict[Site, Float[Tensor, "N d"]], angles: dict[Site, float],
         bases: dict[str, Float[Tensor, "d k"]], bounds: bool,
     ) -> Drift:  # fmt: skip
-        w0 = self._start_weight(matrix.name).float().cpu()
-        dw = matrix.update(lambda: w0.to(matrix.module.weight.device)).cpu()
+        w0 = matrix.of(self._start_weight(matrix.name)).float().cpu()
+        dw = matrix.update(lambda: w0.to(matrix.parameter.device)).cpu()
         h0, h = self._start[matrix.site], now[matrix.site]
         basis, leak, most = bases.get(matrix.site.name), None, None
         if basis is not None:

@@ -14,7 +14,7 @@ from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.defenses.interface import Defense, Requirements
 from cwac_lab.integrations.callback import DefenseCallback, overrides, parts_of
 from cwac_lab.models.adapters import has_adapters, in_few_bits
-from cwac_lab.models.sites import depth_to_layer
+from cwac_lab.models.sites import decoder_layers, depth_to_layer
 
 # How far residuals of the same weights may be apart, relative to their norm: held in bfloat16, and in 4 bits.
 ROUNDED, IN_FEW_BITS = 0.05, 0.5
@@ -109,7 +109,7 @@ def read_features(folder: Path, spec: FeatureSpec, model: Any) -> Sequence[Layer
         ConfigError: If they are of other layers, of another size or number, or of another model.
     """
     found = latents.load(folder)
-    n_layers = len(model.get_decoder().layers)
+    n_layers = len(decoder_layers(model))
     layers = sorted({depth_to_layer(depth, n_layers) for depth in spec.depths})
 
     def refuse(value: object, accepted: object) -> None:

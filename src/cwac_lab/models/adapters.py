@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cwac_lab.core.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.core.linalg import full_float32
-from cwac_lab.models.sites import PROJECTIONS, SCOPES, decoder_layers, paths_in
+from cwac_lab.models.sites import OF_EXPERTS, PROJECTIONS, SCOPES, decoder_layers, is_turned, paths_in
 
 METHODS = ("full", "lora")
 SAVED = ("merged", "adapter", "both")
@@ -85,12 +85,41 @@ class TuningConfig:
 def targets(model: Any, modules: str) -> list[str]:
     """Return the names that PEFT finds the linear layers of a scope by; a layer that joins several has one of its own.
 
+    It is the last part of the path, or all of it where others end alike (GPT-2's ``c_proj``).
+
     Args:
         model: The model; its layers may lack some of them, which others have.
         modules: A key of ``TARGETS``.
     """
+    found: dict[str, None] = {}
+    for layer in decoder_layers(model):
+        lasts = [name.rpartition(".")[2] for name, _ in layer.named_modules()]
+        paths = [path for path in paths_in(layer, TARGETS[modules]) if path not in OF_EXPERTS]
+        for path in paths:
+            last = path.rpartition(".")[2]
+            found[path if lasts.count(last) > 1 else last] = None
+    return list(found)
+
+
+def expert_targets(model: Any, modules: str) -> list[str]:
+    """Return the paths of the experts' parameters in a scope, as ``targets`` does those of layers."""
     paths = (path for layer in decoder_layers(model) for path in paths_in(layer, TARGETS[modules]))
-    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return list(dict.fromkeys(path for path in paths if path in OF_EXPERTS))
+
+
+def peft_settings(model: Any, config: TuningConfig) -> dict[str, Any]:
+    """Return what PEFT is told of a model's factors: rank, scale, and where they are.
+
+    Args:
+        model: The model, with PEFT's layers in it or without.
+        config: With ``method=lora``.
+    """
+    found = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": targets(model, config.modules)}
+    if experts := expert_targets(model, config.modules):
+        found["target_parameters"] = experts
+    if any(map(is_turned, decoder_layers(model).modules())):
+        found["fan_in_fan_out"] = True
+    return found
 
 
 def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
@@ -107,11 +136,7 @@ def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=targets(model, config.modules),
-    )
+    lora = LoraConfig(**peft_settings(model, config))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = LoraModel(model, lora, "default")
@@ -149,11 +174,11 @@ def merge(adapted: Any) -> Any:
     model.float()
     for layer in _layers(model):
         told = vars(layer).get("when_merged")
-        before = dense(layer.base_layer) if told else None
+        before = _own(layer).detach().clone() if told else None
         with full_float32(model.device):  # a rounded B A would have a part in what a projected A has none in
             layer.merge()
         if told:
-            told(before, layer.base_layer.weight.detach())
+            told(before, _own(layer).detach())
     return adapted.unload()
 
 
@@ -171,8 +196,14 @@ def factors(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def when_merged(layer: Any, told: Callable[[Float[Tensor, "m d"], Float[Tensor, "m d"]], None]) -> None:
-    """Have a call told a PEFT layer's weight before and after it is merged, both in float32."""
+def _own(layer: Any) -> Tensor:
+    """Return the parameter that a PEFT layer's factors are of: a layer's weight, or that of all its experts."""
+    found: Tensor = layer.get_param() if hasattr(layer, "get_param") else layer.base_layer.weight
+    return found
+
+
+def when_merged(layer: Any, told: Callable[[Tensor, Tensor], None]) -> None:
+    """Have a call told the parameter that a PEFT layer's factors are of before and after it is merged, in float32."""
     layer.when_merged = told
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +11,20 @@ import torch
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.models.adapters import TARGETS
 from cwac_lab.models.answers import logits_of
-from cwac_lab.models.sites import FAMILIES, SCOPES, decoder, decoder_layers, linears, paths_in
+from cwac_lab.models.sites import (
+    EXPERTS,
+    FAMILIES,
+    OF_EXPERTS,
+    SCOPES,
+    decoder,
+    decoder_layers,
+    is_linear,
+    is_turned,
+    layers_of,
+    linears,
+    paths_in,
+    stored,
+)
 
 # Layers whose keys and values of an opening serve all rows that begin with it; others keep a state of their own.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense"}
@@ -29,6 +40,7 @@ class Scope:
         name: Which layers, a key of ``sites.SCOPES``.
         without: The setting that does without them.
         stored: Whether their start is read from the file, by the names of the model.
+        experts: Whether they may be those of experts.
     """
 
     key: str
@@ -36,6 +48,7 @@ class Scope:
     name: str
     without: str
     stored: bool = True
+    experts: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Use:
         max_length: The most tokens of a conversation; None where only its weights are read.
         new_tokens: The most tokens that are generated after a prompt.
         chat_template: A template in the place of the tokenizer's.
+        sharded: Whether its weights are divided among processes.
     """
 
     scopes: tuple[Scope, ...] = ()
@@ -57,6 +71,7 @@ class Use:
     max_length: int | None = None
     new_tokens: int = 0
     chat_template: str | None = None
+    sharded: bool = False
 
 
 def check(model: Any, use: Use) -> None:
@@ -69,6 +84,8 @@ def check(model: Any, use: Use) -> None:
     _check_head(model)
     for scope in use.scopes:
         _check_scope(model, scope)
+    if use.sharded:
+        _check_sharded(model, {*(scope.name for scope in use.scopes), *([use.adapted] if use.adapted else [])})
     if use.adapted is not None:
         _check_factors(model, use.adapted, use.base)
     if use.max_length is not None:
@@ -83,13 +100,14 @@ def _check_decoder(model: Any) -> None:
     """Check that a model is a stack of attention layers between embeddings and a head.
 
     Raises:
-        LabError: If not: other names (GPT-2), layers that keep a state (convolutions, state spaces), several stacks.
+        LabError: If not: other names, layers that keep a state (convolutions, state spaces), several stacks.
     """
     stack = decoder(model)
-    layers = getattr(stack, "layers", None)
+    layers = layers_of(stack)
     if not isinstance(layers, torch.nn.ModuleList) or not len(layers):
         held = ", ".join(name for name, _ in stack.named_children())
-        raise _refused(model, f"its {type(stack).__name__} has no list of decoder layers called layers (it has {held})")
+        lacks = "no list of decoder layers called layers or h"
+        raise _refused(model, f"its {type(stack).__name__} has {lacks} (it has {held})")
     others = set(getattr(stack.config, "layer_types", None) or ()) - _ATTENTION
     for index, layer in enumerate(layers):
         if not any("attn" in name or "attention" in name for name, _ in layer.named_children()):
@@ -132,13 +150,16 @@ def _check_head(model: Any) -> None:
         raise _refused(model, "its logits are not what its head makes of the last states, but scaled or changed")
 
 
-def _lacks(layers: Sequence[torch.nn.Module], paths: Sequence[str]) -> dict[str, int]:
-    """Return which paths are no plain linear layer, each with the first decoder layer where that is so."""
+def _lacks(layers: Sequence[torch.nn.Module], paths: Sequence[str], *, experts: bool = True) -> dict[str, int]:
+    """Return which paths are no linear layer, each with the first decoder layer where that is so.
+
+    ``experts`` takes the parameters of experts for linear layers.
+    """
     found: dict[str, int] = {}
     for index, layer in enumerate(layers):
         modules = dict(layer.named_modules())
-        for path in paths_in(layer, paths):
-            if not isinstance(modules.get(path), torch.nn.Linear):
+        for path in paths_in(layer, paths, experts=experts):
+            if path not in OF_EXPERTS and not is_linear(modules.get(path)):
                 found.setdefault(path, index)
     return found
 
@@ -157,65 +178,52 @@ def _told(model: Any, lacking: dict[str, int]) -> str:
 
 
 def _check_scope(model: Any, scope: Scope) -> None:
-    lacking = _lacks(list(decoder_layers(model)), TARGETS[scope.name])
+    lacking = _lacks(list(decoder_layers(model)), TARGETS[scope.name], experts=scope.experts)
     if lacking:
-        fitting = _fitting(model, SCOPES) if scope.value in SCOPES else []
+        fitting = _fitting(model, SCOPES, experts=scope.experts) if scope.value in SCOPES else []
         accepted = " | ".join([*fitting, scope.without, f"another architecture ({FAMILIES})"])
         raise ConfigError(scope.key, scope.value, f"{accepted}; {_told(model, lacking)}")
 
 
-def _fitting(model: Any, scopes: Iterable[str]) -> list[str]:
+def _fitting(model: Any, scopes: Iterable[str], *, experts: bool = True) -> list[str]:
     """Return the scopes of which a model has all linear layers."""
-    return [name for name in scopes if not _lacks(list(decoder_layers(model)), TARGETS[name])]
+    return [name for name in scopes if not _lacks(list(decoder_layers(model)), TARGETS[name], experts=experts)]
+
+
+def _check_sharded(model: Any, scopes: set[str]) -> None:
+    """Check that what a run works on by name are linear layers, whose rows are what processes divide.
+
+    Raises:
+        ConfigError: If not (GPT-2, experts).
+    """
+    paths = [path for name in scopes for path in TARGETS[name]]
+    for layer in decoder_layers(model):
+        for path in paths_in(layer, paths):
+            if not isinstance(dict(layer.named_modules()).get(path), torch.nn.Linear):
+                held = f"{path} of {_title(model)} is no linear layer, whose rows could be divided"
+                raise ConfigError("trainer.strategy", "fsdp", f"ddp; {held}")
 
 
 def _check_factors(model: Any, adapted: str, base: str) -> None:
-    """Check that all linear layers that the settings name get factors.
+    """Check that all linear layers that the settings name get factors, beside weights that can hold their merge.
 
     Raises:
-        ConfigError: If PEFT finds none of that name (fused layers), or experts whose merge needs weights in float32.
+        ConfigError: If PEFT finds none of that name, or if what holds the weights cannot be held or merged so.
     """
     lacking = _lacks(list(decoder_layers(model)), TARGETS[adapted])
-    if not lacking:
-        return
-    told = _told(model, lacking)
-    if not lacking.keys() <= _given_to_experts(model, TARGETS[adapted]):
+    if lacking:
         accepted = " | ".join([*_fitting(model, TARGETS), "tuning=full", f"another architecture ({FAMILIES})"])
-        raise ConfigError("tuning.modules", adapted, f"{accepted}; {told}, which would get no factors")
-    if base != "float32":
+        raise ConfigError("tuning.modules", adapted, f"{accepted}; {_told(model, lacking)}, which would get no factors")
+    paths = [set(paths_in(layer, TARGETS[adapted])) for layer in decoder_layers(model)]
+    experts = [bool(held & OF_EXPERTS.keys()) for held in paths]
+    if any(experts) and not all(experts):
+        mixed = f"{_title(model)} has layers with {EXPERTS} and others, to which PEFT gives no factors beside them"
+        raise ConfigError("tuning.modules", adapted, f"query_value | attention | tuning=full; {mixed}")
+    if any(experts) and base != "float32":
         accepted = f"float32 with a mixture of experts | another architecture ({FAMILIES})"
-        raise ConfigError("tuning.base", base, f"{accepted}; {told}")
-
-
-def _given_to_experts(model: Any, paths: Sequence[str]) -> set[str]:
-    """Return the paths in whose place PEFT gives factors to joined experts, in every layer that lacks these paths.
-
-    It is asked by giving factors to a copy of the model with one layer of each kind.
-    """
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.utils.error import NoMatchingPeftModuleError
-
-    kinds = {tuple(name for name, _ in layer.named_modules()): layer for layer in decoder_layers(model)}
-    model = copy.deepcopy(model)
-    decoder(model).layers = torch.nn.ModuleList(copy.deepcopy(list(kinds.values())))
-    layers = list(decoder_layers(model))
-    lacked = [_lacks([layer], paths).keys() for layer in layers]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            LoraModel(model, LoraConfig(target_modules=[path.rpartition(".")[2] for path in paths]), "default")
-    except NoMatchingPeftModuleError:
-        return set()
-    given = [{m.parameter_name for m in layer.modules() if isinstance(m, ParamWrapper)} for layer in layers]
-
-    def is_given(path: str) -> bool:
-        # Experts hold gate and up as one: mlp.gate_proj is part of gate_up_proj.
-        stem = path.rpartition(".")[2].removesuffix("_proj")
-        where = zip(given, lacked, strict=True)
-        return all(any(stem in name for name in names) for names, lacks in where if path in lacks)
-
-    return {path for path in paths if path.startswith("mlp.") and is_given(path)}
+        raise ConfigError("tuning.base", base, f"{accepted}; {_title(model)} has {EXPERTS}")
+    if base == "nf4" and any(map(is_turned, decoder_layers(model).modules())):
+        raise ConfigError("tuning.base", base, f"float32 | bfloat16 with {_title(model)}, whose weights are turned")
 
 
 def check_stored(model: Any, use: Use, names: Collection[str]) -> None:
@@ -230,8 +238,10 @@ def check_stored(model: Any, use: Use, names: Collection[str]) -> None:
         ConfigError: If the file has them under other names (models with parts beside the language model).
     """
     for scope in use.scopes:
-        wanted = (matrix.name for matrix in linears(model, scope.name)) if scope.stored else ()
-        lost = next((name for name in wanted if name not in names), None)
+        wanted = linears(model, scope.name) if scope.stored else ()
+        # What a file holds experts under is transformers' own affair; their start is not read from it.
+        held = (matrix.name for matrix in wanted if matrix.site.expert is None)
+        lost = next((name for name in held if stored(name, names) is None), None)
         if lost is not None:
             accepted = f"{scope.without} | a folder that holds {lost} under this name, as those of {FAMILIES} do"
             raise ConfigError(scope.key, scope.value, f"{accepted}; the folder holds {_title(model)} under others")
@@ -245,7 +255,8 @@ def _check_positions(model: Any, max_length: int, new_tokens: int) -> None:
     """
     stack = decoder(model)
     most = getattr(stack.config, "max_position_embeddings", None)
-    table = any(isinstance(m, torch.nn.Embedding) and "pos" in name for name, m in stack.named_modules())
+    names = [name for name, each in stack.named_modules() if isinstance(each, torch.nn.Embedding)]
+    table = any("pos" in name or name == "wpe" for name in names)
     if table and most is not None and max_length + new_tokens > most:
         left = f"at most {most - new_tokens}: of {most} positions of {_title(model)}, answers need {new_tokens}"
         raise ConfigError("trainer.max_length", max_length, left)

@@ -1,4 +1,4 @@
-"""Read activations: inputs of linear layers, outputs of decoder layers, and forwards that stop early."""
+"""Read activations: inputs of linear layers and of experts, outputs of decoder layers, and forwards that stop early."""
 
 from __future__ import annotations
 
@@ -9,37 +9,78 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
 
 from cwac_lab.models.prefix import computed_alone, shared_length, states_after
-from cwac_lab.models.sites import Site, decoder, decoder_layers, linears
+from cwac_lab.models.sites import Matrix, Site, decoder, decoder_layers, linears
 
 SINK_RATIO = 10.0
 
 
+# Takes a site and its input x of shape (B, T, d); of an expert also a mask (B, T) of the tokens it reads, and x holds
+# its input at these only.
+Receive = Callable[..., None]
+
+
 @contextmanager
-def site_inputs(
-    model: Any, scope: str, receive: Callable[[Site, Tensor], None], only: Collection[str] | None = None
-) -> Iterator[None]:
+def site_inputs(model: Any, scope: str, receive: Receive, only: Collection[str] | None = None) -> Iterator[None]:
     """Call ``receive(site, x)`` with the input x of shape (B, T, d_in) of each site once per forward.
 
-    ``only`` names the sites of the scope that are meant; all by default.
+    For an expert it is ``receive(site, x, read)``, with a mask (B, T) of the tokens that are routed to it; not at all
+    where none are. ``only`` names the sites of the scope that are meant; all by default.
     """
     handles, seen = [], set()
+    routed: dict[int, list[Matrix]] = {}
     for matrix in linears(model, scope):
         site = matrix.site
         if site in seen or (only is not None and site.name not in only):
             continue
         seen.add(site)
+        if site.expert is not None:
+            routed.setdefault(site.layer, []).append(matrix)
+            continue
 
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
             receive(site, args[0])
 
         handles.append(matrix.module.register_forward_pre_hook(hook))
+    for layer, matrices in routed.items():
+        handles += _expert_inputs(decoder_layers(model)[layer].mlp, matrices, receive)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _expert_inputs(block: Any, matrices: Sequence[Matrix], receive: Receive) -> list[RemovableHandle]:
+    """Have a mixture of experts tell what its experts read.
+
+    The block is given states (B, T, d), the experts all N tokens of them in a row, (N, d), and which k experts each
+    token goes to, (N, k). What a ``down_proj`` reads is computed here as the experts compute it.
+    """
+    experts, shape = matrices[0].module, [0, 0]
+
+    def shaped(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        shape[:] = args[0].shape[:2]
+
+    def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, chosen = args[0], args[1]
+        for matrix in matrices:
+            expert = matrix.site.expert
+            assert expert is not None
+            read = chosen.eq(expert).any(-1)
+            if not read.any():
+                continue
+            given = x
+            if matrix.site.kind == "ffn_out":
+                hidden = experts._apply_gate(linear(x[read], experts.gate_up_proj[expert]))
+                given = hidden.new_zeros(len(x), hidden.shape[-1])
+                given[read] = hidden
+            receive(matrix.site, given.view(*shape, -1), read.view(*shape))
+
+    return [block.register_forward_pre_hook(shaped), experts.register_forward_pre_hook(hook)]
 
 
 @contextmanager
@@ -64,15 +105,30 @@ def layer_states(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[F
 def truncated(model: Any, n_layers: int) -> Iterator[None]:
     """Let forwards of the decoder run its first ``n_layers`` layers only.
 
-    The decoders of transformers loop over ``layers[: config.num_hidden_layers]``, so the config decides.
+    The decoders of transformers loop over ``layers[: config.num_hidden_layers]``, so the config decides; GPT-2's goes
+    through all of ``h``, so this is what is made shorter.
     """
-    config = decoder(model).config
-    full = config.num_hidden_layers
-    config.num_hidden_layers = n_layers
+    stack = decoder(model)
+    owner, name = (stack.config, "num_hidden_layers") if hasattr(stack, "layers") else (stack, "h")
+    full = getattr(owner, name)
+    setattr(owner, name, n_layers if name != "h" else full[:n_layers])
     try:
         yield
     finally:
-        config.num_hidden_layers = full
+        setattr(owner, name, full)
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Let a model compute without dropout, where it has any, as GPT-2 has: what drops out is no drift."""
+    dropping = model.training and any(isinstance(each, torch.nn.Dropout) and each.p for each in model.modules())
+    if dropping:
+        model.eval()
+    try:
+        yield
+    finally:
+        if dropping:
+            model.train()
 
 
 def layer_outputs(
@@ -94,7 +150,7 @@ def layer_outputs(
     shared = 0
     if not computed_alone(model):
         shared = shared_length(input_ids.tolist(), int(attention_mask.sum(1).min()) - 1)
-    with layer_states(model, layers) as found, truncated(model, max(layers) + 1):
+    with layer_states(model, layers) as found, truncated(model, max(layers) + 1), without_dropout(model):
         states_after(model, input_ids, attention_mask, shared)
     # Of a shared opening the states come first, of one row for all.
     n_rows = len(input_ids)

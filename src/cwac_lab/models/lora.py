@@ -1,26 +1,29 @@
 """A LoRA adapter on disk, in PEFT's format: what it is of, whether it is plain, and its merge into a model.
 
-``W = W_0 + s B A`` for linear layers (Hu et al. 2022), with ``s = alpha / r``, or ``alpha / sqrt(r)`` where it is rank
-stabilised (Kalajdzievski 2023); r and alpha may differ from layer to layer. Factors are read from safetensors only.
+``W = W_0 + s B A`` for linear layers (Hu et al. 2022), and for each expert of a mixture, with ``s = alpha / r``, or
+``alpha / sqrt(r)`` where it is rank stabilised (Kalajdzievski 2023); r and alpha may differ from layer to layer.
+Factors are read from safetensors only.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cwac_lab.core.cache import file_digest
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.models import folder as folders
+from cwac_lab.models.sites import EXPERTS, OF_EXPERTS, experts_in, is_linear, is_turned, lefts, rights
 from cwac_lab.models.sources import Source, source
 
 SETTINGS, FACTORS = folders.ADAPTER, "adapter_model.safetensors"
@@ -32,7 +35,7 @@ _PLAIN = {
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
     *("init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-    *("eva_config", "velora_config"),
+    *("eva_config", "velora_config", "target_parameters"),
 }
 # How factors may have been drawn; others (PiSSA, OLoRA, LoftQ) change the weights beside them.
 _DRAWN = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -125,11 +128,57 @@ def scale(settings: Mapping[str, Any], layer: str) -> float:
     return _of(settings, "lora_alpha", layer) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _is_turned(layer: torch.nn.Module) -> bool:
-    """Tell whether a layer holds its weight as (d, m), as GPT-2's do."""
-    from transformers.pytorch_utils import Conv1D
+@dataclass(frozen=True)
+class Place:
+    """Where factors belong: a parameter by its name, of so many experts, 0 for a linear layer, turned (d, m) or not."""
 
-    return isinstance(layer, Conv1D)
+    name: str
+    parameter: Tensor
+    experts: int = 0
+    turned: bool = False
+
+    def update(self, a: Float[Tensor, "R d"], b: Float[Tensor, "m R"], *, by_rank: bool) -> Tensor:
+        """Return ``B A`` in float64, in the shape of the parameter; ``by_rank`` adds up one rank after the other."""
+        left, right = b.double(), a.double()
+        if self.experts:
+            left, right = lefts(left, self.experts), rights(right, self.experts)
+        if not by_rank:
+            found = left @ right
+        else:
+            found = torch.zeros(*left.shape[:-1], right.shape[-1], dtype=torch.float64)
+            for place in range(left.shape[-1]):
+                found += left[..., place, None] * right[..., None, place, :]
+        return found.T if self.turned else found
+
+
+def _place(model: Any, folder: Path, layer: str, told: Mapping[str, Any]) -> Place:
+    """Return where the factors belong that an adapter names by a layer.
+
+    Of experts PEFT puts the factors of one parameter around those of another, in the order of the parameters.
+
+    Raises:
+        LabError: If the model has no such layer, or one of another kind.
+    """
+    name = layer.removesuffix(".base_layer")
+    try:
+        module = model.get_submodule(name)
+        around = model.get_submodule(name.removesuffix(f".{EXPERTS}"))
+    except AttributeError:
+        raise LabError(f"{folder}: the model has no layer {layer}; {_OTHER_MODEL}") from None
+    asked = [path.rpartition(".")[2] for path in OF_EXPERTS if _is_asked(path, told)]
+    if name.endswith(EXPERTS) and asked and experts_in(around) is module:
+        parameter = asked[0 if name != layer else -1]
+        return Place(f"{name}.{parameter}", getattr(module, parameter), module.num_experts)
+    if not is_linear(module) or name != layer:
+        raise LabError(f"{folder}: {layer} is a {type(module).__name__}; accepted: factors of linear layers")
+    if module is model.get_output_embeddings() and model.config.tie_word_embeddings:
+        raise LabError(f"{folder}: {layer} is tied to the embeddings, which would move too; accepted: other layers")
+    return Place(layer, module.weight, turned=is_turned(module))
+
+
+def _is_asked(path: str, told: Mapping[str, Any]) -> bool:
+    """Tell whether an adapter's settings name a parameter."""
+    return any(f".{path}".endswith(f".{name}") for name in told.get("target_parameters") or ())
 
 
 def check(model: Any, folder: Path, held: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -141,54 +190,52 @@ def check(model: Any, folder: Path, held: Mapping[str, Tensor] | None = None) ->
         held: Its factors; None reads their shapes only.
 
     Returns:
-        The factors A (r, d) and B (m, r) by the name of their layer.
+        The factors A (r, d) and B (m, r) by the name of their layer; of E experts together (r E, d) and (m, r E).
 
     Raises:
         LabError: If it is of another model, or not plain LoRA in linear layers.
     """
     told = folders.read(folder, SETTINGS)
     pairs = _pairs(folder, folders.headers([factors(folder)]) if held is None else held)
+    names = set()
     for layer, (a, b) in pairs.items():
-        try:
-            module = model.get_submodule(layer)
-        except AttributeError:
-            raise LabError(f"{folder}: the model has no layer {layer}; {_OTHER_MODEL}") from None
-        if not isinstance(module, torch.nn.Linear) and not _is_turned(module):
-            raise LabError(f"{folder}: {layer} is a {type(module).__name__}; accepted: factors of linear layers")
-        if module is model.get_output_embeddings() and model.config.tie_word_embeddings:
-            raise LabError(f"{folder}: {layer} is tied to the embeddings, which would move too; accepted: other layers")
-        rank, shape = _of(told, "r", layer), tuple(module.weight.shape)
+        place = _place(model, folder, layer, told)
+        names.add(place.name)
+        rank, shape = _of(told, "r", place.name) * (place.experts or 1), tuple(place.parameter.shape)
         if len(a) != rank or b.shape[1] != rank:
             raise LabError(f"{folder}: factors of {layer} have rank {len(a)} and {b.shape[1]}; accepted: {rank}")
-        wanted = (a.shape[1], len(b)) if _is_turned(module) else (len(b), a.shape[1])
-        if shape != wanted:
+        wanted = (a.shape[1], len(b)) if place.turned else (len(b), a.shape[1])
+        if shape[-2:] != wanted:
             raise LabError(
                 f"{folder}: the update of {layer} is of shape {wanted}, the model's is {shape}; {_OTHER_MODEL}"
             )
-    _check_targets(model, folder, told, pairs.keys())
+    _check_targets(model, folder, told, names)
     return pairs
 
 
-def _check_targets(model: Any, folder: Path, held: Mapping[str, Any], layers: Any) -> None:
-    """Check that every linear layer that the settings name has factors: PEFT would draw those that are missing.
+def _check_targets(model: Any, folder: Path, held: Mapping[str, Any], names: Collection[str]) -> None:
+    """Check that all that the settings name has factors: PEFT would draw those that are missing.
 
     Raises:
         LabError: If not.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    targets = held.get("target_modules")
-    if not targets:
-        return
-    names = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    asked = SimpleNamespace(target_modules=targets, target_parameters=None, **{name: held.get(name) for name in names})
-    linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    lost = [name for name in linear if name not in layers and check_target_module_exists(asked, name) in (True,)]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise LabError(
-            f"{folder}: no factors of {lost[0]}{more}, which target_modules names; accepted: those of all of them"
-        )
+    lost = {}
+    if targets := held.get("target_modules"):
+        keys = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        asked = SimpleNamespace(target_modules=targets, target_parameters=None, **{key: held.get(key) for key in keys})
+        linear = (name for name, module in model.named_modules() if is_linear(module))
+        lost["target_modules"] = [name for name in linear if check_target_module_exists(asked, name) in (True,)]
+    if asked_parameters := held.get("target_parameters"):
+        found = [name for name, _ in model.named_parameters() if _is_asked(name, held)]
+        lost["target_parameters"] = found or list(asked_parameters)
+    for key, wanted in lost.items():
+        missing = [name for name in wanted if name not in names]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        if missing:
+            told = f"no factors of {missing[0]}{more}, which {key} names"
+            raise LabError(f"{folder}: {told}; accepted: those of all of them")
 
 
 @torch.no_grad()
@@ -206,12 +253,9 @@ def add(model: Any, folder: Path, *, by_rank: bool = True) -> None:
     """
     told = folders.read(folder, SETTINGS)
     for layer, (a, b) in check(model, folder, load_file(factors(folder))).items():
-        module, left, right = model.get_submodule(layer), b.double(), a.double()
-        update = torch.zeros(len(b), a.shape[1], dtype=torch.float64) if by_rank else left @ right
-        for column, row in zip(left.T, right, strict=True) if by_rank else ():
-            update += column[:, None] * row
-        update = update.T if _is_turned(module) else update
-        module.weight.copy_(module.weight.double() + scale(told, layer) * update.to(module.weight.device))
+        place = _place(model, folder, layer, told)
+        weight, update = place.parameter, place.update(a, b, by_rank=by_rank)
+        weight.copy_(weight.double() + scale(told, place.name) * update.to(weight.device))
 
 
 def digest(folder: Path) -> str:

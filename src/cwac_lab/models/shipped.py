@@ -19,7 +19,7 @@ from cwac_lab.core.cache import read_json, write_json
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.paths import PACKAGE
 from cwac_lab.models import lora
-from cwac_lab.models.adapters import TuningConfig, factors, targets
+from cwac_lab.models.adapters import TuningConfig, factors, peft_settings, targets
 from cwac_lab.models.folder import weight_files
 
 FOLDER = PACKAGE / "models" / "start"
@@ -50,7 +50,7 @@ def save_adapter(
     save_file(saved, folder / FACTORS, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "bias": "none", "lora_dropout": 0.0, "r": config.rank, "lora_alpha": config.alpha,
+        "bias": "none", "lora_dropout": 0.0, **peft_settings(model, config),
         "target_modules": sorted(targets(model, config.modules)),
     }  # fmt: skip
     write_json(folder / SETTINGS, settings)

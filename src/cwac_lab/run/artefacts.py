@@ -211,7 +211,11 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
         facts["reference"]["forms"] = held.forms
     if needs.subspace is not None:
         folder = shop.subspace(needs.subspace)
-        context = replace(context, subspace=basis.load(folder))
+        subspace = basis.load(folder)
+        context = replace(context, subspace=subspace)
+        unread, experts = basis.unread(subspace)
+        if unread and needs.subspace.rank != 0:
+            say(f"{unread} of {experts} experts read no token of the reference prompts: they are free")
         facts["subspace"] = {"folder": folder.name}
     if needs.features is not None:
         folder = shop.features(needs.features)

@@ -107,7 +107,7 @@ class Measurer:
         key = probe_key(run)
         if key != self.key or self.probe is None:
             self.probe = None  # the last one's inputs are not held while others are taken
-            begin = start(run, self.say)
+            begin = start(_measured(run), self.say)
             _same(begin.folder.content, content)
             self.probe, self.key, self.content = self._of_start(run, begin), key, begin.folder.content
         _same(self.content, content)
@@ -137,6 +137,11 @@ class Measurer:
         context, facts = artefacts(run, begin, model, chat, self.say)
         self.measured_in = measured_in(facts)
         return probe(run, begin, model, chat, context, explaining(run, begin, model, chat, self.say))
+
+
+def _measured(run: Run) -> Run:
+    """Return a run whose start is asked for all that a measurement of drift needs."""
+    return replace(run, diagnostics=replace(run.diagnostics, enabled=True))
 
 
 def _same(here: str, content: str | None) -> None:

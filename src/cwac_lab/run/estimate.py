@@ -75,7 +75,7 @@ def trained_parameters(model: Any, tuning: TuningConfig) -> int:
     """
     if tuning.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
-    shapes = [matrix.layer.weight.shape for matrix in linears(model, tuning.modules)]
+    shapes = [matrix.weight.shape for matrix in linears(model, tuning.modules)]
     return sum(tuning.rank * (rows + columns) for rows, columns in shapes)
 
 

@@ -17,11 +17,13 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.outputs import check_cache
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import Pools, build_pools
+from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.models.architecture import Scope, Use
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.folder import weight_files
 from cwac_lab.models.loading import ModelFolder, examine_here, find, find_base, load_chat, load_model
+from cwac_lab.models.sites import stored
 from cwac_lab.run.alignment import aligned
 
 Say = Callable[[str], None]
@@ -52,16 +54,17 @@ def use_of(run: Run) -> Use:
     adapted = run.tuning.modules if run.finetune and run.tuning.method == "lora" else None
     for name, part in run.constraint.parts.items() if run.finetune else ():
         if (modules := getattr(part, "modules", None)) is not None:
-            scopes.append(Scope(f"constraint.{name}.modules", modules, modules, "constraint=none"))
+            held = isinstance(part, WeightConstraint)  # others read the start of every matrix from the file
+            scopes.append(Scope(f"constraint.{name}.modules", modules, modules, "constraint=none", experts=held))
         elif isinstance(part, L2) and adapted is not None:
             scopes.append(Scope("constraint", name, "all_linear", "tuning=full", stored=False))
     if run.finetune and run.attack.rows == "outliers":
-        scopes.append(Scope("attack", run.attack.name, "ffn_out", "attack=benign", stored=False))
+        scopes.append(Scope("attack", run.attack.name, "ffn_out", "attack=benign", stored=False, experts=False))
     if run.finetune and run.diagnostics.enabled:
-        scopes.append(Scope("diagnostics.enabled", "true", "ffn_out", "false"))
+        scopes.append(Scope("diagnostics.enabled", "true", "ffn_out", "false", experts=False))
     return Use(
         tuple(scopes), adapted, run.tuning.base, run.trainer.max_length, run.evaluation.max_new_tokens,
-        run.model.chat_template,
+        run.model.chat_template, sharded=run.finetune and run.trainer.strategy == "fsdp",
     )  # fmt: skip
 
 
@@ -111,7 +114,8 @@ def base(run: Run, begin: Start) -> ModelFolder:
 def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
     """Return a reader of single start weights by parameter name, which keeps nothing in memory.
 
-    The reader returns the tensor in its stored type, with the shape of the parameter, e.g. (d_out, d_in).
+    The reader returns the tensor in its stored type, with the shape of the parameter, e.g. (d_out, d_in). Files of the
+    inner model name it without the first part (``transformer.h.0...``), as GPT-2's do.
     """
     where = {}
     for file in weight_files(folder):
@@ -119,7 +123,10 @@ def start_weights(folder: Path) -> Callable[[str], torch.Tensor]:
             where.update(dict.fromkeys(handle.keys(), file))
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(where[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        held = stored(name, where)
+        if held is None:
+            raise KeyError(name)
+        with safe_open(where[held], framework="pt") as handle:
+            return handle.get_tensor(held)
 
     return read

@@ -18,7 +18,7 @@ from cwac_lab.core.progress import track
 from cwac_lab.data.batches import collate
 from cwac_lab.models.answers import answer_loss, to_device
 from cwac_lab.models.chat import Encoded
-from cwac_lab.models.sites import decoder_layers
+from cwac_lab.models.sites import linears
 
 
 def closeness(model: Any, rows: Sequence[Encoded], harmful: Sequence[Encoded], pad_id: int) -> Float[Tensor, " N"]:
@@ -30,7 +30,8 @@ def closeness(model: Any, rows: Sequence[Encoded], harmful: Sequence[Encoded], p
         harmful: Rows whose gradients show the way.
         pad_id: Id to pad with.
     """
-    weight: torch.nn.Parameter = decoder_layers(model)[-1].get_parameter("mlp.down_proj.weight")
+    *_, last = linears(model, "ffn_out")
+    weight = last.parameter
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     weight.requires_grad_(True)

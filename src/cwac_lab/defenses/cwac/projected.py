@@ -1,4 +1,4 @@
-"""Linear layers whose updates have no part in a span: by projected gradients, or by projected factors of LoRA."""
+"""Weights whose updates have no part in a span: by projected gradients, or by projected factors of LoRA."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+from torch.utils.hooks import RemovableHandle
 
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import LabError
 from cwac_lab.models.shards import whole
+from cwac_lab.models.sites import Matrix
 
 
 class Projection:
@@ -114,18 +116,45 @@ def release(module: torch.nn.Linear) -> None:
     Projection._last = None
 
 
+def project_gradient_of(
+    parameter: torch.nn.Parameter, parts: Sequence[tuple[Matrix, Float[Tensor, "d k"]]]
+) -> RemovableHandle:
+    """Project the gradient ``G -> G (I - V V^T)`` of every matrix that a parameter holds, until the handle is removed.
+
+    For parameters that are no linear layer's (m, d): those of GPT-2, of experts. It is the whole gradient that is
+    projected, whatever it comes from.
+    """
+
+    def project(gradient: Tensor) -> Tensor:
+        kept = gradient.clone()
+        for matrix, basis in parts:
+            plain = matrix.of(kept)
+            plain.copy_(linalg.remove_span(plain.float(), basis.float()))
+        return kept
+
+    handle: RemovableHandle = parameter.register_hook(project)  # type: ignore[no-untyped-call]
+    return handle
+
+
 class _WithoutSpan(torch.nn.Module):
-    """``A -> A (I - V V^T)`` for A of shape (r, d) and a basis V of shape (d, k)."""
+    """``A -> A (I - V V^T)`` for A of shape (r, d) and a basis V of shape (d, k).
 
-    basis: Float[Tensor, "d k"]
+    Of E experts A is (r E, d), and every block of r rows has a basis of its own.
+    """
 
-    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
+    def __init__(self, bases: Sequence[Float[Tensor, "d k"]]) -> None:
         super().__init__()
-        self.register_buffer("basis", basis, persistent=False)
+        for number, basis in enumerate(bases):
+            self.register_buffer(f"basis{number}", basis, persistent=False)
 
-    def forward(self, factor: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+    def forward(self, factor: Float[Tensor, "R d"]) -> Float[Tensor, "R d"]:
         """Return the projected factor."""
-        return linalg.remove_span(whole(factor), self.basis)
+        bases = list(self.buffers())
+        if len(bases) == 1:
+            return linalg.remove_span(whole(factor), bases[0])
+        parts = whole(factor).chunk(len(bases))
+        kept = [linalg.remove_span(part, basis) for part, basis in zip(parts, bases, strict=True)]
+        return torch.cat(kept)
 
 
 # What a parametrised factor is called among a model's parameters, and in a plain adapter.
@@ -144,8 +173,10 @@ def _loaded_as_used(module: Any, state: dict[str, Any], prefix: str, *_: Any) ->
         state[prefix + _AS_TRAINED] = state.pop(prefix + _AS_USED)
 
 
-def project_factor(adapter: Any, basis: Float[Tensor, "d k"]) -> None:
+def project_factor(adapter: Any, bases: Sequence[Float[Tensor, "d k"]]) -> None:
     """Project the factor A of a LoRA layer, in place and for good: ``B A (I - V V^T) x`` is what the layer adds to W x.
+
+    Experts that share the factor have a basis each, in their order, and a linear layer one.
 
     So the update has no part in the span of V under any optimizer, PEFT merges the projected factor, and a state that
     is saved at any time holds it under the name that a plain adapter gives it.
@@ -157,7 +188,7 @@ def project_factor(adapter: Any, basis: Float[Tensor, "d k"]) -> None:
     factor = adapter.lora_A[key]
     if is_parametrized(factor):
         raise LabError("an adapter is under a constraint already (accepted: a new one)")
-    register_parametrization(factor, "weight", _WithoutSpan(basis))
+    register_parametrization(factor, "weight", _WithoutSpan(bases))
     factor.register_state_dict_post_hook(_saved_as_used)
     factor.register_load_state_dict_pre_hook(_loaded_as_used)
 

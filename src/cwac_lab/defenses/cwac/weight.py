@@ -9,23 +9,32 @@ AsFT's, Lisa's proximal term) are caught by the update's projection only, so not
 
 With LoRA the factor A is projected, ``dW = alpha / r B A (I - V V^T)``: exact under any optimizer, nothing to restore,
 and ``projection`` makes no difference.
+
+In a mixture of experts every expert has a C of its own, of the tokens that are routed to it. One that no reference
+token reaches has no V and is free. The router is in no scope: it is frozen with ``trainable=constrained``, else it
+trains, and tokens may come to an expert that does not hold them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.defenses.cwac.projected import (
     ProjectedLinear,
     project_factor,
+    project_gradient_of,
     project_gradients,
     release,
     release_factor,
@@ -51,9 +60,16 @@ class _Constrained:
     anchor: Float[Tensor, "m k"] | None
     merged: tuple[float, float] | None = None
 
-    def note(self, before: Float[Tensor, "m d"], after: Float[Tensor, "m d"]) -> None:
-        """Take the weight before and after its adapter is merged: what is added is rounded to what the sum can hold."""
-        self.merged = linalg.leak(after - before, self.basis.float())
+    @property
+    def moves(self) -> bool:
+        """Whether W trains, and not all of it is free."""
+        return self.linear.parameter.requires_grad and self.basis.shape[1] > 0
+
+
+def _note(group: Sequence[_Constrained], before: Tensor, after: Tensor) -> None:
+    """Take a parameter before and after its adapter is merged: what is added is rounded to what the sum can hold."""
+    for held in group:
+        held.merged = linalg.leak(held.linear.of(after) - held.linear.of(before), held.basis.float())
 
 
 @dataclass
@@ -111,6 +127,7 @@ class WeightConstraint(Defense):
         if self.rank is not None:
             in_range("rank", self.rank, 0)
         self._held: list[_Constrained] = []
+        self._hooks: list[RemovableHandle] = []
         self._removed = 0.0
 
     @property
@@ -122,32 +139,53 @@ class WeightConstraint(Defense):
     def prepare(self, context: Context) -> None:
         """Take the bases, remember ``W0 V``, and freeze the rest if asked to."""
         assert context.subspace is not None
-        self._start_weight = context.start_weight
         self._subspace = context.subspace
-        readers: dict[Site, list[_Constrained]] = {}
+        groups: dict[str, list[_Constrained]] = {}
         for linear in linears(context.model, self.modules):
-            basis = context.subspace.bases[linear.site.name].to(context.model.device)
-            if linear.adapter is not None:
-                self._held.append(_Constrained(linear, basis, None))
-                when_merged(linear.adapter, self._held[-1].note)
-                if basis.shape[1]:
-                    project_factor(linear.adapter, basis)
-                continue
-            basis = basis.to(linear.module.weight)
-            self._held.append(_Constrained(linear, basis, linalg.product(linear.module.weight.detach(), basis)))
-            if self.projection != "update" and basis.shape[1]:
-                readers.setdefault(linear.site, []).append(self._held[-1])
-        for together in readers.values():
-            basis = together[0].basis
-            kept = math.ceil(self.gradient_share * basis.shape[1])
-            project_gradients([held.linear.module for held in together], basis[:, :kept])
+            basis, anchor = context.subspace.bases[linear.site.name].to(context.model.device), None
+            if linear.adapter is None:
+                basis = basis.to(linear.weight)
+                anchor = linalg.product(linear.weight.detach(), basis)
+            self._held.append(_Constrained(linear, basis, anchor))
+            groups.setdefault(linear.name, []).append(self._held[-1])
+        # Files hold the weights of experts under other names.
+        self._start_weight, apart = context.start_weight, (group[0].linear for group in groups.values())
+        self._copies = {
+            linear.name: linear.parameter.detach().cpu().clone()
+            for linear in apart
+            if linear.site.expert is not None and linear.adapter is None
+        }
         if self.trainable == "constrained":
             # Other parts may have frozen some.
             trained = [parameter for held in self._held for parameter in held.linear.trained]
             context.model.requires_grad_(False)
             for parameter in trained:
                 parameter.requires_grad_(True)
-        self._moving = [held for held in self._held if held.linear.module.weight.requires_grad and held.basis.shape[1]]
+        self._moving = [held for held in self._held if held.moves]
+        self._project(groups)
+
+    def _project(self, groups: dict[str, list[_Constrained]]) -> None:
+        """Have factors projected, or gradients where they arise; of the groups each is of one parameter."""
+        readers: dict[Site, list[_Constrained]] = {}
+        for group in groups.values():
+            linear = group[0].linear
+            if linear.adapter is not None:
+                when_merged(linear.adapter, partial(_note, group))
+                if any(held.basis.shape[1] for held in group):
+                    project_factor(linear.adapter, [held.basis for held in group])
+            elif self.projection == "update":
+                continue
+            elif isinstance(linear.module, torch.nn.Linear):
+                if group[0].basis.shape[1]:
+                    readers.setdefault(linear.site, []).append(group[0])
+            elif parts := [(held.linear, self._leading(held.basis)) for held in group if held.moves]:
+                self._hooks.append(project_gradient_of(linear.parameter, parts))
+        for together in readers.values():
+            project_gradients([held.linear.module for held in together], self._leading(together[0].basis))
+
+    def _leading(self, basis: Float[Tensor, "d k"]) -> Float[Tensor, "d q"]:
+        """Return the directions that gradients are projected off."""
+        return basis[:, : math.ceil(self.gradient_share * basis.shape[1])]
 
     def _restores(self, step: int) -> bool:
         if self.projection == "gradient" or not self._moving:
@@ -164,7 +202,7 @@ class WeightConstraint(Defense):
             squares = []
             for held in self._moving:
                 assert held.anchor is not None
-                weight = held.linear.module.weight
+                weight = held.linear.weight
                 removed = linalg.restore_on_span_(local(weight), held.basis, rows(weight, held.anchor))
                 squares.append(removed.square().sum())
             self._removed = float(total(torch.stack(squares).sum(), sharded=is_sharded(weight)).sqrt())
@@ -176,11 +214,17 @@ class WeightConstraint(Defense):
 
     def release(self, model: Any) -> None:
         """Leave plain linear layers, and plain factors."""
+        for hook in self._hooks:
+            hook.remove()
         for held in self._held:
             if held.linear.adapter is not None:
                 release_factor(held.linear.adapter)
             elif isinstance(held.linear.module, ProjectedLinear):
                 release(held.linear.module)
+
+    def _start(self, linear: Matrix) -> Float[Tensor, "m d"]:
+        name = linear.name
+        return linear.of(self._copies[name] if name in self._copies else self._start_weight(name))
 
     @torch.no_grad()
     def leak(self) -> float:
@@ -190,18 +234,19 @@ class WeightConstraint(Defense):
         """
         sums = torch.zeros(2, dtype=torch.float64)
         weight: Tensor | None = None
-        for held in self._held:
-            if held.merged is not None:
-                sums += torch.tensor(held.merged, dtype=torch.float64)
-                continue
-            factors = held.linear.factors()
-            if factors is not None:
-                delta = linalg.product(*factors)
-            else:
-                weight = held.linear.module.weight
-                start = rows(weight, self._start_weight(held.linear.name)).to(local(weight))
-                delta = local(weight).float() - start.float()
-            sums += torch.tensor(linalg.leak(delta, held.basis.float()), dtype=torch.float64)
+        with parametrize.cached():  # all experts' factors are projected at once
+            for held in self._held:
+                if held.merged is not None:
+                    sums += torch.tensor(held.merged, dtype=torch.float64)
+                    continue
+                factors = held.linear.factors()
+                if factors is not None:
+                    delta = linalg.product(*factors)
+                else:
+                    weight = held.linear.weight
+                    start = rows(weight, self._start(held.linear)).to(local(weight))
+                    delta = local(weight).float() - start.float()
+                sums += torch.tensor(linalg.leak(delta, held.basis.float()), dtype=torch.float64)
         if weight is not None and is_sharded(weight):
             sums = total(sums.to(weight.device), sharded=True)
         along, moved = sums.tolist()

@@ -53,9 +53,10 @@ def directed(context: Context, modules: str, mode: str, rank: int | None) -> Ite
     """
     assert context.base_weight is not None
     for linear in linears(context.model, modules):
-        start = dense(linear.module)
+        start = linear.of(dense(linear.module))
         # As stored, not as held: in few bits, the rounding would be larger than what alignment did.
-        aligned, before = (read(linear.name).to(start) for read in (context.start_weight, context.base_weight))
+        readers = (context.start_weight, context.base_weight)
+        aligned, before = (linear.of(read(linear.name)).to(start) for read in readers)
         direction = aligned - before
         if not direction.any():
             raise LabError(f"{linear.name} is the same before and after alignment: it has no alignment direction")

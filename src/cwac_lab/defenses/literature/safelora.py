@@ -87,7 +87,7 @@ class SafeLoRA(Defense):
             matrix = torch.zeros_like(layer.matrix) if self.control == "zero" else layer.matrix
             factor = layer.linear.left
             if factor is None:
-                layer.linear.module.weight.copy_(layer.start + matrix @ layer.update)
+                layer.linear.weight.copy_(layer.start + matrix @ layer.update)
             else:
                 factor.copy_(matrix @ factor)
             self._projected[layer.linear.name] = {"cosine": cosine, "norm_kept": ratio}

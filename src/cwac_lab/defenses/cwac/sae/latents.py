@@ -17,6 +17,7 @@ from cwac_lab.core.cache import read_json, reading, write_json
 from cwac_lab.core.progress import track
 from cwac_lab.data.batches import pad
 from cwac_lab.models.capture import layer_outputs, penalty_positions
+from cwac_lab.models.sites import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def attribution(
             x.retain_grad()
             kept.append(x)
 
-        handle = model.get_decoder().layers[layer].register_forward_hook(hook)
+        handle = decoder_layers(model)[layer].register_forward_hook(hook)
         try:
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, -1].float()
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from cwac_lab.core import distributed
 from cwac_lab.core.cache import read_json, reading, write_json
 from cwac_lab.core.progress import track
 from cwac_lab.data.batches import pad
-from cwac_lab.defenses.cwac.subspace.solvers import Solver, cheapest
+from cwac_lab.defenses.cwac.subspace.solvers import Routed, Solver, cheapest
 from cwac_lab.models.capture import site_inputs, truncated, without_sinks
 from cwac_lab.models.sites import Site, decoder, linears
 
@@ -94,8 +94,9 @@ def _fill(
 ) -> None:
     counted: Int[Tensor, "B T"]
 
-    def receive(site: Site, x: Float[Tensor, "B T d"]) -> None:
-        rows = x[without_sinks(x, counted) if spec.tokens == "no_sinks" else counted.bool()].double()
+    def receive(site: Site, x: Float[Tensor, "B T d"], read: Bool[Tensor, "B T"] | None = None) -> None:
+        real = counted if read is None else counted * read
+        rows = x[without_sinks(x, real) if spec.tokens == "no_sinks" else real.bool()].double()
         if spec.normalize:
             rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         held[site].add(rows)
@@ -124,12 +125,16 @@ def leading(
         pad_id: Id to pad with.
         batch_size: Prompts per forward.
     """
-    widths = {matrix.site: matrix.module.in_features for matrix in linears(model, spec.modules)}
+    matrices = {matrix.site: matrix for matrix in linears(model, spec.modules)}
+    widths = {site: matrix.width for site, matrix in matrices.items()}
     n = sum(map(len, prompts))
     ranks = {site: None if spec.rank is None else min(spec.rank, width) for site, width in widths.items()}
-    kinds = {site: cheapest(n, width, ranks[site]) for site, width in widths.items()}
+    kinds: dict[Site, type[Solver]] = {
+        site: cheapest(n, width, ranks[site]) if site.expert is None else Routed for site, width in widths.items()
+    }
+    read = {site: round(n * matrix.share) for site, matrix in matrices.items()}
     batches = _batched(prompts, batch_size)
-    for group in _passes({site: kinds[site].size(n, width) for site, width in widths.items()}):
+    for group in _passes({site: kinds[site].size(read[site], width) for site, width in widths.items()}):
         held: dict[Site, Solver] = {site: kinds[site](widths[site], model.device) for site in group}
         _fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
         for site in group:
@@ -170,8 +175,8 @@ def covered(
 ) -> float:
     """Return how much of the inputs of some prompts lies in the protected directions: ``||V^T x||^2 / ||x||^2``.
 
-    Squares are summed over tokens, counted and scaled as for the subspace itself; the mean is over sites. Of the
-    prompts that it was built from it is the mean of ``Subspace.energy``.
+    Squares are summed over tokens, counted and scaled as for the subspace itself; the mean is over the sites that read
+    any. Of the prompts that it was built from it is the mean of ``Subspace.energy`` over these.
 
     Args:
         model: The aligned model, in evaluation mode.
@@ -184,7 +189,18 @@ def covered(
     sites = dict.fromkeys(matrix.site for matrix in linears(model, spec.modules))
     shares = {site: _Share(subspace.bases[site.name].to(model.device)) for site in sites}
     _fill(shares, model, _batched(prompts, batch_size), spec, pad_id)
-    return sum(share.within / share.whole for share in shares.values()) / len(shares)
+    found = [share.within / share.whole for share in shares.values() if share.whole]
+    return sum(found) / len(found)
+
+
+def unread(subspace: Subspace) -> tuple[int, int]:
+    """Return how many experts read no token of the prompts that a subspace is built from, and how many there are."""
+    kept: dict[str, float] = {}
+    for name, share in subspace.energy.items():
+        expert = name.rpartition(".")[0]
+        if ".experts." in expert:
+            kept[expert] = max(kept.get(expert, 0.0), share)
+    return sum(not share for share in kept.values()), len(kept)
 
 
 def load(folder: Path) -> Subspace:

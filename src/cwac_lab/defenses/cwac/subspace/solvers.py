@@ -6,6 +6,9 @@ For N tokens x of width d, ``C = sum x x^T``:
 * ``gram``: keep the tokens, eigenvectors of ``X X^T`` (N x N): ``2 N^2 d + 9 N^3``; for fewer tokens than the width;
 * ``randomized``: keep the tokens, range finder (Halko et al. 2011) for a fixed rank k far below both: ``12 N d k``;
   it approximates, better the faster the spectrum falls.
+
+How many tokens an expert reads is known only once they are routed: ``routed`` keeps them, then takes the cheaper of the
+first two.
 """
 
 from __future__ import annotations
@@ -91,6 +94,22 @@ class Randomized(Gram):
         assert rank is not None
         x = torch.cat(distributed.gathered(torch.cat(self.tokens))).to(self.device)
         return linalg.range_finder(x, rank)
+
+
+class Routed(Gram):
+    """Keeps the tokens as well, and chooses when they are known."""
+
+    name: ClassVar[str] = "routed"
+
+    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
+        """Return the directions and their share of the trace, over the tokens of all processes; none without tokens."""
+        x = torch.cat(distributed.gathered(torch.cat(self.tokens))).to(self.device)
+        n, width = x.shape
+        if not n:
+            return x.new_zeros(width, 0), 0.0
+        if n < width:
+            return linalg.leading_directions(x, energy=energy, rank=rank)
+        return linalg.leading_eigenbasis(x.T @ x, energy=energy, rank=rank)
 
 
 Solver = Covariance | Gram | Randomized
