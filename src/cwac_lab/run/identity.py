@@ -10,7 +10,7 @@ from cwac_lab.config.run import ALIKE, Run
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import digest
 from cwac_lab.core.classes import located, outside, source
-from cwac_lab.data.pools import build_pools
+from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.data.responses import compliance, refusal
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.tasks.base import TaskRow
@@ -117,6 +117,7 @@ def _attack(run: Run) -> dict[str, str]:
 
 
 _known: dict[str, dict[str, str]] = {}
+_dealt: dict[str, Pools] = {}
 
 
 def start_key(run: Run) -> str:
@@ -143,7 +144,8 @@ def identity(run: Run, say: Callable[[str], None]) -> dict[str, str]:
     """Return the hashes of ``content_of``; those of a start are remembered for runs of one process that start alike."""
     key = start_key(run)
     if key not in _known:
-        pools = build_pools(run.data)
+        dealt = digest(run.resolved["data"])
+        pools = _dealt[dealt] if dealt in _dealt else _dealt.setdefault(dealt, build_pools(run.data))
         data = pools.task_rows(run.data, run.task)
         content = content_of(run, start(run, say, pools), data)
         _known[key] = {name: value for name, value in content.items() if name != OWN}
