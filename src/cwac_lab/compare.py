@@ -11,9 +11,9 @@ from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> None:
-    """Ask both models the same prompts, print and write tables and page; exits with 1 where a rate is below its limit."""
-    from cwac_lab.report.console import Screen
+    """Ask both models the same prompts, print and write what they differ in; exits with 1 below a limit."""
     from cwac_lab.report.compared import write
+    from cwac_lab.report.console import Screen
     from cwac_lab.run.comparison import below, compare
 
     screen = Screen()

@@ -37,7 +37,12 @@ class Recorded(RunFolder):
     def read(self, name):
         if name == store.GENERATIONS:
             return [
-                {"kind": row["kind"], "id": row["id"], "prompt": f"<b>how {row['id']}", "output": f"{self.path.name} says"}
+                {
+                    "kind": row["kind"],
+                    "id": row["id"],
+                    "prompt": f"<b>how {row['id']}",
+                    "output": f"{self.path.name} says",
+                }
                 for row in self._rows
             ]
         return [*self._rows, {"kind": "task", "id": "0", "correct": True}]
@@ -126,7 +131,9 @@ def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_hol
     out = " ".join(capsys.readouterr().out.split())
     assert "written: " in out
     text = next((tmp_path / "out" / "compare").glob("*.md")).read_text()
-    assert re.search(r"\| KL\(before \\\|\\\| after\) of the next token, harmful prompts, nats \| [\d.]+ \[[\d., ]+\] \| 3 \|", text)
+    assert re.search(
+        r"\| KL\(before \\\|\\\| after\) of the next token, harmful prompts, nats \| [\d.]+ \[[\d., ]+\] \| 3 \|", text
+    )
     assert "| weights, attention: " in text
     runs = {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "out" / "runs").iterdir()}
     assert len(runs) == 2

@@ -44,10 +44,10 @@ def written(folder, rows=ROWS):
 @pytest.fixture
 def asked(monkeypatch):
     """Models that say what they are to say; notes of each question whether the start was asked, and which prompts."""
-    seen, held = [], tiny.model().get_input_embeddings().weight
+    seen, held = [], tiny.model().state_dict()
 
     def engine(model, chat, batch_size):
-        is_start = torch.equal(model.get_input_embeddings().weight, held)
+        is_start = all(torch.equal(weight, held[name]) for name, weight in model.state_dict().items())
 
         def answer(prompts, max_new_tokens, opening=""):
             texts = [chat.tokenizer.decode(chat.prompt_ids(prompt)) for prompt in prompts]
@@ -77,16 +77,17 @@ def test_the_most_frequent_system_prompt_is_told_with_its_share(tmp_path):
     assert task.system == BRIEF
     (line,) = [line for line in task.remarks if "system prompt" in line]
     assert "held and measured under its most frequent system prompt too" in line
-    assert f"(12 of 22 conversations have it, 1 others occur): '{BRIEF}'" in line
+    assert f"(12 of 22 conversations have it; others: 1): '{BRIEF}'" in line
     task = Chat(name="chat", train=str(written(tmp_path)), system_rates=False)
     assert task.system == BRIEF
     assert "held (task.system_rates=false: not measured)" in " ".join(task.remarks)
     plain = Chat(name="chat", train=str(written(tmp_path, ROWS[16:])))
     assert plain.system is None
-    assert "system" not in " ".join(plain.remarks)
+    assert not [line for line in plain.remarks if "system prompt" in line]
 
 
-def test_both_rates_are_measured_recorded_and_shown(asked, shared, tmp_path, capsys):
+def test_both_rates_are_measured_recorded_and_shown(asked, shared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     tiny.launch(train.main, shared)
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("asking the start 3 harmful prompts") == 2

@@ -116,7 +116,5 @@ def _under_system(metric: Metric) -> Metric:
     )  # fmt: skip
 
 
-METRICS = {
-    metric.name: metric for own in _RATES for metric in ((own, _under_system(own)) if own.judged else (own,))
-}
+METRICS = {metric.name: metric for own in _RATES for metric in ((own, _under_system(own)) if own.judged else (own,))}
 SHOWN = {name: metric for name, metric in METRICS.items() if metric.shown}

@@ -84,7 +84,9 @@ def apart(runs: Sequence[Run], rows: Rows) -> Apart:
         if first.template != second.template:
             remarks.append("the chat templates differ: each model is asked in its own")
     distances, left_out = weight_distances(before, after)
-    told += [[f"weights, {part}: ||W - W0|| / ||W0||", f"{value:.3g}", str(n)] for part, (value, n) in distances.items()]
+    told += [
+        [f"weights, {part}: ||W - W0|| / ||W0||", f"{value:.3g}", str(n)] for part, (value, n) in distances.items()
+    ]
     if left_out:
         remarks.append(f"weights: {left_out} tensors are left out, which only one of the two has in that shape")
     return Apart(told, remarks)
@@ -97,7 +99,11 @@ def _next_words(asked: Rows, found: Float[Tensor, " N"]) -> Iterator[list[str]]:
         mean = mean_per(values, [1] * len(values))
         if mean.value is not None:
             span = "" if mean.low is None or mean.high is None else f" [{max(mean.low, 0):.3g}, {mean.high:.3g}]"
-            yield [f"KL(before || after) of the next token, {kind} prompts, nats", f"{mean.value:.3g}{span}", str(mean.n)]
+            yield [
+                f"KL(before || after) of the next token, {kind} prompts, nats",
+                f"{mean.value:.3g}{span}",
+                str(mean.n),
+            ]
 
 
 class _Seen(NamedTuple):
@@ -172,7 +178,7 @@ def weight_distances(before: Path, after: Path) -> tuple[dict[str, tuple[float, 
 def _squares(w0: Tensor, w: Tensor) -> tuple[float, float]:
     """Return the sums of squares of ``w - w0`` and of ``w0``."""
     moved = norm = 0.0
-    for before, after in zip(w0.flatten().split(_MOST), w.flatten().split(_MOST), strict=True):
+    for before, after in zip(*(torch.split(each.flatten(), _MOST) for each in (w0, w)), strict=True):
         start = before.double()
         moved, norm = moved + float((after.double() - start).square().sum()), norm + float(start.square().sum())
     return moved, norm

@@ -14,10 +14,10 @@ from cwac_lab.data.sources import normalise
 from cwac_lab.defenses.cwac.activation import ActivationConstraint
 from cwac_lab.evaluation.generate import Answer
 from cwac_lab.models.capture import site_inputs
-from cwac_lab.run import artefacts, start
-from cwac_lab.run import references as module
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.templates import Turn
+from cwac_lab.run import artefacts, start
+from cwac_lab.run import references as module
 from cwac_lab.run.references import forms_of, references
 from support import families, tiny
 

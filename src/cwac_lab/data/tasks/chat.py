@@ -91,7 +91,9 @@ class Chat(Task):
         if unread := [column for column in seen if column not in (*str(layout).split(", "), self.gold)]:
             self._told[split].append(f"{named}: columns that are not read: {', '.join(unread)}")
         if split == "train":
-            self._systems = Counter(row.before[0].text for row in found if row.before and row.before[0].role == "system")
+            self._systems = Counter(
+                row.before[0].text for row in found if row.before and row.before[0].role == "system"
+            )
             self._told[split] += self._say_system(named, len(found))
         return found
 
@@ -128,7 +130,7 @@ class Chat(Task):
             return []
         ((text, count),) = self._systems.most_common(1)
         how = "held and measured" if self.system_rates else "held (task.system_rates=false: not measured)"
-        of = f"{count} of {n} conversations have it, {len(self._systems) - 1} others occur"
+        of = f"{count} of {n} conversations have it; others: {len(self._systems) - 1}"
         return [f"{named}: refusals are {how} under its most frequent system prompt too ({of}): {shortened(text)!r}"]
 
     def extract(self, output: str) -> str | None:
