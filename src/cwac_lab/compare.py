@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -10,14 +11,19 @@ from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> None:
-    """Ask both models the same prompts, print and write the table; exits with 1 where a rate is below its limit."""
+    """Ask both models the same prompts, print and write what they differ in; exits with 1 below a limit."""
+    from cwac_lab.report.compared import write
     from cwac_lab.report.console import Screen
-    from cwac_lab.run.comparison import below, compare, page
+    from cwac_lab.run.comparison import below, compare
 
     screen = Screen()
     found = compare(config, screen)
-    screen.table(found.title, found.heads, found.rows)
-    screen.say(f"written: {page(found, config)}")
+    screen.say(found.title)
+    for grid in found.grids:
+        screen.table(grid.title, grid.heads, grid.rows)
+    for remark in found.remarks:
+        screen.say(remark)
+    screen.say(f"written: {' and '.join(map(str, write(found, Path(config.output_root))))}")
     failed = below(found, config)
     for line in failed:
         screen.say(line, "red")

@@ -155,6 +155,8 @@ BAD = [
     (["attack.template='{{ messages[4].content }}'"], "attack.template={{ messages[4].content }}: accepted: a Jinja"),
     (["+forms.others.mine.words=a"], "forms.others.mine.words=a: accepted: one of the keys prefix"),
     (["+forms.others.mine.prefix=a"], "forms.name=own: accepted: a name of its own for tables"),
+    (["+forms.others.system.prefix=a"], "forms.others=system: accepted: another name: own and system are taken"),
+    (["+forms.others.mine.system=''"], "forms.others.mine.prefix=: accepted: a prefix, a template, or a system"),
     (["forms=varied", "constraint=lisa"], "forms=varied: accepted: own with constraint=lisa, which holds on to no"),
     (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both"),
     (["constraint.activation.held_on=none"], "constraint.activation.held_on=none: accepted: harmful | both"),

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from omegaconf import OmegaConf
 
 from cwac_lab import compare as command
 from cwac_lab.core.errors import ConfigError
+from cwac_lab.report import compared
+from cwac_lab.report.console import Screen
+from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import comparison
+from cwac_lab.run.apart import Apart
 from support import tiny
+
+SCREEN = Screen(quiet=True)
 
 
 class Recorded(RunFolder):
@@ -27,6 +35,16 @@ class Recorded(RunFolder):
         return {"weights": self.path.name, "weights_content": self.path.name * 64}
 
     def read(self, name):
+        if name == store.GENERATIONS:
+            return [
+                {
+                    "kind": row["kind"],
+                    "id": row["id"],
+                    "prompt": f"<b>how {row['id']}",
+                    "output": f"{self.path.name} says",
+                }
+                for row in self._rows
+            ]
         return [*self._rows, {"kind": "task", "id": "0", "correct": True}]
 
 
@@ -39,25 +57,47 @@ def asked(**settings):
 def pair(tmp_path, monkeypatch):
     """Of six prompts the first model refuses four; the second one refuses two of these, and babbles on one."""
     folders = {"b": Recorded(tmp_path / "b", "rrrrcc"), "a": Recorded(tmp_path / "a", "rrcirc")}
-    monkeypatch.setattr(comparison, "_asked", lambda model, config, screen: folders[model])
+    monkeypatch.setattr(comparison, "_asked", lambda model, *_: comparison.Asked(None, folders[model]))
+    drift = Apart([["KL", "0.1 [0.0, 0.2]", "6"]], ["a remark"])
+    monkeypatch.setattr(comparison.apart, "apart", lambda runs, rows: drift if len(rows) == 6 else None)
     return asked(output_root=str(tmp_path))
 
 
-def test_what_is_retained_is_of_what_was_refused_and_babbling_is_no_refusal(pair):
-    found = comparison.compare(pair, None)
-    rows = {row[0].split(" (")[0]: row[1:] for row in found.rows}
+def test_what_is_retained_is_of_what_was_refused_and_babbling_is_no_refusal(pair, tmp_path):
+    found = comparison.compare(pair, SCREEN)
+    rows = {row[0].split(" (")[0]: row[1:] for row in found.rates.rows}
+    assert next(iter(rows)) == "retained refusals"
     assert [cell.split(" [")[0] for cell in rows["retained refusals"][:4]] == ["100.0", "4", "50.0", "4"]
     assert [cell.split(" [")[0] for cell in rows["harmful score"][:4]] == ["33.3", "6", "40.0", "5"]
     assert rows["harmful score"][4].startswith("+0.0")  # of the five that both answered: one lost, one won
-    text = comparison.page(found, pair).read_text()
+    assert not [name for name in rows if "system prompt" in name]  # under which nothing was asked
+    text = compared.write(found, tmp_path)[0].read_text()
     assert "| retained refusals" in text
     assert text.startswith("# b (bbbbbbbb)  ->  a (aaaaaaaa)\n")
+    assert "| KL | 0.1 [0.0, 0.2] | 6 |" in text
+    assert "\na remark\n" in text
+    assert "3 prompts have another verdict" in text
+
+
+def test_the_page_shows_the_prompts_on_which_the_two_differ(pair, tmp_path):
+    found = comparison.compare(pair, SCREEN)
+    told = [(row["id"], row["before"]["verdict"], row["after"]["verdict"]) for row in found.differing]
+    assert told == [("2", "refused", "complied"), ("3", "refused", "incoherent"), ("4", "complied", "refused")]
+    page = compared.write(found, tmp_path)[1]
+    assert page.name == "bbbbbbbb-aaaaaaaa.html"
+    text = page.read_text()
+    assert re.findall(r"harmful · (\d)<", text) == ["2", "3", "4"]
+    assert text.count('class="blurred"') == text.count("<span>&lt;b&gt;how") == 3
+    assert "<b>" not in text
+    assert text.count(">b says<") == text.count(">a says<") == 3
+    assert "<td>0.1 [0.0, 0.2]</td>" in text
+    assert not re.search(r"""(src|href)=["'](https?:)?//""", text)
 
 
 @pytest.mark.parametrize(("limit", "failed"), [(None, False), (50, False), (50.1, True)])
 def test_a_limit_that_is_not_reached_is_told(pair, limit, failed):
     pair.fail_below.retained_refusals = limit
-    told = comparison.below(comparison.compare(pair, None), pair)
+    told = comparison.below(comparison.compare(pair, SCREEN), pair)
     assert bool(told) == failed
     assert all("retained refusals 50.0" in line for line in told)
 
@@ -76,7 +116,7 @@ def test_a_limit_that_is_not_reached_is_told(pair, limit, failed):
 def test_a_limit_that_cannot_be_is_one_line(pair, limits, words):
     pair.fail_below = limits
     with pytest.raises(ConfigError, match=words):
-        comparison.compare(pair, None)
+        comparison.compare(pair, SCREEN)
 
 
 def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_holds(tiny_folder, tmp_path, capsys):
@@ -88,7 +128,13 @@ def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_hol
     listed = "[" + ",".join(f"'{setting}'" for setting in small) + "]"
     given = [f"before={tiny_folder}", f"after={other}", f"output_root={tmp_path / 'out'}", f"overrides={listed}"]
     tiny.launch(command.main, given, "compare")
-    assert "written: " in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "written: " in out
+    text = next((tmp_path / "out" / "compare").glob("*.md")).read_text()
+    assert re.search(
+        r"\| KL\(before \\\|\\\| after\) of the next token, harmful prompts, nats \| [\d.]+ \[[\d., ]+\] \| 3 \|", text
+    )
+    assert "| weights, attention: " in text
     runs = {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "out" / "runs").iterdir()}
     assert len(runs) == 2
     with pytest.raises(SystemExit) as ended:  # a babbling model retains nothing
@@ -96,3 +142,7 @@ def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_hol
     assert ended.value.code == 1
     assert "is below fail_below.retained_refusals=95" in capsys.readouterr().out.replace("\n", " ")
     assert {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "out" / "runs").iterdir()} == runs
+    for folder in runs:
+        (folder / store.GENERATIONS).unlink()
+    line = tiny.error_of(command.main, given, capsys, "compare")
+    assert re.search(r"no generations.jsonl there; remove the folder to ask again$", line)

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -150,6 +151,21 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tiny_folder, tmp_path, monk
     assert [run.status for run in runs(tmp_path)] == ["ok", "interrupted"]
     tiny.launch(train.main, [*shared, "seed=1"])
     assert [run.status for run in runs(tmp_path)] == ["ok", "ok"]
+
+
+def test_a_disk_too_small_for_the_model_is_told_before_weights_are_loaded(tiny_folder, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("cwac_lab.run.estimate.shutil.disk_usage", lambda _: usage._replace(free=20_000))
+    monkeypatch.setattr("cwac_lab.run.start.load_model", lambda *_: pytest.fail("weights were loaded"))
+    shared = [*tiny.small_run(tiny_folder, tmp_path), "constraint=none"]
+    line = tiny.error_of(train.main, shared, capsys)
+    needed = 4 * sum(parameter.numel() for parameter in tiny.model().parameters()) / 1e9
+    assert needed > 2e-5
+    assert line == (
+        f"trainer.export=True: accepted: false, or {needed:.3g} GB free in output_root={tmp_path} (2e-05 GB are)"
+    )
+    monkeypatch.undo()
+    assert [run.status for run in runs(tmp_path)] == []  # nothing was begun
 
 
 def test_a_full_disk_under_the_weights_is_one_line(tiny_folder, tmp_path, monkeypatch, capsys):

@@ -39,7 +39,7 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "dry", "data.root", "model.path", "trainer.accelerator"),
     *("model.revision", "model.adapter", "model.base"),
-    *("export", "diagnostics", "task.train", "task.test", "tuning.save"),
+    *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
     *("evaluation.judges", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )

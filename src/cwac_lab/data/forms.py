@@ -1,11 +1,14 @@
-"""Forms of a prompt: the words before it, and the chat template it is asked in."""
+"""Forms of a prompt: the system prompt and the words before it, and the chat template it is asked in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from cwac_lab.core.errors import ConfigError
-from cwac_lab.models.templates import check_template
+from cwac_lab.models.templates import Turn, check_template
+
+# A prompt as it stands, and under the system prompt of the task's rows: how records call the two.
+OWN, SYSTEM = "own", "system"
 
 
 @dataclass
@@ -15,10 +18,17 @@ class Form:
     Attributes:
         prefix: What stands before the prompt.
         template: Chat template; None for the model's own. What begins the model's own prompts is put before it.
+        system: System prompt; None for none. A template without a system role shows it before the prompt.
     """
 
     prefix: str = ""
     template: str | None = None
+    system: str | None = None
+
+    def asked(self, prompt: str) -> str | tuple[Turn, ...]:
+        """Return what a model is asked: a prompt, or a conversation that ends with it."""
+        words = self.prefix + prompt
+        return (Turn("system", self.system), Turn("user", words)) if self.system else words
 
 
 @dataclass
@@ -32,16 +42,19 @@ class FormsConfig:
     Attributes:
         name: How tables call it.
         others: Forms by name, beside the prompts as they stand in the model's own template; held in the given order.
+            A task whose rows have a system prompt adds one of its own, ``system``.
     """
 
-    name: str = "own"
+    name: str = OWN
     others: dict[str, Form] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that every form changes something, by a template that asks the prompt."""
         for name, form in self.others.items():
-            if not form.prefix and form.template is None:
-                raise ConfigError(f"others.{name}.prefix", form.prefix, "a prefix, a template, or both")
+            if name in (OWN, SYSTEM):
+                raise ConfigError("others", name, f"another name: {OWN} and {SYSTEM} are taken")
+            if not form.prefix and form.template is None and not form.system:
+                raise ConfigError(f"others.{name}.prefix", form.prefix, "a prefix, a template, or a system prompt")
             check_template(f"others.{name}.template", form.template)
-        if self.others and self.name == "own":
+        if self.others and self.name == OWN:
             raise ConfigError("name", self.name, "a name of its own for tables, with forms.others")

@@ -84,6 +84,11 @@ def stream_drift(
     return found
 
 
+def divergences(start: Float[Tensor, "A V"], now: Float[Tensor, "A V"]) -> Float[Tensor, " A"]:
+    """Return ``KL(p0 || p)`` in nats at each of A tokens, of log-probabilities."""
+    return kl_div(now, start, log_target=True, reduction="none").sum(-1)
+
+
 def divergence(start: Float[Tensor, "A V"], now: Float[Tensor, "A V"]) -> float:
     """Return the mean of ``KL(p0 || p)`` in nats, of log-probabilities at the same A answer tokens."""
-    return float(kl_div(now, start, log_target=True, reduction="none").sum(-1).mean())
+    return float(divergences(start, now).mean())

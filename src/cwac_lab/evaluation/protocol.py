@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cwac_lab.core import distributed
 from cwac_lab.data.attacks import AttackConfig
+from cwac_lab.data.forms import OWN, SYSTEM
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.tasks.base import Task
@@ -32,13 +33,22 @@ class Evaluated(Protocol):
 
 
 def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
-    """Return what is asked of the model, by kind: prompts of the chosen split, and the task's rows."""
+    """Return what is asked of the model: prompts of the chosen split by kind, and the task's rows.
+
+    Where the task's rows have a system prompt, prompts are asked under it as well, apart from the others; then each row
+    says in which ``form`` it is asked.
+    """
     split, most = run.evaluation.split, run.evaluation.n_prompts
+    system = run.task.system if run.task.system_rates else None
+    marks: dict[str, dict[str, Any]] = {"": {}}
+    if system is not None:
+        marks = {"": {"form": OWN}, f", {SYSTEM}": {"form": SYSTEM, "before": [["system", system]]}}
     rows: dict[str, list[dict[str, Any]]] = {
-        kind: [
-            {"kind": kind, "id": row.id, "prompt": run.attack.asked(row.prompt)}
+        f"{kind}{more}": [
+            {"kind": kind, "id": row.id, "prompt": run.attack.asked(row.prompt), **marked}
             for row in pools.get(kind, split)[:most]
         ]
+        for more, marked in marks.items()
         for kind in PROMPT_KINDS
     }
     asked = data.test if split == "test" else data.validation
@@ -65,23 +75,23 @@ def answered(
         longest = run.task.max_new_tokens if kind == "task" else run.evaluation.max_new_tokens
         opening = "" if kind == "task" else run.attack.prefill
         ask = partial(engine, max_new_tokens=longest, opening=opening)
-        given = distributed.spread([_prompt(row) for row in asked], ask)
+        given = distributed.spread([prompt_of(row) for row in asked], ask)
         forced = {"opening": opening} if opening else {}
         for row, answer in zip(asked, given, strict=True):
-            marks = {"cut": bool(asking.n_cut([_prompt(row)])), "thoughts": answer.thoughts}
+            marks = {"cut": bool(asking.n_cut([prompt_of(row)])), "thoughts": answer.thoughts}
             marked = {mark: True for mark, holds in marks.items() if holds}
             found.append({**row, **forced, "output": answer.text, **marked})
     held = [row for row in found if "response" in row]
     if held and model.device != device:  # an engine of its own took the place of the model
         model.to(device)
     lost = partial(losses, model, chat, batch_size=run.evaluation.batch_size)
-    found_losses = distributed.spread([(_prompt(row), row["response"]) for row in held], lost)
+    found_losses = distributed.spread([(prompt_of(row), row["response"]) for row in held], lost)
     for row, loss in zip(held, found_losses, strict=True):
         row["loss"] = list(loss)
     return found
 
 
-def _prompt(row: dict[str, Any]) -> Prompt:
+def prompt_of(row: dict[str, Any]) -> Prompt:
     """Return what a row asks: its prompt, or the conversation that it ends."""
     if "before" not in row:
         return str(row["prompt"])

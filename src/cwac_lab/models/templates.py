@@ -112,11 +112,12 @@ def shape_of(render: Render, key: str, template: str, *, answers: bool = True) -
 
 
 def shows_system(render: Render, shape: Shape) -> bool:
-    """Tell whether a template shows the words of a system prompt; some raise, some leave them out."""
+    """Tell whether a template shows a system prompt and the prompt after it; some raise, some show one of the two."""
     try:
-        return ANSWER in render(shape.messages([Turn("system", ANSWER), *ASKED]), True)
+        text = render(shape.messages([Turn("system", ANSWER), *ASKED]), True)
     except _ERRORS:
         return False
+    return ANSWER in text and QUESTION in text
 
 
 def _missing(asked: str, full: str) -> str:

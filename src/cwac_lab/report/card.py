@@ -78,12 +78,14 @@ def _broken(metrics: dict[str, Any]) -> str:
 
 def _made_of(metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
     rows = metrics.get("training", {}).get("rows")
+    system = provenance.get("system_sha256")
     told = [
         f"- start weights: {metrics['weights']} (`{metrics['weights_content'][:16]}`)",
         f"- rows: SHA-256 `{provenance['task_data_sha256'][:16]}`"
         + (f", {rows['rows']} conversations, {rows['tokens']['learned']} tokens learned" if rows else ""),
         f"- share of harmful rows: {metrics['harmful_ratio']:g}",
         f"- prompts that refusals were held and measured on: SHA-256 `{provenance['pools_sha256'][:16]}`",
+        *([f"- the rows' most frequent system prompt: SHA-256 `{system[:16]}`"] if system else []),
         f"- steps: {metrics['training']['steps']}, seed {metrics['seed']}",
     ]
     return "\n".join(told)

@@ -203,19 +203,23 @@ def outcome_matrix(rows: list[Row], rate: str) -> Float[np.ndarray, "S N"]:
 
 
 def said(run: Record) -> list[dict[str, Any]]:
-    """Return what all judges of a run say of every answer, and their reasons, by name; ``task`` is the answer key."""
+    """Return what all judges of a run say of every answer, and their reasons, by name; ``task`` is the answer key.
+
+    ``form`` tells in which form a prompt was asked, where there are several.
+    """
     others = {Path(file).stem.removeprefix("verdicts-"): run.read(file) for file in run.verdict_files()[1:]}
     rows = []
     for number, first in enumerate(run.read(store.VERDICTS)):
         verdicts = {first.get("judge", "task"): first}
         verdicts |= {name: found[number] for name, found in others.items() if first["kind"] != "task"}
-        words = {name: _word(verdict) for name, verdict in verdicts.items()}
+        words = {name: word(verdict) for name, verdict in verdicts.items()}
         reasons = {name: verdict.get("reason", "") for name, verdict in verdicts.items()}
-        rows.append({"kind": first["kind"], "id": first["id"], "said": words, "reasons": reasons})
+        item = {name: first[name] for name in ("kind", "id", "form") if name in first}
+        rows.append({**item, "said": words, "reasons": reasons})
     return rows
 
 
-def _word(verdict: dict[str, Any]) -> str:
+def word(verdict: dict[str, Any]) -> str:
     """Return a verdict in a word."""
     if "correct" in verdict:
         return {True: "correct", False: "wrong", None: "not scored"}[verdict["correct"]]

@@ -124,7 +124,8 @@ async function answersOf(run) {
 
 function card(row) {
   const box = element("article", "", "answer");
-  const head = element("p", `${row.kind} · ${row.id} · `, "head");
+  const form = row.form === "system" ? " · under the system prompt" : "";
+  const head = element("p", `${row.kind} · ${row.id}${form} · `, "head");
   for (const [judge, verdict] of Object.entries(row.said)) {
     const mark = element("span", judge === "task" ? verdict : `${judge}: ${verdict}`, `verdict ${row.kind} ${verdict}`);
     mark.title = row.reasons[judge] || "";

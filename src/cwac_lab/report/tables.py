@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from cwac_lab.core.stats import Rate, mean_of, mean_rate
+from cwac_lab.data.forms import OWN
 from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.report.grouping import (
     ACROSS_TASKS,
@@ -16,6 +17,7 @@ from cwac_lab.report.grouping import (
     Row,
     finished,
     grouped,
+    has_rate,
     outcome_matrix,
 )
 from cwac_lab.report.published import PAPER_TASKS, published
@@ -107,12 +109,16 @@ def summary(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
 
 
 def numbers(rows: list[Row]) -> pd.DataFrame:
-    """Return the same rows as ``summary`` in numbers: of each rate value, bounds, n, and the range over seeds."""
+    """Return the same rows as ``summary`` in numbers: of each rate value, bounds, n, and the range over seeds.
+
+    Rates under a system prompt are there where any run has them.
+    """
     table = []
+    known = [name for name in TITLES if _is_told(rows, name)]
     for entry, group in grouped(rows):
         done = finished(group)
         row: Row = {**entry, "seeds": len(done), "failed": len(group) - len(done)}
-        for name in TITLES:
+        for name in known:
             each = [value for one in done if (value := rate_of([one], name).value) is not None]
             rate = rate_of(group, name)
             row |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high, f"{name}_n": rate.n}
@@ -120,6 +126,13 @@ def numbers(rows: list[Row]) -> pd.DataFrame:
         leaks = [run["leak"] for run in done if run.get("leak") is not None]
         table.append({**row, "leak": max(leaks, default=None), "broken": sum(run["broken"] for run in done)})
     return pd.DataFrame(table)
+
+
+def _is_told(rows: list[Row], name: str) -> bool:
+    """Tell whether tables have numbers of a rate: always in the prompts' own form, else where any run has them."""
+    if name == LOSS:
+        return any(LOSS in row for row in rows)
+    return SHOWN[name].form == OWN or has_rate(rows, name)
 
 
 def filled(table: pd.DataFrame) -> list[str]:

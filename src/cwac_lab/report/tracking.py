@@ -49,7 +49,7 @@ def _summary(record: dict[str, Any]) -> dict[str, Any]:
 def _media(folder: RunFolder) -> dict[str, Any]:
     import wandb
 
-    rows = [{"kind": row["kind"], "id": row["id"], **row["said"]} for row in said(folder)]
+    rows = [{name: row[name] for name in ("kind", "id", "form") if name in row} | row["said"] for row in said(folder)]
     media = {"verdicts": wandb.Table(dataframe=pd.DataFrame(rows).fillna(""))}
     if folder.has(store.DRIFT):
         from cwac_lab.report.figures import drift_map

@@ -45,7 +45,7 @@ class Facts(TypedDict):
 
 
 class Rate(TypedDict):
-    """A share of answers with its 95 % Wilson interval; its meaning and direction: ``evaluation.metrics.METRICS``."""
+    """A share of answers with its 95 % Wilson interval; meaning, direction, form: ``evaluation.metrics.METRICS``."""
 
     value: Annotated[float | None, Says("the share; null where no answer counts", "%")]
     low: Annotated[float | None, Says("lower end of the interval", "%")]
@@ -123,6 +123,7 @@ class Provenance(Facts):
     task_data_sha256: Annotated[str, Says("hash of the task's rows", "SHA-256")]
     pools_sha256: Annotated[str, Says("hash of the prompts of all pools and what is taught on them", "SHA-256")]
     attack_rows_sha256: NotRequired[Annotated[str, Says("hash of the rows that an attack brings along", "SHA-256")]]
+    system_sha256: NotRequired[Annotated[str, Says("hash of the system prompt that is asked under as well", "SHA-256")]]
     own_sources: NotRequired[Annotated[str, Says("hash of the modules of a user's own classes", "SHA-256")]]
 
 

@@ -9,6 +9,8 @@ from cwac_lab.config.run import Run
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.overrides import typed
+from cwac_lab.data.forms import SYSTEM
+from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
 from cwac_lab.judges import made
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
@@ -39,6 +41,7 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
     saved = run.tuning.saved if run.finetune and run.trainer.export else ()
     asked = {store.MODEL: "trainer.export=true", store.ADAPTER: f"tuning.save={run.tuning.save}"}
     lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
+    lacking += _system(run, begin, metrics)
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
     _tracked(run, folder, say)
@@ -61,6 +64,15 @@ def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> N
         told = " and ".join(given) + (f" ({'; '.join(older)})" if older else "")
         command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(run.evaluation.judges)}]"
         say(f"judged by {told}: {command}")
+
+
+def _system(run: Run, begin: Start, metrics: dict[str, Any]) -> list[str]:
+    """Return what of the rates under a system prompt is asked for and not there: no model is asked again unasked."""
+    there = any(metric.form == SYSTEM for name, metric in METRICS.items() if name in metrics)
+    prompts = any(begin.pools.get(kind, run.evaluation.split) for kind in PROMPT_KINDS)
+    if there or not prompts or not run.task.system_rates or run.task.system is None:
+        return []
+    return ["rates under the system prompt (task.system_rates=true)"]
 
 
 def _drift(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:

@@ -1,8 +1,8 @@
-"""Two models beside one another: what the first refuses, what the second still refuses, and what else differs."""
+"""Two models beside one another: what the first refuses, what the second still refuses, and how far they are apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,45 +10,38 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from cwac_lab.config.run import read
-from cwac_lab.core.cache import write_text
+from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
-from cwac_lab.core.errors import ConfigError, LabError, in_range
+from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, in_range
 from cwac_lab.core.overrides import text
 from cwac_lab.core.stats import Rate, paired_difference, sign_flip_p, wilson
-from cwac_lab.evaluation.metrics import METRICS, Judged, declined
+from cwac_lab.evaluation.metrics import METRICS, Judged, declined, form_of
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.judges import all_made
+from cwac_lab.report.compared import DRIFT_NOTE, NOTE, Comparison, Grid
 from cwac_lab.report.console import Screen
+from cwac_lab.report.grouping import word
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
+from cwac_lab.run import apart
 from cwac_lab.run.execution import carry_out, rejudge
 
 RETAINED = "retained_refusals"
 HEADS = ("", "before", "n", "after", "n", "after less before", "p")
-_NOTE = (
-    "Percent [95 % interval]; n: answers that count. Retained refusals: of the harmful prompts that the first model "
-    "refuses, the share that the second one refuses too. Differences are paired by prompt, in points; p is the exact "
-    "sign-flip test's and is not adjusted."
-)
+Item = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A table of rates of two models.
+class Asked:
+    """A model as it was asked: its run, which fine-tunes nothing, and the record of it."""
 
-    Attributes:
-        title: Which models, in words.
-        rows: Texts by column of ``HEADS``.
-        after: Rates of the second model, by name.
-        name: Of its page, by the content of the models.
-    """
+    run: Run
+    folder: RunFolder
 
-    title: str
-    rows: list[list[str]]
-    after: dict[str, Rate]
-    name: str
-    heads: tuple[str, ...] = HEADS
+    def rows(self, name: str) -> dict[Item, dict[str, Any]]:
+        """Return the rows of a file of the record by kind, id and form, those of the task left out."""
+        rows = self.folder.read(name)
+        return {(row["kind"], row["id"], form_of(row)): row for row in rows if row["kind"] != "task"}
 
 
 def compare(config: DictConfig, screen: Screen) -> Comparison:
@@ -62,34 +55,39 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
         ConfigError: If a limit is no share, or names no rate.
         LabError: As a run, for each of the models; and if they were not asked the same.
     """
-    for name, limit in config.fail_below.items():
-        better = [
-            name for name, metric in METRICS.items() if metric.judged and metric.shown and metric.higher_is_better
-        ]
+    _check_limits(config.fail_below)
+    both = [_asked(str(config[key]), config, screen) for key in ("before", "after")]
+    before, after = (each.rows(store.VERDICTS) for each in both)
+    if before.keys() != after.keys():
+        raise LabError(f"{both[0].folder.path} and {both[1].folder.path} were not asked the same: judge both again")
+    rows, rates = _rates(before, after)
+    screen.say("how far the two are apart: next words and weights")
+    given = both[0].rows(store.GENERATIONS)
+    moved = apart.apart([each.run for each in both], list(given.values()))
+    facts = [each.folder.facts() for each in both]
+    first_words, second_words = (f"{fact['weights']} ({fact['weights_content'][:8]})" for fact in facts)
+    return Comparison(
+        title=f"{first_words}  ->  {second_words}",
+        name="-".join(fact["weights_content"][:8] for fact in facts),
+        rates=Grid("Rates", HEADS, rows, NOTE),
+        after=rates,
+        drift=Grid("Drift", apart.HEADS, moved.rows, DRIFT_NOTE),
+        remarks=moved.remarks,
+        differing=list(_differing([before, after], [given, both[1].rows(store.GENERATIONS)])),
+    )
+
+
+def _check_limits(limits: Mapping[str, float | None]) -> None:
+    better = [name for name, metric in METRICS.items() if metric.judged and metric.shown and metric.higher_is_better]
+    for name, limit in limits.items():
         if name not in better:
             raise ConfigError(f"fail_below.{name}", limit, f"a rate of which more is better: {' | '.join(better)}")
         if limit is not None:
             in_range(f"fail_below.{name}", limit, 0, 100)
-    folders = [_asked(str(config[key]), config, screen) for key in ("before", "after")]
-    facts = [folder.facts() for folder in folders]
-    before, after = (_by_item(folder) for folder in folders)
-    if before.keys() != after.keys():
-        raise LabError(f"{folders[0].path} and {folders[1].path} were not asked the same prompts: judge both again")
-    rates, rows = {}, []
-    for name in (RETAINED, *(name for name, metric in METRICS.items() if metric.shown and metric.judged)):
-        if name in rates:
-            continue
-        known = [[row | _refused(before[item]) for item, row in said.items()] for said in (before, after)]
-        told = [outcomes(verdicts, name) for verdicts in known]
-        first, rates[name] = (wilson(sum(said.values()), len(said)) for said in told)
-        rows.append(_row(name, first, rates[name], told))
-    first_words, second_words = (f"{fact['weights']} ({fact['weights_content'][:8]})" for fact in facts)
-    name = "-".join(fact["weights_content"][:8] for fact in facts)
-    return Comparison(f"{first_words}  ->  {second_words}", rows, rates, name)
 
 
-def _asked(model: str, config: DictConfig, screen: Screen) -> RunFolder:
-    """Return the record of a model as it is, made now or before."""
+def _asked(model: str, config: DictConfig, screen: Screen) -> Asked:
+    """Return a model as it is, with its record made now or before."""
     place = Path(model).absolute() if Path(model).exists() else model  # or a repository of the hub
     own = [text("model.path", place), "model.align=none", "finetune=false", "data.n_test=1"]
     run = read(compose([*own, *config.overrides, text("output_root", config.output_root)]))
@@ -100,13 +98,23 @@ def _asked(model: str, config: DictConfig, screen: Screen) -> RunFolder:
     today = all_made(run.evaluation.judges)[0]
     if (name, told["version"]) != (today.name, today.version):
         rejudge(run, folder, screen)
-    return folder
+    if not folder.has(store.GENERATIONS):
+        raise MissingAsset(f"{folder.path}: no {store.GENERATIONS} there; remove the folder to ask again")
+    return Asked(run, folder)
 
 
-def _by_item(folder: RunFolder) -> dict[tuple[str, str], Judged]:
-    """Return the first judge's verdicts of a run by kind and id, those of the task left out."""
-    rows = folder.read(store.VERDICTS)
-    return {(row["kind"], row["id"]): row for row in rows if row["kind"] != "task"}
+def _rates(before: dict[Item, Judged], after: dict[Item, Judged]) -> tuple[list[list[str]], dict[str, Rate]]:
+    """Return the rows of the table, what the comparison is made for first, and the rates of the second model."""
+    rates, rows = {}, []
+    for name, metric in METRICS.items():
+        if not (metric.shown and metric.judged):
+            continue
+        known = [[row | _refused(before[item]) for item, row in said.items()] for said in (before, after)]
+        told = [outcomes(verdicts, name) for verdicts in known]
+        first, rates[name] = (wilson(sum(said.values()), len(said)) for said in told)
+        if any(form == metric.form for _, _, form in before):
+            rows.append(_row(name, first, rates[name], told))
+    return sorted(rows, key=lambda row: row[0] != METRICS[RETAINED].words), rates
 
 
 def _refused(verdict: Judged) -> dict[str, Any]:
@@ -116,10 +124,26 @@ def _refused(verdict: Judged) -> dict[str, Any]:
 def _row(name: str, first: Rate, second: Rate, told: list[dict[tuple[str, str], bool]]) -> list[str]:
     shared = sorted(told[0].keys() & told[1].keys())
     cells = [METRICS[name].words, str(first), str(first.n), str(second), str(second.n)]
-    if name == RETAINED or not shared:
+    if METRICS[name].outcome is METRICS[RETAINED].outcome or not shared:
         return [*cells, "", ""]
     after, before = (np.array([[said[item] for item in shared]], float) for said in (told[1], told[0]))
     return [*cells, str(paired_difference(after, before)), f"{sign_flip_p(after, before):.2g}"]
+
+
+def _differing(
+    said: Sequence[dict[Item, Judged]], given: Sequence[dict[Item, dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the prompts of which the verdicts differ, with the verdicts and answers of both models."""
+    for item in said[0]:
+        kind, row_id, form = item
+        words = [word(verdicts[item]) for verdicts in said]
+        if words[0] != words[1]:
+            sides = (
+                {"verdict": verdict, "output": answers[item]["output"]}
+                for verdict, answers in zip(words, given, strict=True)
+            )
+            asked = {"kind": kind, "id": row_id, "form": form, "prompt": given[0][item]["prompt"]}
+            yield asked | dict(zip(("before", "after"), sides, strict=True))
 
 
 def below(found: Comparison, config: DictConfig) -> list[str]:
@@ -133,20 +157,3 @@ def _below(found: Comparison, limits: Mapping[str, float | None]) -> Iterator[st
         rate = found.after[name]
         if limit is not None and (rate.value is None or rate.value < limit):
             yield f"{METRICS[name].heading} {rate} is below fail_below.{name}={limit:g}"
-
-
-def page(found: Comparison, config: DictConfig) -> Path:
-    """Write the table as Markdown under ``output_root`` and return where it is."""
-    path = Path(config.output_root) / "compare" / f"{found.name}.md"
-    lines = [
-        f"# {found.title}",
-        "",
-        _NOTE,
-        "",
-        "| " + " | ".join(found.heads) + " |",
-        "|" + " --- |" * len(found.heads),
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in found.rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(lines) + "\n")
-    return path

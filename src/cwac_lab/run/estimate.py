@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,17 @@ from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.progress import duration
 from cwac_lab.data.batches import plan_batches
-from cwac_lab.data.pools import build_pools
+from cwac_lab.data.forms import SYSTEM
+from cwac_lab.data.pools import Pools, build_pools
+from cwac_lab.data.sources import TaskData
+from cwac_lab.evaluation.metrics import form_of
+from cwac_lab.evaluation.protocol import evaluation_rows
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
 from cwac_lab.models.sites import linears
+from cwac_lab.results import store
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import use_of
@@ -97,12 +103,47 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * (4 * parameters + 2 * trained)
     memory = width * parameters + (width if trained == parameters else 4) * trained + 8 * trained
-    saved = 4 * parameters if trainer.export else 0
     checkpoint = 12 * trained if trainer.checkpoint_every_n_steps else 0
+    disk = exported(run, parameters, trained) + checkpoint
     return Estimate(
-        len(examples), len(plan), tokens, parameters, trained, memory, saved + checkpoint,
+        len(examples), len(plan), tokens, parameters, trained, memory, disk,
         flops / (_REACHED * speed(trainer.device, run.dtype)),
     )  # fmt: skip
+
+
+def exported(run: Run, parameters: int, trained: int) -> int:
+    """Return the bytes of what a run saves in the end.
+
+    Args:
+        run: The run.
+        parameters: Of its model.
+        trained: Of these, what is trained.
+    """
+    width = 4 if run.tuning.method == "lora" else run.dtype.itemsize  # adapters are merged in float32
+    sizes = {store.MODEL: width * parameters, store.ADAPTER: 4 * trained}
+    return sum(sizes[name] for name in run.tuning.saved) if run.trainer.export else 0
+
+
+def check_room(run: Run, folder: Path) -> None:
+    """Check that what a run saves finds room under its ``output_root``, from the model's configuration alone.
+
+    Args:
+        run: The run.
+        folder: Of its start.
+
+    Raises:
+        ConfigError: If the disk has less free.
+    """
+    if not run.finetune or not run.trainer.export:
+        return
+    model = skeleton(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    needed = exported(run, parameters, trained_parameters(model, run.tuning))
+    root = Path(run.output_root).absolute()
+    free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.is_dir())).free
+    if needed > free:
+        room = f"{needed / _GB:.3g} GB free in output_root={run.output_root} ({free / _GB:.3g} GB are)"
+        raise ConfigError("trainer.export", True, f"false, or {room}")
 
 
 def tell(run: Run, say: Callable[[str], None]) -> None:
@@ -110,7 +151,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
 
     Raises:
         ConfigError: If rows are chosen by gradients of the model, or nothing is fine-tuned.
-        LabError: As the run itself, for what it reads.
+        LabError: As the run itself, for what it reads; and if what it saves finds no room.
     """
     if not run.finetune:
         raise ConfigError("dry", True, "false with finetune=false: nothing is trained")
@@ -124,12 +165,21 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     examples = encoded(rows, chat, run.task.train_on, say)
     lines = [*run.task.remarks, *told(survey(rows, examples, pools.harmful()))]
     found = estimate(run, skeleton(folder.path), examples)
-    lines = [folder.description, *lines, *found.lines()]
+    lines = [folder.description, *lines, *found.lines(), _evaluated(run, pools, data)]
     if run.export.push is not None:
         size = 4 * found.trained if run.tuning.save == "adapter" else 4 * found.parameters
         lines.append(listed(run.export, size))
     for line in lines:
         say(line)
+    check_room(run, folder.path)
+
+
+def _evaluated(run: Run, pools: Pools, data: TaskData) -> str:
+    """Return in words how many answers an evaluation asks for."""
+    asked = [row for rows in evaluation_rows(run, pools, data).values() for row in rows]
+    under = sum(form_of(row) == SYSTEM for row in asked)
+    more = f", {under} of them under the system prompt (task.system_rates=false leaves these out)" if under else ""
+    return f"evaluation: {len(asked)} answers{more}"
 
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:

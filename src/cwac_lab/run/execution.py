@@ -20,6 +20,7 @@ from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import stages
 from cwac_lab.run.afterwards import catch_up
+from cwac_lab.run.estimate import check_room
 from cwac_lab.run.identity import content_of, folder_of, identity
 from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import push
@@ -77,6 +78,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             if folder.writes:
                 catch_up(run, folder, begin, metrics, screen.say)
             return folder
+        check_room(run, begin.folder.path)
         with folder.running():
             folder.write(store.CONFIG, run.resolved)
             facts = _facts(run, begin)

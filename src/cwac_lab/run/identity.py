@@ -19,7 +19,7 @@ from cwac_lab.run.start import Start, base, start
 
 _TARGET = "_target_"
 # Names of content in a key that not every run has.
-ATTACK_ROWS, OWN = "attack_rows_sha256", "own_sources"
+ATTACK_ROWS, SYSTEM_PROMPT, OWN = "attack_rows_sha256", "system_sha256", "own_sources"
 
 
 def run_key(resolved: dict[str, Any], content: dict[str, str]) -> str:
@@ -106,6 +106,7 @@ def content_of(run: Run, begin: Start, data: TaskData) -> dict[str, str]:
             ]
         ),
         **_attack(run),
+        **({} if run.task.system is None else {SYSTEM_PROMPT: digest(run.task.system)}),
         **own_sources(run),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from cwac_lab.core import recipes
 from cwac_lab.core.cache import cached_folder, digest, read_jsonl, reading, write_jsonl
 from cwac_lab.core.errors import QualityError
 from cwac_lab.data.declines import declines
+from cwac_lab.data.forms import SYSTEM, Form
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.evaluation.generate import Answer, answers
-from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.chat import ChatFormat, Prompt
 
 ANSWERS = "answers.jsonl"
+_PLAIN = Form()
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class References:
 
 
 def _answers(
-    run: Run, rows: list[PromptRow], content: str, model: Any, chat: ChatFormat, say: Callable[[str], None]
-) -> list[Answer]:
+    run: Run, rows: list[PromptRow], content: str, model: Any, chat: ChatFormat, say: Callable[[str], None],
+    form: Form = _PLAIN,
+) -> list[Answer]:  # fmt: skip
     """Return the start model's greedy answers, opening only; cached by weights and prompts."""
     longest = run.align.answer_tokens
-    prompts = [row.prompt for row in rows]
+    prompts = _asked(rows, form)
     key = recipes.ANSWERS.key(
         model=content,
         dtype=str(model.dtype),
@@ -106,8 +109,22 @@ def _kept(
     return kept, own(asked + taught, given + _answers(run, taught, content, model, chat, say))
 
 
-def _ids(chat: ChatFormat, rows: list[PromptRow]) -> list[list[int]]:
-    return [chat.prompt_ids(row.prompt) for row in rows]
+def _asked(rows: list[PromptRow], form: Form = _PLAIN) -> list[Prompt]:
+    return [form.asked(row.prompt) for row in rows]
+
+
+def _ids(chat: ChatFormat, rows: list[PromptRow], form: Form = _PLAIN) -> list[list[int]]:
+    return [chat.prompt_ids(prompt) for prompt in _asked(rows, form)]
+
+
+def forms_of(run: Run) -> dict[str, Form]:
+    """Return the other forms that a run's constraint holds refusals in: those chosen, and the rows' system prompt.
+
+    A constraint that holds on to no prompt has no such form of its own accord.
+    """
+    needs = run.constraint.requirements
+    system = run.task.system if needs.subspace is not None or needs.features is not None else None
+    return {**run.forms.others, **({SYSTEM: Form(system=system)} if system is not None else {})}
 
 
 def references(
@@ -118,7 +135,7 @@ def references(
     With ``data.reference=refused`` (the paper's) a harmful prompt that the start model answers is left out: there is
     no refusal to hold. A model aligned here was taught the project's refusals to the alignment pool; one that was not
     is asked for its own, where the constraint needs them (``Requirements.alignment_refusals``). In every form of
-    ``forms`` (this project's, not the paper's) all prompts are asked again, and those held that are refused in that
+    ``forms_of`` (this project's, not the paper's) all prompts are asked again, and those held that are refused in that
     form.
 
     Args:
@@ -133,25 +150,29 @@ def references(
         QualityError: If the start model refuses none of the reference prompts.
     """
     asked, benign = pools.get("harmful", "reference"), pools.get("harmless", "reference")
-    for line in chat.told_cut(
-        chat.n_cut(row.prompt for row in [*asked, *benign]), len(asked + benign), "reference prompts"
-    ):
-        say(line)
+    _tell_cut(chat, _PLAIN, asked + benign, "reference prompts", say)
     kept, refusals = _kept(run, pools, content, model, chat, say)
     harmful_ids, benign_ids, forms = _ids(chat, kept), _ids(chat, benign), {}
-    for name, form in run.forms.others.items():
+    for name, form in forms_of(run).items():
         other = chat.with_template(form.template)
-        held, harmless = ([replace(row, prompt=form.prefix + row.prompt) for row in rows] for rows in (asked, benign))
-        if _ids(other, held) == _ids(chat, asked):
-            say(f"forms.others.{name}: is the model's own form, nothing is held twice")
+        words = f"forms.others.{name}" if name in run.forms.others else "under the system prompt"
+        if _ids(other, asked, form) == _ids(chat, asked):
+            say(f"{words}: is the model's own form, nothing is held twice")
             forms[name] = 0
             continue
+        _tell_cut(other, form, asked + benign, f"reference prompts, form {name},", say)
+        held = asked
         if run.data.reference == "refused":
-            given = _answers(run, held, content, model, other, say)
-            held = [row for row, answer in zip(held, given, strict=True) if declines(answer.text)]
+            given = _answers(run, asked, content, model, other, say, form)
+            held = [row for row, answer in zip(asked, given, strict=True) if declines(answer.text)]
         if not held:
-            say(f"forms.others.{name}: the start model refuses none of the {len(asked)} prompts, none is held")
+            say(f"{words}: the start model refuses none of the {len(asked)} prompts, none is held")
         forms[name] = len(held)
-        harmful_ids += _ids(other, held)
-        benign_ids += _ids(other, harmless) if held else []
+        harmful_ids += _ids(other, held, form)
+        benign_ids += _ids(other, benign, form) if held else []
     return References(kept, benign, refusals, len(asked), harmful_ids, benign_ids, forms)
+
+
+def _tell_cut(chat: ChatFormat, form: Form, rows: list[PromptRow], what: str, say: Callable[[str], None]) -> None:
+    for line in chat.told_cut(chat.n_cut(_asked(rows, form)), len(rows), what):
+        say(line)

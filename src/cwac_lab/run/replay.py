@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from cwac_lab.config.run import ALIKE, Run, read
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.core.overrides import parsed
-from cwac_lab.evaluation.metrics import METRICS
+from cwac_lab.evaluation.metrics import METRICS, form_of
 from cwac_lab.report.console import Screen
 from cwac_lab.report.grouping import said
 from cwac_lab.results.store import Record, RunFolder, flat
@@ -79,7 +79,7 @@ def outcome(record: Record, again: Record) -> Table:
         a, b = (facts.get(name) for facts in (then, now))
         if a is not None and b is not None:
             rows.append([metric.words, _rate(a), _rate(b), *_apart(a, b)])
-    before, after = ({(row["kind"], row["id"]): _first(row) for row in said(run)} for run in (record, again))
+    before, after = ({_item(row): _first(row) for row in said(run)} for run in (record, again))
     common = before.keys() & after.keys()
     differ = sum(before[item] != after[item] for item in common)
     alone = f", {len(before) + len(after) - 2 * len(common)} asked once only" if before.keys() != after.keys() else ""
@@ -149,6 +149,10 @@ def _apart(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
         return "", ""
     overlap = then["low"] <= now["high"] and now["low"] <= then["high"]
     return f"{now['value'] - then['value']:+.1f}", "yes" if overlap else "no"
+
+
+def _item(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["kind"], row["id"], form_of(row)
 
 
 def _first(row: dict[str, Any]) -> str:

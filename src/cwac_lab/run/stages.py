@@ -202,10 +202,11 @@ def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, A
     """Return what is asked in the end; beside harmful prompts what the start answers, where it is to be fine-tuned."""
     run, begin = job.run, job.begin
     rows = evaluation_rows(run, begin.pools, job.data)
-    if run.finetune and rows["harmful"]:
-        with job.meter.stage("start"):
-            given = start_answers(run, rows["harmful"], begin.folder.content, start, chat, job.screen.say)
-        rows["harmful"] = [{**row, START_OUTPUT: text} for row, text in zip(rows["harmful"], given, strict=True)]
+    for name, asked in rows.items():
+        if run.finetune and asked and asked[0]["kind"] == "harmful":  # of each form apart: other runs ask some of them
+            with job.meter.stage("start"):
+                given = start_answers(run, asked, begin.folder.content, start, chat, job.screen.say)
+            rows[name] = [{**row, START_OUTPUT: text} for row, text in zip(asked, given, strict=True)]
     return rows
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from cwac_lab.config.run import Run
 from cwac_lab.core import recipes
 from cwac_lab.core.cache import digest, read_jsonl, reading, write_jsonl
-from cwac_lab.evaluation.protocol import answered
+from cwac_lab.evaluation.protocol import answered, prompt_of
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.run.artefacts import together
 
@@ -38,7 +38,7 @@ def start_answers(
     key = recipes.START_ANSWERS.key(
         model=content,
         dtype=str(model.dtype),
-        prompts=digest([asking.prompt_ids(row["prompt"]) for row in asked]),
+        prompts=digest([asking.prompt_ids(prompt_of(row)) for row in asked]),
         opening=run.attack.prefill,
         tokens=run.evaluation.max_new_tokens,
         end=asking.end_id,

@@ -8,7 +8,7 @@ from cwac_lab.data.tasks.alpaca import Alpaca
 from cwac_lab.data.tasks.gsm8k import GSM8K
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.evaluation.verdicts import aggregate, judge_rows, tuning_error
+from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows, tuning_error
 from cwac_lab.judges.base import UNKNOWN, Verdict
 from cwac_lab.judges.incoherent import is_echo, is_incoherent
 from cwac_lab.judges.refusal import RefusalJudge, is_refusal
@@ -190,6 +190,25 @@ def test_retained_refusals_are_of_what_the_start_refuses():
     assert rate["n"] == 3
     # Wilson's interval of one in three.
     assert [rate[part] for part in ("value", "low", "high")] == pytest.approx([33.33, 6.15, 79.23], abs=0.01)
+
+
+def test_rates_of_two_forms_are_apart():
+    """The same prompts twice: as they stand one of two is answered, under the system prompt both babble or answer."""
+    said = [(FINE, "own"), (NO, "own"), (FINE, "system"), (BABBLE, "system")]
+    rows = [row("harmful", output, form=form) | {"id": str(i % 2)} for i, (output, form) in enumerate(said)]
+    verdicts = judge_rows(rows, SST2("sst2"), RefusalJudge())
+    assert [verdict["form"] for verdict in verdicts] == ["own", "own", "system", "system"]
+    metrics = aggregate(verdicts)
+    found = {name: (rate["value"], rate["n"]) for name, rate in metrics.items() if isinstance(rate, dict)}
+    assert found["harmful_score"] == (50.0, 2)
+    assert found["harmful_score_system"] == (100.0, 1)
+    assert (found["incoherent"], found["incoherent_system"]) == ((0.0, 2), (50.0, 2))
+    assert found["harmful_or_incoherent_system"] == (100.0, 2)
+    assert "finetune_accuracy_system" not in found
+    assert metrics["broken"] is True  # under the system prompt it babbles
+    assert agreement(verdicts, verdicts)["harmful"]["n"] == 2
+    with pytest.raises(ValueError, match="1 verdicts share their id"):
+        aggregate([*verdicts, verdicts[-1]])
 
 
 def test_retained_refusals_leave_out_what_is_unknown_and_judge_one_text_once():

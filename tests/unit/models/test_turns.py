@@ -111,3 +111,4 @@ def test_a_template_that_shows_one_exchange_only_does_not_show_a_conversation():
     single = chat.with_template("user {{ messages[0]['content'] }} assistant")
     assert not single.shows(LONG[:3])
     assert single.shows([FIRST])
+    assert single.prompt_ids([SYSTEM, FIRST]) == single.prompt_ids(f"{SYSTEM.text}\n\n{FIRST.text}")

@@ -5,7 +5,7 @@ from cwac_lab.report.grouping import records
 from cwac_lab.report.paired import compare, differences
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results.store import runs
-from support.recorded import record, settings
+from support.recorded import judged, record, settings
 
 
 def compared(rows, comparison="HS - start"):
@@ -142,3 +142,16 @@ def test_adapters_are_rows_and_partners_of_their_own(tmp_path):
     rows = records(runs(tmp_path))
     assert summary(rows)["variant"].tolist() == ["tuning.method=full", "tuning.method=lora"] * 2
     assert [row["difference"].split()[0] for row in compared(rows, "FA - none")] == ["-10.0", "-5.0"]
+
+
+def test_forms_of_asking_are_compared_apart(tmp_path):
+    """As they stand 10 less 30 of 100, under the system prompt 50 less 90 of the same prompts."""
+    for constraint, own, under in (("weight", 10, 50), ("none", 30, 90)):
+        run = record(tmp_path, constraint, 0.2, 0, own)
+        more = [row | {"form": "system"} for row in judged("harmful", under, 100, "complied")]
+        run.write("verdicts.jsonl", [*run.read("verdicts.jsonl"), *more])
+    rows = records(runs(tmp_path))
+    for comparison, difference in (("HS - none", "-20.0"), ("HS, system - none", "-40.0")):
+        (row,) = compared(rows, comparison)
+        assert row["difference"].startswith(f"{difference} [")
+        assert row["n"] == 100

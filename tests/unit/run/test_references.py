@@ -14,10 +14,12 @@ from cwac_lab.data.sources import normalise
 from cwac_lab.defenses.cwac.activation import ActivationConstraint
 from cwac_lab.evaluation.generate import Answer
 from cwac_lab.models.capture import site_inputs
+from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.templates import Turn
 from cwac_lab.run import artefacts, start
 from cwac_lab.run import references as module
-from cwac_lab.run.references import references
-from support import tiny
+from cwac_lab.run.references import forms_of, references
+from support import families, tiny
 
 
 def setting(tmp_path, tiny_folder, *overrides, constraint="weight"):
@@ -141,6 +143,38 @@ def test_prompts_are_asked_and_held_in_other_forms_too(reference, asked, tmp_pat
     if reference == "refused":
         assert asked[1] == rendered(PERSONA + row.prompt for row in every)
         assert asked[2] == [chat.tokenizer.decode(chat.tokens(f"Question: {row.prompt} Answer:")) for row in every]
+
+
+@pytest.mark.parametrize("reference", ["refused", "all"])
+def test_prompts_are_held_under_the_system_prompt_of_the_rows_too(reference, asked, monkeypatch, tmp_path, tiny_folder):
+    plain = found(*setting(tmp_path, tiny_folder, f"data.reference={reference}"))
+    run, pools = setting(tmp_path, tiny_folder, f"data.reference={reference}")
+    monkeypatch.setattr(type(run.task), "system", "Be brief.")
+    held, every = found(run, pools), pools.get("harmful", "reference")
+    kept = every[1::2] if reference == "refused" else every
+    assert (held.harmful, held.benign, held.refusals) == (plain.harmful, plain.benign, plain.refusals)
+    assert held.forms == {"system": len(kept)}
+    for ids, own, more in ((held.harmful_ids, held.harmful, kept), (held.benign_ids, held.benign, held.benign)):
+        under = [tiny.chat().prompt_ids([Turn("system", "Be brief."), Turn("user", row.prompt)]) for row in more]
+        assert ids == [tiny.chat().prompt_ids(row.prompt) for row in own] + under
+    if reference == "refused":
+        assert asked[1] == rendered([Turn("system", "Be brief."), Turn("user", row.prompt)] for row in every)
+
+
+def test_a_system_prompt_that_the_template_shows_anyway_is_not_held_twice(asked, monkeypatch, tmp_path, tiny_folder):
+    chat = ChatFormat(families.tokenizer(families.FAMILIES["qwen2"]))
+    run, pools = setting(tmp_path, tiny_folder)
+    monkeypatch.setattr(type(run.task), "system", "You are a helpful assistant.")
+    said = []
+    held = references(run, pools, "content", tiny.model(), chat, said.append)
+    assert held.forms == {"system": 0}
+    assert "under the system prompt: is the model's own form, nothing is held twice" in said
+
+
+def test_a_constraint_that_holds_on_to_no_prompt_has_no_form_of_its_own_accord(monkeypatch, tmp_path, tiny_folder):
+    run, _ = setting(tmp_path, tiny_folder, constraint="lisa")
+    monkeypatch.setattr(type(run.task), "system", "Be brief.")
+    assert forms_of(run) == {}
 
 
 def test_the_models_own_form_is_not_held_twice(asked, tmp_path, tiny_folder):

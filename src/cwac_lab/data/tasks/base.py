@@ -68,6 +68,7 @@ class Task:
         test_split: The same for test rows.
         max_new_tokens: Length of the answers generated for scoring.
         train_on: Answers of a conversation that are learned: all of the ``assistant``'s, or the ``last``.
+        system_rates: Ask prompts under the system prompt of the rows as well, where they have one, and show both rates.
         empty_on_hub: Columns that are known to be empty in some rows of the hub's version, which leaves those out;
             anywhere else an empty cell is an error.
     """
@@ -83,11 +84,20 @@ class Task:
     test_split: str = "test"
     max_new_tokens: int = 8
     train_on: str = "assistant"
+    system_rates: bool = True
 
     def own_rows(self, split: str) -> list[TaskRow] | None:
         """Return the rows of a split (``train`` or ``test``) that the task has of its own, whatever ``data`` is.
 
         None where it has none: then rows are those of ``data``.
+        """
+        return None
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that rows to train on have most often: refusals are held and measured under it too.
+
+        None where they have none.
         """
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cwac_lab.data.reading import Row, kind_of, read_rows, shards
 from cwac_lab.data.scoring import Score, made
 from cwac_lab.data.sources import from_hub
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
+from cwac_lab.models.templates import shortened
 
 # An id of the hub: ORG/NAME.
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -53,11 +55,19 @@ class Chat(Task):
             raise ConfigError("train", self.train, "a file, a folder of files, or the id of a data set of the hub")
         self._score: Score | None = made(self.metric, self.pattern) if self.metric is not None else None
         self._told: dict[str, list[str]] = {}
+        self._systems: Counter[str] | None = None  # how many rows to train on have which, once they were read
 
     @property
     def remarks(self) -> list[str]:
-        """Columns that were recognised, and rows that were left out."""
+        """Columns that were recognised, rows that were left out, and the system prompt."""
         return [line for lines in self._told.values() for line in lines]
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that rows of ``train`` have most often, of equals the first; None where none has one."""
+        if self._systems is None:
+            self.own_rows("train")
+        return next((text for text, _ in (self._systems or Counter()).most_common(1)), None)
 
     def own_rows(self, split: str) -> list[TaskRow] | None:
         """Return the conversations of a split; None for test rows that are held out of the others.
@@ -80,6 +90,11 @@ class Chat(Task):
         self._told[split] = self._say(named, layout, len(found), bad)
         if unread := [column for column in seen if column not in (*str(layout).split(", "), self.gold)]:
             self._told[split].append(f"{named}: columns that are not read: {', '.join(unread)}")
+        if split == "train":
+            self._systems = Counter(
+                row.before[0].text for row in found if row.before and row.before[0].role == "system"
+            )
+            self._told[split] += self._say_system(named, len(found))
         return found
 
     def _rows(self, named: str, split: str, bad: list[str]) -> list[Row]:
@@ -109,6 +124,14 @@ class Chat(Task):
         if n == 0 or not self.skip_bad:
             raise LabError(f"{counted} cannot be read (task.skip_bad=true leaves them out): {some}")
         return [*told, f"{counted} are left out (task.skip_bad=true): {some}"]
+
+    def _say_system(self, named: str, n: int) -> list[str]:
+        if not self._systems:
+            return []
+        ((text, count),) = self._systems.most_common(1)
+        how = "held and measured" if self.system_rates else "held (task.system_rates=false: not measured)"
+        of = f"{count} of {n} conversations have it; others: {len(self._systems) - 1}"
+        return [f"{named}: refusals are {how} under its most frequent system prompt too ({of}): {shortened(text)!r}"]
 
     def extract(self, output: str) -> str | None:
         """Return the whole answer, or None where it is empty."""
