@@ -175,6 +175,7 @@ def test_a_run_on_conversations(tiny_folder, tmp_path, capsys):
     shown = (folder / "model" / "README.md").read_text()
     assert f"# {folder.name}" in shown
     assert "22 conversations" in shown
+    assert "- licence of the base: not stated by the base" in shown.splitlines()
     assert "| loss on held-out answers, nats a token (lower is better) |" in shown
     mixture = json.loads((folder / "manifest.json").read_text())["mixture"]
     assert (mixture["n"], mixture["harmful"]) == (22, 0)
