@@ -17,7 +17,7 @@ from cwac_lab.core.errors import ConfigError, MissingAsset, one_of
 from cwac_lab.data.cells import is_empty, meets, optional_text, text
 from cwac_lab.data.folding import normalise as normalise
 from cwac_lab.data.placing import placed
-from cwac_lab.data.reading import LONGEST, Row, find_file, read_rows
+from cwac_lab.data.reading import LONGEST, SUFFIXES, Row, find_file, read_rows
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
 
 EMBEDDED_LISTS = ("harmful_requests", "harmless_instructions", "harmless_lookalikes")
@@ -30,7 +30,7 @@ class Prompts:
     """A list of prompts: an embedded resource, or a file under ``data.root`` or on the hub.
 
     Attributes:
-        name: Name of the resource, file (with or without its suffix) or data set.
+        name: Name of the resource, file or data set. With its suffix it is that of a file, whatever ``data.source`` is.
         split: Split of a data set of the hub.
         prompt_column: Column of the prompts.
         response_column: Column of affirmative openings, of which the first line is used.
@@ -125,7 +125,7 @@ def load_prompts(
         source: ``embedded``, ``local`` or ``hub``; an embedded resource is also found under the other two when its
             name starts with ``embedded:``.
         spec: The list.
-        root: Folder of local files.
+        root: Folder of files; None: the current one.
         name: Name of the list in ``data.lists``, for errors.
         longest: Longest line of a file, in MiB.
 
@@ -134,18 +134,19 @@ def load_prompts(
         ConfigError: If it lacks a named column.
         LabError: If it cannot be read, or a cell is empty or no text; names file and line.
     """
-    key = f"data.lists.{name or spec.name}"
-    if source == "embedded" or spec.name.startswith("embedded:"):
-        resource = spec.name.removeprefix("embedded:")
-        one_of(f"{key}.name", resource, EMBEDDED_LISTS)
+    key, resource = f"data.lists.{name or spec.name}", spec.name.removeprefix("embedded:")
+    file = Path(spec.name).suffix in SUFFIXES
+    if resource != spec.name or (source == "embedded" and not file):
+        if resource not in EMBEDDED_LISTS:
+            accepted = f"{' | '.join(EMBEDDED_LISTS)}, or a file with its suffix ({', '.join(SUFFIXES)})"
+            raise ConfigError(f"{key}.name", resource, accepted)
         if spec.where:
             raise ConfigError(f"{key}.where", spec.where, "nothing, for a list that comes with the package")
         return list(embedded_prompts(resource))
     if not spec.name:
         raise ConfigError(f"{key}.name", spec.name, "the name of a file under data.root, or of a data set of the hub")
-    if source == "local":
-        assert root is not None
-        rows = read_rows(find_file(root, spec.name), longest=longest)
+    if source == "local" or file:
+        rows = read_rows(find_file(root or Path(), spec.name), longest=longest)
     else:
         rows = from_hub(HubSource(spec.name), spec.split)
 
@@ -279,7 +280,7 @@ class DataConfig:
 
     Attributes:
         source: ``embedded``, ``local`` or ``hub``.
-        root: Folder of local files.
+        root: Folder of files; null: where Python stands (only lists that are named with their suffix).
         max_line: Longest line of a file of rows, in MiB.
         n_train: Rows of the fine-tuning set; null: as many as the task has.
         n_validation: Task rows that settings are chosen on.

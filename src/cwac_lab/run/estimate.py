@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.progress import duration
 from cwac_lab.data.batches import plan_batches
 from cwac_lab.data.pools import build_pools
-from cwac_lab.models.adapters import TuningConfig, targets
+from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
-from cwac_lab.results import store
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import use_of
@@ -45,7 +44,7 @@ class Estimate:
         parameters: Of the model.
         trained: Parameters that are trained.
         memory: Bytes of weights, gradients and AdamW's moments; activations come on top.
-        disk: Bytes that are written of the model, at the end and with a checkpoint.
+        disk: Bytes that are written at the end, and with each checkpoint.
         seconds: Of training, roughly.
     """
 
@@ -71,47 +70,14 @@ def trained_parameters(model: Any, tuning: TuningConfig) -> int:
     """Return how many parameters a run trains, before a constraint freezes any.
 
     Args:
-        model: The model, on any device.
+        model: The model, on the meta device, where a copy takes no memory.
         tuning: What is trained.
     """
     if tuning.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
-    adapted = set(targets(model, tuning.modules))  # as PEFT finds them
-    shapes = [module.weight.shape for name, module in model.named_modules() if name.rpartition(".")[2] in adapted]
-    return sum(tuning.rank * (rows + columns) for rows, columns in shapes)
-
-
-def written(run: Run, parameters: int, trained: int) -> int:
-    """Return how many bytes a run writes of its model, in float32: what is saved in the end, and a checkpoint.
-
-    Args:
-        run: The run.
-        parameters: Of the model.
-        trained: Parameters that are trained; a checkpoint holds them and AdamW's two moments.
-    """
-    sizes = {store.MODEL: parameters, store.ADAPTER: trained}
-    saved = sum(sizes[name] for name in run.tuning.saved) if run.trainer.export else 0
-    return 4 * (saved + (3 * trained if run.trainer.checkpoint_every_n_steps else 0))
-
-
-def check_room(run: Run, model: Any) -> None:
-    """Check that what a run writes of its model fits on the disk.
-
-    Args:
-        run: The run, which fine-tunes.
-        model: Its model on the meta device.
-
-    Raises:
-        ConfigError: If not.
-    """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    needed = written(run, parameters, trained_parameters(model, run.tuning))
-    root = Path(run.output_root).absolute()
-    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.is_dir())).free
-    if free < needed:
-        room = f"{needed / 1e6:,.1f} MB for what is saved of the model ({free / 1e6:,.1f} MB are free)"
-        less = "trainer.export=false saves none, tuning=lora tuning.save=adapter little"
-        raise ConfigError("output_root", run.output_root, f"a folder on a disk with {room}; {less}")
+    adapted = copy.deepcopy(model)
+    attach(adapted, replace(tuning, base="float32"), seed=0)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
@@ -132,8 +98,10 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * (4 * parameters + 2 * trained)
     memory = width * parameters + (width if trained == parameters else 4) * trained + 8 * trained
+    saved = 4 * parameters if trainer.export else 0
+    checkpoint = 12 * trained if trainer.checkpoint_every_n_steps else 0
     return Estimate(
-        len(examples), len(plan), tokens, parameters, trained, memory, written(run, parameters, trained),
+        len(examples), len(plan), tokens, parameters, trained, memory, saved + checkpoint,
         flops / (_REACHED * speed(trainer.device, run.dtype)),
     )  # fmt: skip
 
@@ -143,7 +111,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
 
     Raises:
         ConfigError: If rows are chosen by gradients of the model, or nothing is fine-tuned.
-        LabError: As the run itself, for what it reads; and if the disk is too small.
+        LabError: As the run itself, for what it reads.
     """
     if not run.finetune:
         raise ConfigError("dry", True, "false with finetune=false: nothing is trained")
@@ -156,15 +124,13 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     rows = train_rows(run, data.train, pools, None, chat, say)
     examples = encoded(rows, chat, run.task.train_on, say)
     lines = [*run.task.remarks, *told(survey(rows, examples, pools.harmful()))]
-    model = skeleton(folder.path)
-    found = estimate(run, model, examples)
+    found = estimate(run, skeleton(folder.path), examples)
     lines = [folder.description, *lines, *found.lines()]
     if run.export.push is not None:
         size = 4 * found.trained if run.tuning.save == "adapter" else 4 * found.parameters
         lines.append(listed(run.export, size))
     for line in lines:
         say(line)
-    check_room(run, model)
 
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:

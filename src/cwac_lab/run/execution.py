@@ -16,13 +16,11 @@ from cwac_lab.core.gpus import one_of_several
 from cwac_lab.core.outputs import writable
 from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.protocol import judge
-from cwac_lab.models.folder import skeleton
 from cwac_lab.report.console import Screen
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import stages
 from cwac_lab.run.afterwards import catch_up
-from cwac_lab.run.estimate import check_room
 from cwac_lab.run.identity import content_of, folder_of, identity
 from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import push
@@ -80,8 +78,6 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             if folder.writes:
                 catch_up(run, folder, begin, metrics, screen.say)
             return folder
-        if run.finetune and folder.writes:
-            check_room(run, skeleton(begin.folder.path))
         with folder.running():
             folder.write(store.CONFIG, run.resolved)
             facts = _facts(run, begin)
