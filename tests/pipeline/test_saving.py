@@ -1,6 +1,7 @@
 """What is saved, kept on the way, loaded again and merged is the model that was trained, and under its constraint.
 
-Every defence occurs under both trainers, every way of tuning with both; not every combination.
+Every defence occurs under Hugging Face's trainer and the own loop, every way of tuning with both, and each kind of
+defence under TRL's trainer; not every combination.
 """
 
 import pytest
@@ -42,6 +43,15 @@ IN_TRAINER = [
     ("weight+safelora", "full"),
     ("asft", "lora"),
 ]
+IN_SFT = [
+    ("none", "lora"),
+    ("weight", "full"),
+    ("weight", "lora"),
+    ("coupled", "lora"),
+    ("kl", "full"),
+    ("lisa", "lora"),
+    ("safelora", "full"),
+]
 IN_LIGHTNING = [
     ("none", "full"),
     ("weight", "full"),
@@ -68,7 +78,12 @@ FEW_IN_TRAINER = (
     ("lisa", "full"),
     ("safelora", "full"),
 )
+FEW_IN_SFT = (("weight", "full"), ("weight", "lora"))
 FEW_IN_LIGHTNING = (("weight", "qlora"), ("coupled", "lora"), ("kl", "full"), ("lisa", "lora"), ("safelora", "qlora"))
+TRAINERS = [
+    *some([("Trainer", *row) for row in IN_TRAINER], *(("Trainer", *row) for row in FEW_IN_TRAINER)),
+    *some([("SFTTrainer", *row) for row in IN_SFT], *(("SFTTrainer", *row) for row in FEW_IN_SFT)),
+]
 TUNING = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
 
@@ -109,12 +124,13 @@ class Seen(TrainerCallback):
                 model.get_parameter(name).copy_(value)
 
 
-@pytest.mark.parametrize(("name", "way"), some(IN_TRAINER, *FEW_IN_TRAINER))
-def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(name, way, folder, tmp_path):
+@pytest.mark.parametrize(("kind", "name", "way"), TRAINERS)
+def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(kind, name, way, folder, tmp_path):
     ends = {}
     for saving in ("no", "steps"):
         defense = ACTIVE[name]()
-        trainer = trainer_of(adapted(folder, way), tmp_path, save_strategy=saving, save_steps=2, save_only_model=True)
+        saved = {"save_strategy": saving, "save_steps": 2, "save_only_model": True}
+        trainer = trainer_of(adapted(folder, way), tmp_path, kind=kind, **saved)
         protected = put_under(trainer, defense, folder)
         seen = Seen(defense)
         if saving == "steps":
