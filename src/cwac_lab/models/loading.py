@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class ModelFolder:
     path: Path
     description: str
     content: str
-    origin: Origin = Origin()
+    origin: Origin = field(default_factory=Origin)
 
 
 def content_digest(folder: Path) -> str:

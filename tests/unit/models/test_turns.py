@@ -109,10 +109,10 @@ SIZES = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 12)), min_size=2, 
 def test_what_a_cut_leaves_is_taught_once_and_as_generation_would_start(name, sizes, system, share, prefixed):
     """Each example begins with a prompt, as if nothing had been said before it; only the oldest exchanges go."""
     whole = unlimited(name, prefixed)
-    said = [
-        turn for n, (asked, answered) in enumerate(sizes)
-        for turn in (Turn("user", f"question {n}" + " more" * asked), Turn("assistant", f"answer {n}" + " yes" * answered))
-    ]  # fmt: skip
+    words = [
+        (f"question {n}" + " more" * asked, f"answer {n}" + " yes" * given) for n, (asked, given) in enumerate(sizes)
+    ]
+    said = [turn for asked, given in words for turn in (Turn("user", asked), Turn("assistant", given))]
     begins, ends = range(0, len(said), 2), range(1, len(said), 2)
 
     def length(begin, end):

@@ -35,6 +35,13 @@ def test_a_dry_run_tells_rows_steps_memory_disk_and_time(tiny_folder, tmp_path, 
     given = [*small, "task=chat", f"task.train={tmp_path}/rows.jsonl", "trainer.epochs=3", "constraint=none"]
     tiny.launch(train.main, [*given, "dry=true"])
     told = " ".join(capsys.readouterr().out.split())
-    for part in ("18 rows, 36 turns", "18 examples, 15 steps", " M parameters", "memory: ", "disk: ", "training: about"):
+    for part in (
+        "18 rows, 36 turns",
+        "18 examples, 15 steps",
+        " M parameters",
+        "memory: ",
+        "disk: ",
+        "training: about",
+    ):
         assert part in told
     assert not (tmp_path / "out" / "runs").exists()
