@@ -83,6 +83,7 @@ FEW_IN_LIGHTNING = (("weight", "qlora"), ("coupled", "lora"), ("kl", "full"), ("
 TRAINERS = [
     *some([("Trainer", *row) for row in IN_TRAINER], *(("Trainer", *row) for row in FEW_IN_TRAINER)),
     *some([("SFTTrainer", *row) for row in IN_SFT], *(("SFTTrainer", *row) for row in FEW_IN_SFT)),
+    *some([("SFTTrainer in bf16", "weight", "lora")]),
 ]
 TUNING = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
@@ -139,14 +140,16 @@ def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(kind, na
         ends[saving] = weights(trainer.model)
     assert same(*ends.values())
     on_the_way = loaded(folder, way, tmp_path / "checkpoint-2")
-    torch.testing.assert_close(logits(on_the_way), seen.kept, atol=1e-5, rtol=1e-4)
+    # In bf16 what the trainer's model computes is rounded, and its weights are not.
+    near = {"atol": 2e-2, "rtol": 2e-2} if "bf16" in kind else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(logits(on_the_way), seen.kept, **near)
     settles = "safelora" in name or (way == "full" and name in ("weight", "coupled"))
     assert torch.allclose(seen.raw, seen.kept, atol=1e-5) is not settles
     final = logits(trainer.model)
     trainer.save_model(str(tmp_path / "final"))
     end = loaded(folder, way, tmp_path / "final")
-    torch.testing.assert_close(logits(end), final, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(final, logits(start(folder, way)), atol=1e-3)
+    torch.testing.assert_close(logits(end), final, **near)
+    assert not torch.allclose(final, logits(start(folder, way)), atol=5e-2)
     if "weight" in name or name == "coupled":
         assert leak_of(folder, way, on_the_way) < 3e-6
         assert leak_of(folder, way, end) < 3e-6
@@ -154,7 +157,7 @@ def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(kind, na
         return
     plain = protected.merged()
     # In 4 bits PEFT computes in bfloat16 beside the factors.
-    close = {"atol": 3e-2, "rtol": 3e-2} if way == "qlora" else {"atol": 1e-5, "rtol": 1e-4}
+    close = {"atol": 3e-2, "rtol": 3e-2} if way == "qlora" else near
     torch.testing.assert_close(logits(plain), final, **close)
     trainer.save_model(str(tmp_path / "merged"))
     again = loaded(folder, "full", tmp_path / "merged")

@@ -97,14 +97,14 @@ def adapted(folder, way, **more):
 
 
 def trainer_of(model, output, rows=ROWS, kind="Trainer", **more):
-    """A ``Trainer`` on token ids, or an ``SFTTrainer`` on messages, each with the defaults that it has else."""
+    """A ``Trainer`` on token ids, or an ``SFTTrainer`` on messages, in float32 or in bf16 (its default)."""
     settings = {
         "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1,
         "lr_scheduler_type": "constant", "use_cpu": True, "save_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "logging_strategy": "no", "seed": 0, "output_dir": str(output),
     } | more  # fmt: skip
     chat = tiny.chat()
-    if kind == "SFTTrainer":
+    if kind.startswith("SFTTrainer"):
         from trl import SFTConfig, SFTTrainer
 
         said = [
@@ -113,8 +113,9 @@ def trainer_of(model, output, rows=ROWS, kind="Trainer", **more):
         ]
         table = datasets.Dataset.from_list(said)
         return SFTTrainer(
-            model, SFTConfig(**settings), train_dataset=table, eval_dataset=table, processing_class=chat.tokenizer
-        )
+            model, SFTConfig(bf16="bf16" in kind, **settings), train_dataset=table, eval_dataset=table,
+            processing_class=chat.tokenizer,
+        )  # fmt: skip
     encoded = [chat.encode(*row) for row in rows]
     table = datasets.Dataset.from_dict(
         {
