@@ -115,7 +115,7 @@ def test_the_column_of_a_metric_that_is_not_there_is_one_line(tmp_path):
 def test_every_file_may_have_the_lines_that_are_accepted(kind, tmp_path):
     (tmp_path / "sst2").mkdir()
     for part in ("train", "test"):
-        asked = [f"{part} {i}" for i in range(9)] + [part + "a" * 2**21]
+        asked = [f"{part} {i}" for i in range(9)] + [part + "a" * 2**20]
         rows = [{"prompt": text, "response": "yes", "sentence": text, "label": 1} for text in asked]
         (tmp_path / "sst2" / f"{part}.jsonl").write_bytes(lines(rows))
 
