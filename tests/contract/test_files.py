@@ -112,6 +112,14 @@ def test_a_file_may_be_named_with_its_suffix(tmp_path):
     assert [row.prompt for row in load_prompts("local", Prompts("list.csv"), tmp_path)] == ["x"]
 
 
+@pytest.mark.parametrize("source", ["embedded", "local", "hub"])
+def test_a_list_with_a_suffix_is_a_file_whatever_the_source_is(source, tmp_path, monkeypatch):
+    put(tmp_path, {"list.csv": "prompt\nx\n", "mine/list.jsonl": prompts("y")})
+    monkeypatch.chdir(tmp_path)
+    assert [row.prompt for row in load_prompts(source, Prompts("list.csv"), None)] == ["x"]
+    assert [row.prompt for row in load_prompts(source, Prompts("list.jsonl"), tmp_path / "mine")] == ["y"]
+
+
 def test_a_file_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
     put(tmp_path, {"list.csv": "prompt\nx\n"})
 
@@ -130,6 +138,7 @@ def test_a_file_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
     ("name", "settings", "line"),
     [
         ("harmful", {}, "data.lists.mine.name=harmful: accepted: harmful_requests | harmless_instructions"),
+        ("mine.txt", {}, "harmless_lookalikes, or a file with its suffix (.jsonl, .json, .csv, .parquet)"),
         ("identity", {}, "data.lists.mine.name=identity: accepted: harmful_requests"),
         ("harmful_requests", {"where": {"kind": "x"}}, "data.lists.mine.where={'kind': 'x'}: accepted: nothing"),
     ],

@@ -18,6 +18,7 @@ from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.models import loading, lora
 from cwac_lab.models.architecture import Use
 from cwac_lab.models.loading import ModelConfig, Weights, find, find_base, load_chat, load_model
+from cwac_lab.models.origin import CARD, Origin
 from cwac_lab.run import start
 from support import tiny
 from support.folders import edit, run_on, saved, with_consolidated
@@ -117,6 +118,7 @@ PLAIN = {
 @pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
 def test_an_adapter_is_merged_as_peft_merges_it(settings, tmp_path):
     base = saved(tmp_path / "base")
+    (base / CARD).write_text("---\nlicense: mit\n---\n")
     adapter = adapter_of(tmp_path / "tuned", base, **settings)
     found = find(ModelConfig("tuned", path=str(adapter)), "embedded", tmp_path / "cache", USE)
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
@@ -125,6 +127,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(settings, tmp_path):
         torch.testing.assert_close(mine[name], weight, atol=1e-6, rtol=1e-5)
     assert sum(not torch.equal(mine[name], start[name]) for name in start) >= 2
     assert found.description == "tuned: adapter local folder tuned merged into local folder base"
+    assert found.origin == Origin(license="mit")
     load_chat.cache_clear()
     assert load_chat(found.path, 64).tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
 
@@ -212,6 +215,7 @@ def test_adapter_and_base_of_the_hub(by, tmp_path, monkeypatch):
     fetched = hub_with(monkeypatch, tmp_path / "hub", **{"some/tuned": adapter, "some/base": saved(tmp_path / "base")})
     found = find(ModelConfig("mine", **{by: "some/tuned"}), "embedded", tmp_path / "cache", USE)
     assert found.description == "mine: adapter some/tuned merged into some/base"
+    assert found.origin == Origin("some/base")  # whose card cannot be fetched here
     assert {(name, revision) for name, revision, _ in fetched} == {("some/tuned", "main"), ("some/base", "v3")}
 
 

@@ -19,7 +19,7 @@ ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prom
 ASKED |= {"trainer.export", "logger.wandb", "export.push", "export.private"}
 NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
-    *("dry", "model.adapter", "model.revision", "model.base", "align.export", "align.rebuild"),
+    *("dry", "data.max_line", "model.adapter", "model.revision", "model.base", "align.export", "align.rebuild"),
     *("trainer.progress_bar", "trainer.checkpoint_every_n_steps", "trainer.gradient_checkpointing", "trainer.strategy"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pyarrow
@@ -12,15 +13,18 @@ import pytest
 from pyarrow import parquet
 
 from cwac_lab import results, train
-from cwac_lab.core.errors import LabError
-from cwac_lab.data.reading import LONGEST, read_rows, shards
-from cwac_lab.data.sources import DataConfig, split_task
+from cwac_lab.core.errors import ConfigError, LabError
+from cwac_lab.data.pools import build_pools
+from cwac_lab.data.reading import read_rows, shards
+from cwac_lab.data.sources import DataConfig, Prompts, split_task
 from cwac_lab.data.tasks.chat import Chat
+from cwac_lab.data.tasks.sst2 import SST2
 from support import tiny
 from support.cover import some
 
 SAID = [("Is it a fine film?", "yes,\nit is"), ("Plan a trip", "pack light"), ("Bake bread", "use flour")]
 PAIRS = [{"prompt": asked, "response": said} for asked, said in SAID]
+USER, SAYS = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 ROWS = [{"messages": [{"role": "user", "content": f"{asked} {i}"}, {"role": "assistant", "content": said}]}
         for i in range(8) for asked, said in SAID]  # fmt: skip
 
@@ -79,18 +83,52 @@ def test_the_files_of_a_folder_are_read_in_order(tmp_path):
         (None, "a.jsonl", "no such file or folder"),
         (b"\xff\xfe{", "a.jsonl.gz", "is not compressed as .gz says"),
         (lines([PAIRS[0]]) + b'{"prompt": "\xff"}', "a.jsonl", "line 2: byte 0xff is not UTF-8"),
-        (lines(PAIRS) + b"x" * (LONGEST + 1), "a.jsonl", "line 4: 16 MiB; accepted: at most 16 MiB a line"),
+        (lines(PAIRS) + b"x" * (2**20 + 1), "a.jsonl", "line 4: 1 MiB; accepted: at most data.max_line=1 MiB a line"),
         (lines([PAIRS[0]]) + b"{no\n" + lines([{"prompt": "x"}, {"prompt": "", "response": "y"}, PAIRS[1]]), "a.jsonl",
          r"3 of 5 rows cannot be read \(task.skip_bad=true leaves them out\): .*line 2: no JSON.*line 3: no column "
          "'response'; .*line 4: prompt is empty$"),
         (lines([{"text": "x"}]), "a.jsonl", "task.columns=none: accepted: messages"),
+        (lines([ROWS[0], {"messages": [USER]}]), "a.jsonl", "a.jsonl, line 2: no turn of the assistant: accepted"),
+        (lines([{"messages": [USER, USER, SAYS]}]), "a.jsonl", "a.jsonl, line 1: turn 2 is of the user: accepted"),
+        (lines([{"messages": [{**USER, "role": "bot"}, SAYS]}]), "a.jsonl", "line 1: messages.0..role=.bot.: acc"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_line(content, name, words, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(LabError, match=words):
-        Chat(name="chat", train=str(tmp_path / name)).own_rows("train")
+        Chat(name="chat", train=str(tmp_path / name)).own_rows("train", longest=1)
+
+
+def test_the_column_of_a_metric_that_is_not_there_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(PAIRS))
+    task = Chat(name="chat", train=str(tmp_path / "a.jsonl"), metric="exact", gold="label")
+    with pytest.raises(ConfigError, match=r"^task.gold=label: accepted: a column of .*a.jsonl: prompt, response$"):
+        task.own_rows("train")
+    (tmp_path / "test.jsonl").write_bytes(lines([{**PAIRS[0], "label": "no"}]))
+    task = Chat(name="chat", train=str(tmp_path / "a.jsonl"), test=str(tmp_path / "test.jsonl"), gold="label")
+    assert [row.gold for row in task.own_rows("train")] == [said for _, said in SAID]
+    assert [row.gold for row in task.own_rows("test")] == ["no"]
+
+
+@pytest.mark.parametrize("kind", ["conversations", "rows of a task", "prompts"])
+def test_every_file_may_have_the_lines_that_are_accepted(kind, tmp_path):
+    (tmp_path / "sst2").mkdir()
+    for part in ("train", "test"):
+        asked = [f"{part} {i}" for i in range(9)] + [part + "a" * 2**20]
+        rows = [{"prompt": text, "response": "yes", "sentence": text, "label": 1} for text in asked]
+        (tmp_path / "sst2" / f"{part}.jsonl").write_bytes(lines(rows))
+
+    def read(data):
+        if kind == "prompts":
+            return build_pools(replace(data, lists={"mine": Prompts("sst2/train")}, harmful={"test": {"mine": 3}}))
+        chat = Chat(name="chat", train=str(tmp_path / "sst2" / "train.jsonl"))
+        return split_task(data, chat if kind == "conversations" else SST2("sst2"), ())
+
+    data = DataConfig("local", str(tmp_path), n_validation=1, n_test=2)
+    assert read(data)
+    with pytest.raises(LabError, match=r"\.jsonl, line 10: 2 MiB; accepted: at most data.max_line=1 MiB a line"):
+        read(replace(data, max_line=1))
 
 
 def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path):
@@ -175,6 +213,7 @@ def test_a_run_on_conversations(tiny_folder, tmp_path, capsys):
     shown = (folder / "model" / "README.md").read_text()
     assert f"# {folder.name}" in shown
     assert "22 conversations" in shown
+    assert "- licence of the base: not stated by the base" in shown.splitlines()
     assert "| loss on held-out answers, nats a token (lower is better) |" in shown
     mixture = json.loads((folder / "manifest.json").read_text())["mixture"]
     assert (mixture["n"], mixture["harmful"]) == (22, 0)

@@ -1,8 +1,5 @@
 """Defences in other trainers end where the Lightning loop ends."""
 
-import copy
-import inspect
-
 import datasets
 import pytest
 import torch
@@ -22,7 +19,7 @@ from cwac_lab.defenses.literature.safe_instruct import SafeInstruct
 from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.examples import trainer as example
 from cwac_lab.integrations import DefenseCallback, named, protect
-from cwac_lab.models.chat import Encoded
+from cwac_lab.models.chat import IGNORED, Encoded
 from cwac_lab.models.sites import linears
 from cwac_lab.training.module import TrainData
 from support import tiny
@@ -73,14 +70,14 @@ def test_families_without_linear_layers_are_held_in_another_trainer(family, way,
     assert defense.leak() < 1e-5
 
 
-def arguments(folder, **more):
+def arguments(folder, kind=TrainingArguments, **more):
     settings = {
         "num_train_epochs": 1, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 1.0,
         "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "optim": "adamw_torch_fused",
         "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no",
         "seed": 0,
     }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **(settings | more))
+    return kind(output_dir=str(folder), **(settings | more))
 
 
 def in_order() -> list[Encoded]:
@@ -106,9 +103,21 @@ def other_trainer(model, rows, folder, **more):
     )  # fmt: skip
 
 
-@table(name=DEFENSES, way=["full", "peft"])
+def sft_trainer(model, rows, folder):
+    """TRL's trainer on the same ids, in the same precision."""
+    from trl import SFTConfig, SFTTrainer
+
+    answers = [[int(label != IGNORED) for label in row.labels] for row in rows]
+    table = datasets.Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": answers})
+    settings = arguments(
+        folder, SFTConfig, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=False, max_length=None
+    )
+    return SFTTrainer(model, settings, train_dataset=table, processing_class=tiny.tokenizer())
+
+
+@table(name=DEFENSES, way=["full", "peft", "full in SFTTrainer", "peft in SFTTrainer"])
 def test_a_defence_ends_where_the_lightning_loop_ends(name, way, tmp_path):
-    build, tuning = DEFENSES[name], {"full": FULL, "peft": LORA}[way]
+    build, tuning = DEFENSES[name], LORA if way.startswith("peft") else FULL
     start = weights(tiny.model())
     expected, _ = train(build(), tuning=tuning, **SETTINGS)
     model, defense = tiny.model(), build()
@@ -118,7 +127,8 @@ def test_a_defence_ends_where_the_lightning_loop_ends(name, way, tmp_path):
             torch.manual_seed(0)
             paths = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
             model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=paths))
-    trainer = other_trainer(model, in_order(), tmp_path)
+    made = sft_trainer if way.endswith("SFTTrainer") else other_trainer
+    trainer = made(model, in_order(), tmp_path)
     defense.prepare(prepared)
     callback = DefenseCallback(trainer, defense, prepared.model)
     trainer.add_callback(callback)
@@ -201,36 +211,6 @@ def test_rows_that_change_between_epochs_are_one_line(tmp_path):
     trainer.data_collator = changing
     with pytest.raises(LabError, match=r"4 of 4 rows were not asked of the start \(accepted: rows that never change\)"):
         trainer.train()
-
-
-def test_sft_trainer_takes_a_defence(tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    chat = tiny.chat()
-    rows = [
-        {"prompt": [{"role": "user", "content": prompt}], "completion": [{"role": "assistant", "content": answer}]}
-        for prompt, answer in ROWS
-    ]
-    kept = {k: v for k, v in arguments(tmp_path).to_dict().items() if k in inspect.signature(trl.SFTConfig).parameters}
-    wanted = (
-        "output_dir",
-        "per_device_train_batch_size",
-        "num_train_epochs",
-        "learning_rate",
-        "use_cpu",
-        "report_to",
-        "save_strategy",
-        "disable_tqdm",
-    )
-    settings = trl.SFTConfig(**{name: kept[name] for name in wanted}, max_length=128)
-    defense = WeightConstraint(energy=0.9)
-    model = tiny.model()
-    trainer = trl.SFTTrainer(
-        copy.deepcopy(model), settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=chat.tokenizer
-    )
-    protect(trainer, defense, harmful=PROMPTS)
-    trainer.train()
-    assert defense.summary()["leak"] < 1e-5
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
 
 
 def test_a_name_is_that_of_the_command_line():

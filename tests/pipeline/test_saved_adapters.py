@@ -11,29 +11,38 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cwac_lab import train
+from cwac_lab.core.paths import conf_dir
 from cwac_lab.models.loading import ModelConfig, find, load_model
 from support import tiny
 from support.cover import some
+
+EVERY = sorted(file.stem for file in (conf_dir() / "constraint").glob("*.yaml"))
+FEW_LATENTS = ("constraint.activation.n_latents=4", "constraint.activation.depths=[0.5]")
+MORE = {
+    **dict.fromkeys(("activation", "coupled"), FEW_LATENTS),
+    **dict.fromkeys(("asft", "safelora"), ("model.base=BEFORE",)),  # the model before its alignment
+}
 
 
 def flat(capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("constraint", some(["none", "weight", "l2", "lisa"], "weight"))
+@pytest.mark.parametrize("constraint", some(EVERY, "weight"))
 def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, tmp_path):
     given = tiny.small_run(tiny_folder, tmp_path / "out")
     more = ["tuning=lora", "tuning.rank=4", "tuning.save=both", f"constraint={constraint}"]
-    more += ["trainer.learning_rate=1e-2"]
+    before = tiny.save(tmp_path / "before", seed=1)
+    more += ["trainer.learning_rate=1e-2", *(each.replace("BEFORE", str(before)) for each in MORE.get(constraint, ()))]
     tiny.launch(train.main, [*given, *more])
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     ids = torch.arange(3, 40)[None]
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    before = base(ids).logits
+    start = base(ids).logits
     tuned = PeftModel.from_pretrained(base, folder / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     torch.testing.assert_close(tuned(ids).logits, merged(ids).logits, atol=2e-4, rtol=1e-4)
-    assert not torch.allclose(before, merged(ids).logits, atol=1e-2)
+    assert not torch.allclose(start, merged(ids).logits, atol=1e-2)
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert (folder / "adapter" / "README.md").read_text() == (folder / "model" / "README.md").read_text()
 

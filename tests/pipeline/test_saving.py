@@ -1,6 +1,7 @@
 """What is saved, kept on the way, loaded again and merged is the model that was trained, and under its constraint.
 
-Every defence occurs under both trainers, every way of tuning with both; not every combination.
+Every defence occurs under Hugging Face's trainer and the own loop, every way of tuning with both, and each kind of
+defence under TRL's trainer; not every combination.
 """
 
 import pytest
@@ -42,6 +43,15 @@ IN_TRAINER = [
     ("weight+safelora", "full"),
     ("asft", "lora"),
 ]
+IN_SFT = [
+    ("none", "lora"),
+    ("weight", "full"),
+    ("weight", "lora"),
+    ("coupled", "lora"),
+    ("kl", "full"),
+    ("lisa", "lora"),
+    ("safelora", "full"),
+]
 IN_LIGHTNING = [
     ("none", "full"),
     ("weight", "full"),
@@ -68,7 +78,13 @@ FEW_IN_TRAINER = (
     ("lisa", "full"),
     ("safelora", "full"),
 )
+FEW_IN_SFT = (("weight", "full"), ("weight", "lora"))
 FEW_IN_LIGHTNING = (("weight", "qlora"), ("coupled", "lora"), ("kl", "full"), ("lisa", "lora"), ("safelora", "qlora"))
+TRAINERS = [
+    *some([("Trainer", *row) for row in IN_TRAINER], *(("Trainer", *row) for row in FEW_IN_TRAINER)),
+    *some([("SFTTrainer", *row) for row in IN_SFT], *(("SFTTrainer", *row) for row in FEW_IN_SFT)),
+    *some([("SFTTrainer in bf16", "weight", "lora")]),
+]
 TUNING = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
 
@@ -109,12 +125,13 @@ class Seen(TrainerCallback):
                 model.get_parameter(name).copy_(value)
 
 
-@pytest.mark.parametrize(("name", "way"), some(IN_TRAINER, *FEW_IN_TRAINER))
-def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(name, way, folder, tmp_path):
+@pytest.mark.parametrize(("kind", "name", "way"), TRAINERS)
+def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(kind, name, way, folder, tmp_path):
     ends = {}
     for saving in ("no", "steps"):
         defense = ACTIVE[name]()
-        trainer = trainer_of(adapted(folder, way), tmp_path, save_strategy=saving, save_steps=2, save_only_model=True)
+        saved = {"save_strategy": saving, "save_steps": 2, "save_only_model": True}
+        trainer = trainer_of(adapted(folder, way), tmp_path, kind=kind, **saved)
         protected = put_under(trainer, defense, folder)
         seen = Seen(defense)
         if saving == "steps":
@@ -123,14 +140,16 @@ def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(name, wa
         ends[saving] = weights(trainer.model)
     assert same(*ends.values())
     on_the_way = loaded(folder, way, tmp_path / "checkpoint-2")
-    torch.testing.assert_close(logits(on_the_way), seen.kept, atol=1e-5, rtol=1e-4)
+    # In bf16 what the trainer's model computes is rounded, and its weights are not.
+    near = {"atol": 2e-2, "rtol": 2e-2} if "bf16" in kind else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(logits(on_the_way), seen.kept, **near)
     settles = "safelora" in name or (way == "full" and name in ("weight", "coupled"))
     assert torch.allclose(seen.raw, seen.kept, atol=1e-5) is not settles
     final = logits(trainer.model)
     trainer.save_model(str(tmp_path / "final"))
     end = loaded(folder, way, tmp_path / "final")
-    torch.testing.assert_close(logits(end), final, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(final, logits(start(folder, way)), atol=1e-3)
+    torch.testing.assert_close(logits(end), final, **near)
+    assert not torch.allclose(final, logits(start(folder, way)), atol=5e-2)
     if "weight" in name or name == "coupled":
         assert leak_of(folder, way, on_the_way) < 3e-6
         assert leak_of(folder, way, end) < 3e-6
@@ -138,7 +157,7 @@ def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(name, wa
         return
     plain = protected.merged()
     # In 4 bits PEFT computes in bfloat16 beside the factors.
-    close = {"atol": 3e-2, "rtol": 3e-2} if way == "qlora" else {"atol": 1e-5, "rtol": 1e-4}
+    close = {"atol": 3e-2, "rtol": 3e-2} if way == "qlora" else near
     torch.testing.assert_close(logits(plain), final, **close)
     trainer.save_model(str(tmp_path / "merged"))
     again = loaded(folder, "full", tmp_path / "merged")

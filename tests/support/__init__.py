@@ -11,6 +11,7 @@ folders: makers of model folders of many kinds, whole, broken or of another shap
 held: training a tiny model under a prepared defence.
 hub: a stand-in for the hub.
 others: tiny models in another library's trainer under every defence.
+own_page: the first example of ``docs/your-own.md``, files and commands.
 peft_cases: adapters as PEFT saves them, and what is said of those that cannot be merged.
 recorded: records of finished runs, written by hand.
 recipes: digests of the code that makes what is cached; a command as well.

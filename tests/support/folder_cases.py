@@ -45,6 +45,11 @@ FAMILIES = ("accepted:", "Llama, Mistral, Qwen2, Qwen3, Gemma")
 REFUSED = {
     # What is no model folder.
     "nowhere": (lambda folder: None, (), ["model.path=", "a folder with config.json"]),
+    "no-model": (
+        lambda folder: (folder.mkdir(), (folder / "notes.txt").write_text("none")),
+        (),
+        ["model.path=", "accepted: a folder with config.json, tokenizer and safetensors"],
+    ),
     "adapter-of-another-kind": (
         lambda folder: adapter(folder, "IA3"),
         (),

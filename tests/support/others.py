@@ -1,4 +1,4 @@
-"""Tiny models in Hugging Face's ``Trainer`` under every defence, as a user has them: loaded from folders, with PEFT."""
+"""Tiny models in other libraries' trainers under every defence, as a user has them: loaded from folders, with PEFT."""
 
 from __future__ import annotations
 
@@ -96,8 +96,26 @@ def adapted(folder, way, **more):
         return get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=paths, **more))
 
 
-def trainer_of(model, output, rows=ROWS, **more):
+def trainer_of(model, output, rows=ROWS, kind="Trainer", **more):
+    """A ``Trainer`` on token ids, or an ``SFTTrainer`` on messages, in float32 or in bf16 (its default)."""
+    settings = {
+        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1,
+        "lr_scheduler_type": "constant", "use_cpu": True, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "logging_strategy": "no", "seed": 0, "output_dir": str(output),
+    } | more  # fmt: skip
     chat = tiny.chat()
+    if kind.startswith("SFTTrainer"):
+        from trl import SFTConfig, SFTTrainer
+
+        said = [
+            {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": answer}]}
+            for asked, answer in rows
+        ]
+        table = datasets.Dataset.from_list(said)
+        return SFTTrainer(
+            model, SFTConfig(bf16="bf16" in kind, **settings), train_dataset=table, eval_dataset=table,
+            processing_class=chat.tokenizer,
+        )  # fmt: skip
     encoded = [chat.encode(*row) for row in rows]
     table = datasets.Dataset.from_dict(
         {
@@ -106,13 +124,8 @@ def trainer_of(model, output, rows=ROWS, **more):
             "labels": [row.labels for row in encoded],
         }
     )
-    settings = {
-        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1,
-        "lr_scheduler_type": "constant", "use_cpu": True, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "logging_strategy": "no", "seed": 0,
-    }  # fmt: skip
     return Trainer(
-        model, TrainingArguments(output_dir=str(output), **(settings | more)), train_dataset=table, eval_dataset=table,
+        model, TrainingArguments(**settings), train_dataset=table, eval_dataset=table,
         processing_class=chat.tokenizer, data_collator=DataCollatorForSeq2Seq(chat.tokenizer, padding=True),
     )  # fmt: skip
 

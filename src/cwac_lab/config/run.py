@@ -37,8 +37,8 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Settings that do not change what a run computes; they are left out of its key.
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
-    *("logger", "output_root", "cache_root", "force", "dry", "data.root", "model.path", "trainer.accelerator"),
-    *("model.revision", "model.adapter", "model.base"),
+    *("logger", "output_root", "cache_root", "force", "dry", "trainer.accelerator", "data.root", "data.max_line"),
+    *("model.path", "model.revision", "model.adapter", "model.base"),
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
     *("evaluation.judges", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),

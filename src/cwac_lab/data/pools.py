@@ -206,7 +206,7 @@ def build_pools(data: DataConfig) -> Pools:
     root = Path(data.root) if data.root is not None else None
     names = {kind: {name for parts in getattr(data, kind).values() for name in parts} for kind in KINDS}
     every_name = sorted(set().union(*names.values()))
-    lists = {name: load_prompts(data.source, data.lists[name], root, name) for name in every_name}
+    lists = {name: load_prompts(data.source, data.lists[name], root, name, data.max_line) for name in every_name}
     shipped = not any(ALIGNMENT in getattr(data, kind) for kind in KINDS)
     before = taught() if shipped else {}
     taken = {normalise(row.prompt) for held in before.values() for row in held}

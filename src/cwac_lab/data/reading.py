@@ -22,8 +22,8 @@ from cwac_lab.core.errors import LabError, MissingAsset
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # Endings of compressed files, by the codec of pyarrow that reads them.
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-# Bytes of the longest line of JSON or CSV: what is longer is most often no file of rows.
-LONGEST = 16 * 2**20
+# MiB of the longest line of JSON or CSV unless told otherwise: what is longer is most often no file of rows.
+LONGEST = 16
 _DELIMITERS = (",", ";", "\t")
 # The mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -104,12 +104,13 @@ def shards(path: Path) -> list[Path]:
     return found
 
 
-def read_rows(path: Path, bad: list[str] | None = None) -> list[Row]:
+def read_rows(path: Path, bad: list[str] | None = None, longest: int = LONGEST) -> list[Row]:
     """Read a file by its suffix.
 
     Args:
         path: The file.
         bad: Takes what is wrong with single lines, which are then left out; None: the first one is an error.
+        longest: Longest line, in MiB (``data.max_line``).
 
     Raises:
         LabError: If it cannot be read, is not what its suffix says, or has no rows; names file and line.
@@ -122,7 +123,7 @@ def read_rows(path: Path, bad: list[str] | None = None) -> list[Row]:
     if kind == ".parquet":
         rows = _parquet(path, content)
     else:
-        _check_lines(path, content)
+        _check_lines(path, content, longest)
         rows = list((_csv if kind == ".csv" else _json)(path, _decoded(path, content), bad))
     if not rows and not bad:
         raise LabError(f"{path} has no rows")
@@ -141,13 +142,13 @@ def _unpacked(path: Path, content: bytes) -> bytes:
         raise LabError(f"{path} is not compressed as {path.suffix} says, or is cut off ({error})") from None
 
 
-def _check_lines(path: Path, content: bytes) -> None:
-    """Check that no line is longer than ``LONGEST``, but for a JSON list, which may stand on one."""
-    if len(content) <= LONGEST or content.lstrip().startswith(b"["):
+def _check_lines(path: Path, content: bytes, longest: int) -> None:
+    """Check that no line is longer than a limit, but for a JSON list, which may stand on one."""
+    if len(content) <= longest << 20 or content.lstrip().startswith(b"["):
         return
     for number, line in enumerate(content.split(b"\n"), 1):
-        if len(line) > LONGEST:
-            most = f"accepted: at most {LONGEST >> 20} MiB a line"
+        if len(line) > longest << 20:
+            most = f"accepted: at most data.max_line={longest} MiB a line"
             raise LabError(f"{path}, line {number}: {len(line) / 2**20:.0f} MiB; {most}")
 
 

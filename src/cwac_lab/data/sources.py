@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -14,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, one_of
+from cwac_lab.core.errors import ConfigError, MissingAsset, one_of
 from cwac_lab.data.cells import is_empty, meets, optional_text, text
 from cwac_lab.data.folding import normalise as normalise
-from cwac_lab.data.reading import Row, find_file, read_rows
+from cwac_lab.data.placing import placed
+from cwac_lab.data.reading import LONGEST, SUFFIXES, Row, find_file, read_rows
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
 
 EMBEDDED_LISTS = ("harmful_requests", "harmless_instructions", "harmless_lookalikes")
@@ -30,7 +30,7 @@ class Prompts:
     """A list of prompts: an embedded resource, or a file under ``data.root`` or on the hub.
 
     Attributes:
-        name: Name of the resource, file (with or without its suffix) or data set.
+        name: Name of the resource, file or data set. With its suffix it is that of a file, whatever ``data.source`` is.
         split: Split of a data set of the hub.
         prompt_column: Column of the prompts.
         response_column: Column of affirmative openings, of which the first line is used.
@@ -95,32 +95,6 @@ def embedded_prompts(name: str) -> tuple[PromptRow, ...]:
     return tuple(PromptRow(f"{name}/{i}", prompt, None, category) for i, (category, prompt) in enumerate(rows))
 
 
-@contextmanager
-def _placed(row: Row, key: str, value: object) -> Iterator[None]:
-    """Name the place of a row, and the setting that it is read by, in errors of whoever reads its cells."""
-    try:
-        yield
-    except KeyError as error:
-        raise ConfigError(key, value, f"rows with a column {error}; {row.at} has {', '.join(row.cells)}") from error
-    except ValueError as error:
-        raise LabError(f"{row.at}: {error} ({key}={value})") from error
-    except (IndexError, TypeError, AttributeError) as error:
-        raise LabError(f"{row.at}: {type(error).__name__}: {error} ({key}={value})") from error
-
-
-def read_texts(path: Path, *columns: str) -> list[tuple[str, ...]]:
-    """Return the texts of some columns of a file, row by row.
-
-    Raises:
-        LabError: If it cannot be read, lacks a column, or a cell is empty or no text; names file and line.
-    """
-    found = []
-    for row in read_rows(path):
-        with _placed(row, "columns", ", ".join(columns)):
-            found.append(tuple(text(row.cells, column) for column in columns))
-    return found
-
-
 def _chosen(rows: list[Row], spec: Prompts, key: str) -> list[tuple[int, Row]]:
     """Return the rows that meet the conditions of a list, with their numbers, if it has the columns it names.
 
@@ -142,39 +116,43 @@ def _chosen(rows: list[Row], spec: Prompts, key: str) -> list[tuple[int, Row]]:
     return kept
 
 
-def load_prompts(source: str, spec: Prompts, root: Path | None, name: str | None = None) -> list[PromptRow]:
+def load_prompts(
+    source: str, spec: Prompts, root: Path | None, name: str | None = None, longest: int = LONGEST
+) -> list[PromptRow]:
     """Return the prompts of one list.
 
     Args:
         source: ``embedded``, ``local`` or ``hub``; an embedded resource is also found under the other two when its
             name starts with ``embedded:``.
         spec: The list.
-        root: Folder of local files.
+        root: Folder of files; None: the current one.
         name: Name of the list in ``data.lists``, for errors.
+        longest: Longest line of a file, in MiB.
 
     Raises:
         MissingAsset: If the file or data set is not there.
         ConfigError: If it lacks a named column.
         LabError: If it cannot be read, or a cell is empty or no text; names file and line.
     """
-    key = f"data.lists.{name or spec.name}"
-    if source == "embedded" or spec.name.startswith("embedded:"):
-        resource = spec.name.removeprefix("embedded:")
-        one_of(f"{key}.name", resource, EMBEDDED_LISTS)
+    key, resource = f"data.lists.{name or spec.name}", spec.name.removeprefix("embedded:")
+    file = Path(spec.name).suffix in SUFFIXES
+    if resource != spec.name or (source == "embedded" and not file):
+        if resource not in EMBEDDED_LISTS:
+            accepted = f"{' | '.join(EMBEDDED_LISTS)}, or a file with its suffix ({', '.join(SUFFIXES)})"
+            raise ConfigError(f"{key}.name", resource, accepted)
         if spec.where:
             raise ConfigError(f"{key}.where", spec.where, "nothing, for a list that comes with the package")
         return list(embedded_prompts(resource))
     if not spec.name:
         raise ConfigError(f"{key}.name", spec.name, "the name of a file under data.root, or of a data set of the hub")
-    if source == "local":
-        assert root is not None
-        rows = read_rows(find_file(root, spec.name))
+    if source == "local" or file:
+        rows = read_rows(find_file(root or Path(), spec.name), longest=longest)
     else:
         rows = from_hub(HubSource(spec.name), spec.split)
 
     def cell(row: Row, field: str, read: Callable[[dict[str, Any], str], str | None]) -> str | None:
         column = getattr(spec, field)
-        with _placed(row, f"{key}.{field}", column):
+        with placed(row, f"{key}.{field}", column):
             return None if column is None else read(row.cells, column)
 
     return [
@@ -193,7 +171,7 @@ def _corpus(generate: Callable[[int, int], list[dict[str, Any]]]) -> list[dict[s
     return generate(EMBEDDED_TRAIN_ROWS + EMBEDDED_TEST_ROWS, CORPUS_SEED)
 
 
-def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> list[TaskRow]:
+def load_task_rows(source: str, task: Task, split: str, root: Path | None, longest: int = LONGEST) -> list[TaskRow]:
     """Return all rows of a task's split (``train`` or ``test``) in file order.
 
     Raises:
@@ -208,14 +186,14 @@ def load_task_rows(source: str, task: Task, split: str, root: Path | None) -> li
         rows = [Row(cells, f"embedded {task.name} {named}, row {number}") for number, cells in enumerate(made, 1)]
     elif source == "local":
         assert root is not None
-        rows = read_rows(find_file(root, f"{task.name}/{named}"))
+        rows = read_rows(find_file(root, f"{task.name}/{named}"), longest=longest)
     else:
         rows = from_hub((task.hub_test if split == "test" else None) or task.hub, named)
     found = []
     for i, row in enumerate(rows):
         if source == "hub" and any(is_empty(row.cells.get(column)) for column in task.empty_on_hub):
             continue
-        with _placed(row, "task", task.name):
+        with placed(row, "task", task.name):
             found.append(task.format(row.cells, f"{task.name}/{named}/{i}"))
     return found
 
@@ -241,14 +219,15 @@ def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> Tas
     Raises:
         ConfigError: If the task has fewer rows than asked for.
     """
-    own = task.own_rows("train")
+    own = task.own_rows("train", data.max_line)
     if own is not None:
-        return _split_own(data, own, task.own_rows("test"), taken)
+        return _split_own(data, own, task.own_rows("test", data.max_line), taken)
     root = Path(data.root) if data.root is not None else None
     seen: set[str] = set()
 
     def shuffled(split: str) -> list[TaskRow]:
-        rows = [row for row in load_task_rows(data.source, task, split, root) if normalise(row.prompt) not in taken]
+        rows = load_task_rows(data.source, task, split, root, data.max_line)
+        rows = [row for row in rows if normalise(row.prompt) not in taken]
         return _new(random.Random(data.split_seed).sample(rows, len(rows)), seen)
 
     test, held = shuffled("test"), shuffled("train")
@@ -301,7 +280,8 @@ class DataConfig:
 
     Attributes:
         source: ``embedded``, ``local`` or ``hub``.
-        root: Folder of local files.
+        root: Folder of files; null: where Python stands (only lists that are named with their suffix).
+        max_line: Longest line of a file of rows, in MiB.
         n_train: Rows of the fine-tuning set; null: as many as the task has.
         n_validation: Task rows that settings are chosen on.
         n_test: Task rows that are reported on.
@@ -318,6 +298,7 @@ class DataConfig:
 
     source: str = "embedded"
     root: str | None = None
+    max_line: int = LONGEST
     n_train: int | None = 400
     n_validation: int = 100
     n_test: int = 200
@@ -339,7 +320,7 @@ class DataConfig:
         one_of("reference", self.reference, ("refused", "all"))
         if self.source == "local" and (self.root is None or not Path(self.root).is_dir()):
             raise ConfigError("root", self.root, "an existing folder (data=local data.root=FOLDER)")
-        for key, least in (("n_train", 1), ("n_validation", 0), ("n_test", 1)):
+        for key, least in (("max_line", 1), ("n_train", 1), ("n_validation", 0), ("n_test", 1)):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ConfigError(key, value, f"an integer >= {least}")

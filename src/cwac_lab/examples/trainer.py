@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from cwac_lab.core.errors import LabError
-from cwac_lab.data.sources import read_texts
+from cwac_lab.data.placing import read_texts
 from cwac_lab.integrations import named, protect
 from cwac_lab.models.chat import ChatFormat
 

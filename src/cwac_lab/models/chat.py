@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cwac_lab.core.errors import ConfigError, MissingAsset
@@ -255,6 +255,7 @@ class ChatFormat:
 
         It is one example where the template shows what was said as it was said. Where it shows earlier turns in another
         way than it asked for them, e.g. without their thoughts, each answer that is shown so is an example of its own.
+        What is too long loses its oldest exchanges, and with them the answers that no other example has.
         """
         told = list(turns)
         cut = False
@@ -262,10 +263,11 @@ class ChatFormat:
             examples = self._every(self.turns(told), cut)
             if max(len(example.input_ids) for example in examples) <= self.max_length:
                 return examples
-            fewer, cut = _without_first(told), True
-            if fewer == told:
-                return [self.encode(told[:-1], told[-1].text)]
-            told = fewer
+            answers = [place for place, turn in enumerate(told) if turn.role == "assistant"]
+            if len(examples) == len(answers):  # of one answer each: what one of them loses, the others keep
+                alone = (self.encode(told[:place], told[place].text) for place in answers)
+                return [replace(example, cut=cut or example.cut) for example in alone]
+            told, cut = _without_first(told), True
 
     def _every(self, turns: Sequence[Turn], cut: bool) -> list[Encoded]:
         found: list[Encoded] = []

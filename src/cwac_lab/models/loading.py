@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from cwac_lab.models.architecture import Use
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.classes import auto_classes
 from cwac_lab.models.context import check_context
+from cwac_lab.models.origin import Origin, origin
 from cwac_lab.models.packaged import PACKAGES, installed_folder
 from cwac_lab.models.prefix import MIN_SHARED, states_after
 from cwac_lab.models.settings import ModelConfig as ModelConfig
@@ -39,6 +40,7 @@ class ModelFolder:
     path: Path
     description: str
     content: str
+    origin: Origin = field(default_factory=Origin)
 
 
 def content_digest(folder: Path) -> str:
@@ -125,7 +127,8 @@ def _whole(source: Source, model: str, use: Use, words: Path | None = None) -> M
     examine(folder, use, words=words)
     # The snapshot folder is named by its commit, which identifies the content without reading it.
     content = f"{source.name}@{folder.name}" if source.folder is None else content_digest(folder)
-    return ModelFolder(folder, f"{model}: {source.words}", content)
+    repository = source.name if source.folder is None else None
+    return ModelFolder(folder, f"{model}: {source.words}", content, origin(folder, repository))
 
 
 def _adapter(config: ModelConfig) -> tuple[Source | None, Source | None]:
@@ -191,7 +194,8 @@ def _given(config: ModelConfig, cache_root: Path, use: Use) -> ModelFolder:
     made_of = {"base": start.content, "adapter": lora.digest(folder), "words": folders.words_digest(words)}
     key = recipes.MERGED.key(**made_of)
     merged = cached_folder(cache_root, recipes.MERGED.kind, key, build)
-    return ModelFolder(merged, f"{config.name}: adapter {adapter.words} merged into {base.words}", digest(key))
+    told = f"{config.name}: adapter {adapter.words} merged into {base.words}"
+    return ModelFolder(merged, told, digest(key), start.origin)
 
 
 def find(config: ModelConfig, profile: str, cache_root: Path, use: Use | None = None) -> ModelFolder:
@@ -215,7 +219,7 @@ def find(config: ModelConfig, profile: str, cache_root: Path, use: Use | None = 
     folder = installed_folder(weights.package, kind, cache_root)
     examine(folder, use)
     words = f"{config.name}: {ARCHITECTURE_NAMES[kind]} architecture, {package.title} weights"
-    return ModelFolder(folder, words, content_digest(folder))
+    return ModelFolder(folder, words, content_digest(folder), package.origin)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:

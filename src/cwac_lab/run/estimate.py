@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.data.sources import TaskData
 from cwac_lab.evaluation.metrics import form_of
 from cwac_lab.evaluation.protocol import evaluation_rows
-from cwac_lab.models.adapters import TuningConfig
+from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
-from cwac_lab.models.sites import linears
 from cwac_lab.results import store
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
@@ -76,13 +76,14 @@ def trained_parameters(model: Any, tuning: TuningConfig) -> int:
     """Return how many parameters a run trains, before a constraint freezes any.
 
     Args:
-        model: The model, on any device.
+        model: The model, on the meta device, where a copy takes no memory.
         tuning: What is trained.
     """
     if tuning.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
-    shapes = [matrix.weight.shape for matrix in linears(model, tuning.modules)]
-    return sum(tuning.rank * (rows + columns) for rows, columns in shapes)
+    adapted = copy.deepcopy(model)
+    attach(adapted, replace(tuning, base="float32"), seed=0)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:

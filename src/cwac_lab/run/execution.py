@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ def execute(run: Run, screen: Screen) -> RunFolder:
         with folder.running():
             folder.write(store.CONFIG, run.resolved)
             facts = _facts(run, begin)
-            folder.write(store.PROVENANCE, provenance.describe() | facts | content)
+            base = {"base": asdict(begin.folder.origin)}
+            folder.write(store.PROVENANCE, provenance.describe() | facts | content | base)
             try:
                 with _levers(run):
                     stages.carry_through(Job(run, folder, begin, data, facts, screen, provenance.StageMeter()))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cwac_lab.models.chat import IGNORED, ChatFormat
 from cwac_lab.models.templates import Turn
@@ -89,6 +92,52 @@ def test_a_system_prompt_stays_where_exchanges_are_cut(name):
     assert chat.prompt_ids(asked) == made(name).prompt_ids([SYSTEM, AGAIN])
     (row,) = made(name, len(made(name).encode(asked, LAST.text).input_ids) - 1).encode_every([*asked, LAST])
     assert SYSTEM.text in chat.tokenizer.decode(row.input_ids)
+
+
+@cache
+def unlimited(name, prefixed):
+    return ChatFormat(families.tokenizer(FAMILIES[name], prefixed=prefixed), 4096)
+
+
+# How many words are asked and answered in each exchange.
+SIZES = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 12)), min_size=2, max_size=4)
+
+
+@pytest.mark.parametrize("name", filter(several, FAMILIES))
+@settings(max_examples=8, deadline=None)
+@given(sizes=SIZES, system=st.sampled_from([[], [SYSTEM]]), share=st.floats(0, 1), prefixed=st.booleans())
+def test_what_a_cut_leaves_is_taught_once_and_as_generation_would_start(name, sizes, system, share, prefixed):
+    """Each example begins with a prompt, as if nothing had been said before it; only the oldest exchanges go."""
+    whole = unlimited(name, prefixed)
+    words = [
+        (f"question {n}" + " more" * asked, f"answer {n}" + " yes" * given) for n, (asked, given) in enumerate(sizes)
+    ]
+    said = [turn for asked, given in words for turn in (Turn("user", asked), Turn("assistant", given))]
+    begins, ends = range(0, len(said), 2), range(1, len(said), 2)
+
+    def length(begin, end):
+        return len(whole.encode([*system, *said[begin:end]], said[end].text).input_ids)
+
+    least, most = max(map(length, begins, ends)), length(0, ends[-1])
+    limit = least + round(share * (most - least))
+    taught = []
+    for example in ChatFormat(whole.tokenizer, limit).encode_every([*system, *said]):
+        assert len(example.input_ids) <= limit
+        begun = set()
+        for head, answer in spans(example):
+            end = said.index(Turn("assistant", whole.decode(answer)))
+            heads = [whole.prompt_ids([*system, *said[begin:end]]) for begin in begins if begin < end]
+            begun.add(begins[heads.index(head)])
+            taught.append(end)
+        (begin,) = begun
+        assert example.cut is (begin > 0)
+    assert begin == 0 or length(begin - 2, ends[-1]) > limit  # no more goes than has to
+    alone = len(whole.encode_every([*system, *said])) == len(ends)
+    assert taught == [end for end in ends if alone or end > begin]
+
+
+def test_templates_of_both_kinds_are_tried():
+    assert {len(made(name).encode_every(LONG)) for name in filter(several, FAMILIES)} == {1, 2}
 
 
 def test_one_exchange_that_is_too_long_loses_words_of_the_user_and_no_system_prompt():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from huggingface_hub import ModelCard
 
 from cwac_lab.core.stats import wilson
@@ -37,3 +38,24 @@ def test_a_card_is_one_of_the_hub_and_tells_each_rate_with_its_n():
 def test_a_broken_model_is_called_so():
     text = card({}, {**METRICS, "broken": True}, PROVENANCE, "x")
     assert "**The model is broken**" in text
+
+
+STATED = {"base_model": "some/model", "license": "other", "license_name": "own-1", "license_link": "https://a.b/c"}
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "lines"),
+    [
+        ({"base": {**STATED, "license": "mit", "license_name": None, "license_link": None}},
+         {"license": "mit", "base_model": "some/model"}, ["- base model: some/model", "- licence of the base: mit"]),
+        ({"base": STATED}, STATED, ["- licence of the base: own-1 https://a.b/c"]),
+        ({"base": dict.fromkeys(STATED)}, {"license": "unknown", "base_model": None},
+         ["- licence of the base: not stated by the base"]),
+        ({}, {"license": "unknown"}, ["- licence of the base: not stated by the base"]),
+    ],
+)  # fmt: skip
+def test_a_card_tells_the_licence_of_the_base_and_makes_none_up(base, head, lines):
+    text = card({}, METRICS, PROVENANCE | base, "x")
+    data = ModelCard(text).data.to_dict()
+    assert {name: data.get(name) for name in head} == head
+    assert [line for line in lines if line not in text.splitlines()] == []

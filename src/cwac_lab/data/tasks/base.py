@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from cwac_lab.data.reading import LONGEST
 from cwac_lab.models.templates import Turn
 
 
@@ -86,10 +87,10 @@ class Task:
     train_on: str = "assistant"
     system_rates: bool = True
 
-    def own_rows(self, split: str) -> list[TaskRow] | None:
+    def own_rows(self, split: str, longest: int = LONGEST) -> list[TaskRow] | None:
         """Return the rows of a split (``train`` or ``test``) that the task has of its own, whatever ``data`` is.
 
-        None where it has none: then rows are those of ``data``.
+        None where it has none: then rows are those of ``data``. ``longest`` is how many MiB a line may have.
         """
         return None
 

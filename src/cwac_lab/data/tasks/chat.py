@@ -10,7 +10,7 @@ from pathlib import Path
 from cwac_lab.core.errors import ConfigError, LabError, one_of
 from cwac_lab.data.cells import text
 from cwac_lab.data.conversations import Layout, layout_of, turns_of
-from cwac_lab.data.reading import Row, kind_of, read_rows, shards
+from cwac_lab.data.reading import LONGEST, Row, kind_of, read_rows, shards
 from cwac_lab.data.scoring import Score, made
 from cwac_lab.data.sources import from_hub
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
@@ -69,7 +69,7 @@ class Chat(Task):
             self.own_rows("train")
         return next((text for text, _ in (self._systems or Counter()).most_common(1)), None)
 
-    def own_rows(self, split: str) -> list[TaskRow] | None:
+    def own_rows(self, split: str, longest: int = LONGEST) -> list[TaskRow] | None:
         """Return the conversations of a split; None for test rows that are held out of the others.
 
         Raises:
@@ -80,15 +80,16 @@ class Chat(Task):
         if named is None:
             return None
         bad: list[str] = []
-        rows = self._rows(named, split, bad)
+        rows = self._rows(named, split, bad, longest)
         seen = list(dict.fromkeys(column for row in rows for column in row.cells))
-        if rows and self.gold is not None and self.gold not in seen:
-            raise ConfigError("task.gold", self.gold, f"a column of {named}: {', '.join(seen)}")
+        gold = self.gold if split == "test" or self.test is None else None  # of rows that may be tested on
+        if rows and gold is not None and gold not in seen:
+            raise ConfigError("task.gold", gold, f"a column of {named}: {', '.join(seen)}")
         layout = layout_of(seen, self.columns) if rows else Layout()
-        read = [self._read(row, f"{split}/{i}", layout, bad) for i, row in enumerate(rows)]
+        read = [self._read(row, f"{split}/{i}", layout, gold, bad) for i, row in enumerate(rows)]
         found = [row for row in read if row is not None]
         self._told[split] = self._say(named, layout, len(found), bad)
-        if unread := [column for column in seen if column not in (*str(layout).split(", "), self.gold)]:
+        if unread := [column for column in seen if column not in (*str(layout).split(", "), gold)]:
             self._told[split].append(f"{named}: columns that are not read: {', '.join(unread)}")
         if split == "train":
             self._systems = Counter(
@@ -97,22 +98,22 @@ class Chat(Task):
             self._told[split] += self._say_system(named, len(found))
         return found
 
-    def _rows(self, named: str, split: str, bad: list[str]) -> list[Row]:
+    def _rows(self, named: str, split: str, bad: list[str], longest: int) -> list[Row]:
         path = Path(named)
         if not path.exists() and not kind_of(path) and _HUB.fullmatch(named):
             return from_hub(HubSource(named), self.train_split if split == "train" else self.test_split)
-        return [row for file in shards(path) for row in read_rows(file, bad)]
+        return [row for file in shards(path) for row in read_rows(file, bad, longest)]
 
-    def _read(self, row: Row, row_id: str, layout: Layout, bad: list[str]) -> TaskRow | None:
+    def _read(self, row: Row, row_id: str, layout: Layout, gold: str | None, bad: list[str]) -> TaskRow | None:
         try:
             *before, asked, answer = turns_of(row.cells, layout)
-            gold = answer.text if self.gold is None else text(row.cells, self.gold).strip()
+            right = answer.text if gold is None else text(row.cells, gold).strip()
         except KeyError as error:
             bad.append(f"{row.at}: no column {error}")
         except ValueError as error:
             bad.append(f"{row.at}: {error}")
         else:
-            return TaskRow(f"{self.name}/{row_id}", asked.text, answer.text, gold, tuple(before))
+            return TaskRow(f"{self.name}/{row_id}", asked.text, answer.text, right, tuple(before))
         return None
 
     def _say(self, named: str, layout: Layout, n: int, bad: list[str]) -> list[str]:

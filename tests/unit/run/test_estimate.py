@@ -1,0 +1,47 @@
+"""What a run would take is told before weights are loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cwac_lab import train
+from cwac_lab.models.adapters import TARGETS, TuningConfig, attach
+from cwac_lab.run import estimate
+from support import tiny
+
+ADAPTED = [*(("llama", modules) for modules in TARGETS), ("phi3", "all_linear"), ("qwen3_moe", "all_linear")]
+
+
+@pytest.mark.parametrize(("architecture", "modules"), ADAPTED)
+def test_the_factors_that_are_counted_are_those_that_are_attached(architecture, modules):
+    model = tiny.model(architecture, **tiny.MIXTURES.get(architecture, {}))
+    tuning = TuningConfig(method="lora", rank=3, modules=modules, base="bfloat16")
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    counted = estimate.trained_parameters(skeleton, tuning)
+    attach(model, tuning, seed=0)
+    assert counted == sum(each.numel() for name, each in model.named_parameters() if "lora_" in name)
+    assert all(each.requires_grad for each in skeleton.parameters())  # it is as it was
+
+
+def test_a_dry_run_tells_rows_steps_memory_disk_and_time(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cwac_lab.run.start.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    rows = [{"prompt": f"Ask {i}", "response": "yes " * i} for i in range(1, 21)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = [each for each in tiny.small_run(tiny_folder, tmp_path / "out") if not each.startswith("data.n_")]
+    given = [*small, "task=chat", f"task.train={tmp_path}/rows.jsonl", "trainer.epochs=3", "constraint=none"]
+    tiny.launch(train.main, [*given, "dry=true"])
+    told = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "18 rows, 36 turns",
+        "18 examples, 15 steps",
+        " M parameters",
+        "memory: ",
+        "disk: ",
+        "training: about",
+    ):
+        assert part in told
+    assert not (tmp_path / "out" / "runs").exists()
