@@ -12,6 +12,7 @@ from support.folders import (
     WEIGHTS,
     adapter,
     beside,
+    broken_adapter,
     configured,
     dangling,
     edit,
@@ -21,6 +22,7 @@ from support.folders import (
     instead,
     more_tokens,
     no_tokenizer,
+    notes,
     of,
     only,
     own_code,
@@ -41,26 +43,17 @@ from support.folders import (
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 FAMILIES = ("accepted:", "Llama, Mistral, Qwen2, Qwen3, Gemma")
 # Name: what is in the folder, settings of the run, what the line says.
-
 REFUSED = {
     # What is no model folder.
     "nowhere": (lambda folder: None, (), ["model.path=", "a folder with config.json"]),
-    "no-model": (
-        lambda folder: (folder.mkdir(), (folder / "notes.txt").write_text("none")),
-        (),
-        ["model.path=", "accepted: a folder with config.json, tokenizer and safetensors"],
-    ),
+    "no-model": (notes, (), ["model.path=", "accepted: a folder with config.json, tokenizer and safetensors"]),
     "adapter-of-another-kind": (
         lambda folder: adapter(folder, "IA3"),
         (),
         ["peft_type=IA3; accepted: LoRA", "some/base-7b", "merge_and_unload", "save_pretrained"],
     ),
     "only-prompt-adapter": (lambda folder: adapter(folder, "PROMPT_TUNING"), (), ["PROMPT_TUNING cannot be merged"]),
-    "adapter-config-broken": (
-        lambda folder: (adapter(folder), (folder / "adapter_config.json").write_text("{")),
-        (),
-        ["adapter_config.json is no JSON"],
-    ),
+    "adapter-config-broken": (broken_adapter, (), ["adapter_config.json is no JSON"]),
     "gguf-without-config": (
         lambda folder: (folder.mkdir(), (folder / "model.gguf").write_bytes(b"GGUF")),
         (),
@@ -100,6 +93,7 @@ REFUSED = {
     # Weights.
     "adapter-beside-model": (
         beside,
+        broken_adapter,
         (),
         ["adapter_config.json lies beside", "accepted: a folder without it", "model.adapter=FOLDER"],
     ),

@@ -139,6 +139,18 @@ def more_tokens(*, special=False, pad=False, used=False):
     return make
 
 
+def broken_adapter(folder):
+    """Write an adapter whose settings are no JSON."""
+    adapter(folder)
+    (folder / "adapter_config.json").write_text("{")
+
+
+def notes(folder):
+    """Write a folder that holds a text and no model."""
+    folder.mkdir()
+    (folder / "notes.txt").write_text("none")
+
+
 def no_tokenizer(*left):
     def make(folder):
         saved(folder)
