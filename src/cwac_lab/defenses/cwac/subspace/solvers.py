@@ -104,10 +104,7 @@ class Routed(Gram):
     def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
         """Return the directions and their share of the trace, over the tokens of all processes; none without tokens."""
         x = torch.cat(distributed.gathered(torch.cat(self.tokens))).to(self.device)
-        n, width = x.shape
-        if not n:
-            return x.new_zeros(width, 0), 0.0
-        if n < width:
+        if len(x) < x.shape[1]:
             return linalg.leading_directions(x, energy=energy, rank=rank)
         return linalg.leading_eigenbasis(x.T @ x, energy=energy, rank=rank)
 
