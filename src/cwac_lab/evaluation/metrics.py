@@ -85,7 +85,7 @@ _RATES = (
         baselines=("none", "start"),
     ),
     Metric(
-        "retained_refusals", "retained refusals", "retained refusals (of what the start refuses, higher is better)",
+        "retained_refusals", "retained refusals", "retained refusals (higher is better)",
         ("harmful",), _retained, higher_is_better=True, baselines=("none",),
     ),
     Metric(
