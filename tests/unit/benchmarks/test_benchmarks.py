@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing.dummy
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from support import tiny
 def test_every_way_of_the_subspace_is_measured_against_the_dense_one(started, capsys, monkeypatch):
     """A process of its own imports torch for seconds; what is computed in it is the same in a thread."""
     if started == "thread":
-        monkeypatch.setattr(subspace.multiprocessing, "get_context", lambda *_: multiprocessing.dummy)
+        monkeypatch.setattr(subspace, "multiprocessing", SimpleNamespace(get_context=lambda *_: multiprocessing.dummy))
     sizes = {"width": 96, "out": 40, "tokens": 64, "rank": 4, "step-tokens": 16, "threads": 1, "repeats": 1}
     subspace.main([word for name, size in sizes.items() for word in (f"--{name}", str(size))])
     lines = capsys.readouterr().out.splitlines()
