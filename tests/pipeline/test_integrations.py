@@ -110,8 +110,9 @@ def sft_trainer(model, rows, folder):
     answers = [[int(label != IGNORED) for label in row.labels] for row in rows]
     table = datasets.Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": answers})
     settings = arguments(
-        folder, SFTConfig, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=False, max_length=None
-    )
+        folder, SFTConfig, per_device_train_batch_size=4, max_length=None, completion_only_loss=True,
+        bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
     return SFTTrainer(model, settings, train_dataset=table, processing_class=tiny.tokenizer())
 
 
