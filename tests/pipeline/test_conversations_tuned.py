@@ -109,6 +109,10 @@ def test_the_column_of_a_metric_that_is_not_there_is_one_line(tmp_path):
     task = Chat(name="chat", train=str(tmp_path / "a.jsonl"), test=str(tmp_path / "test.jsonl"), gold="label")
     assert [row.gold for row in task.own_rows("train")] == [said for _, said in SAID]
     assert [row.gold for row in task.own_rows("test")] == ["no"]
+    with pytest.raises(ConfigError, match=r"^task.gold=label: accepted: a column of .*a.jsonl"):
+        task.own_rows("train", scored=True)  # validation rows are among them
+    (tmp_path / "a.jsonl").write_bytes(lines([{**row, "label": "yes"} for row in PAIRS]))
+    assert {row.gold for row in task.own_rows("train")} == {"yes"}
 
 
 @pytest.mark.parametrize("kind", ["conversations", "rows of a task", "prompts"])

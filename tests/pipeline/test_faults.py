@@ -164,6 +164,8 @@ def test_a_disk_too_small_for_the_model_is_told_before_weights_are_loaded(tiny_f
     assert line == (
         f"trainer.export=True: accepted: false, or {needed:.3g} GB free in output_root={tmp_path} (2e-05 GB are)"
     )
+    kept = [*shared, "trainer.export=false", "trainer.checkpoint_every_n_steps=2"]
+    assert tiny.error_of(train.main, kept, capsys).startswith("trainer.checkpoint_every_n_steps=2: accepted: 0, or ")
     monkeypatch.undo()
     assert [run.status for run in runs(tmp_path)] == []  # nothing was begun
 

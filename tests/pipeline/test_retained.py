@@ -52,7 +52,7 @@ def test_the_start_is_asked_once_and_a_run_of_it_retains_all(asked, tiny_folder,
     assert asked[0][1:] == asked[1][1:]
     out = " ".join(capsys.readouterr().out.split())
     assert "asking the start 3 harmful prompts" in out
-    assert "retained refusals (of what the start refuses" in out
+    assert "retained refusals (higher is better)" in out
     asked.clear()
     tiny.launch(train.main, [*shared, "label=again"])
     assert [start for start, *_ in asked] == [False] * 4

@@ -93,7 +93,6 @@ REFUSED = {
     # Weights.
     "adapter-beside-model": (
         beside,
-        broken_adapter,
         (),
         ["adapter_config.json lies beside", "accepted: a folder without it", "model.adapter=FOLDER"],
     ),

@@ -219,7 +219,7 @@ def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> Tas
     Raises:
         ConfigError: If the task has fewer rows than asked for.
     """
-    own = task.own_rows("train", data.max_line)
+    own = task.own_rows("train", data.max_line, scored=data.n_validation > 0)
     if own is not None:
         return _split_own(data, own, task.own_rows("test", data.max_line), taken)
     root = Path(data.root) if data.root is not None else None

@@ -85,8 +85,8 @@ def stream_drift(
 
 
 def divergences(start: Float[Tensor, "A V"], now: Float[Tensor, "A V"]) -> Float[Tensor, " A"]:
-    """Return ``KL(p0 || p)`` in nats at each of A tokens, of log-probabilities."""
-    return kl_div(now, start, log_target=True, reduction="none").sum(-1)
+    """Return ``KL(p0 || p)`` in nats at each of A tokens, of log-probabilities; what p0 never says adds nothing."""
+    return kl_div(now, start, log_target=True, reduction="none").masked_fill(start.isneginf(), 0.0).sum(-1)
 
 
 def divergence(start: Float[Tensor, "A V"], now: Float[Tensor, "A V"]) -> float:

@@ -267,7 +267,10 @@ class ChatFormat:
             if len(examples) == len(answers):  # of one answer each: what one of them loses, the others keep
                 alone = (self.encode(told[:place], told[place].text) for place in answers)
                 return [replace(example, cut=cut or example.cut) for example in alone]
-            told, cut = _without_first(told), True
+            fewer, cut = _without_first(told), True
+            if fewer == told:
+                return [self.encode(told[:-1], told[-1].text)]
+            told = fewer
 
     def _every(self, turns: Sequence[Turn], cut: bool) -> list[Encoded]:
         found: list[Encoded] = []

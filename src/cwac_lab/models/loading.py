@@ -20,6 +20,7 @@ from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.classes import auto_classes
 from cwac_lab.models.context import check_context
 from cwac_lab.models.origin import Origin, origin
+from cwac_lab.models.origin import merged as with_adapter
 from cwac_lab.models.packaged import PACKAGES, installed_folder
 from cwac_lab.models.prefix import MIN_SHARED, states_after
 from cwac_lab.models.settings import ModelConfig as ModelConfig
@@ -195,7 +196,8 @@ def _given(config: ModelConfig, cache_root: Path, use: Use) -> ModelFolder:
     key = recipes.MERGED.key(**made_of)
     merged = cached_folder(cache_root, recipes.MERGED.kind, key, build)
     told = f"{config.name}: adapter {adapter.words} merged into {base.words}"
-    return ModelFolder(merged, told, digest(key), start.origin)
+    own = origin(folder, adapter.name if adapter.folder is None else None)
+    return ModelFolder(merged, told, digest(key), with_adapter(start.origin, own))
 
 
 def find(config: ModelConfig, profile: str, cache_root: Path, use: Use | None = None) -> ModelFolder:

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
+# What the hub calls a licence that is none of its list, or several.
+OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def origin(folder: Path, repository: str | None = None) -> Origin:
     link = _text(told.get("license_link"))
     if link is not None and "://" not in link:  # a file of the repository
         link = f"https://huggingface.co/{repository}/blob/main/{link}" if repository is not None else None
+    if len(several := _stated(told.get("license"))) > 1:  # the hub takes one
+        return Origin(repository, OTHER, "-and-".join(several), link)
     return Origin(repository, _text(told.get("license")), _text(told.get("license_name")), link)
 
 
@@ -67,7 +71,18 @@ def _metadata(card: Path) -> dict[str, Any]:
         return {}
 
 
+def _stated(value: object) -> list[str]:
+    """Return what a card states; some cards state several."""
+    return [value] if isinstance(value, str) and value else list(map(str, value)) if isinstance(value, list) else []
+
+
 def _text(value: object) -> str | None:
-    """Return what a card states as one text; some cards state several."""
-    told = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return ", ".join(str(each) for each in told) or None
+    return "-and-".join(_stated(value)) or None
+
+
+def merged(base: Origin, adapter: Origin) -> Origin:
+    """Return the origin of a base with an adapter merged into it: where their terms differ, both are named."""
+    if adapter.license == base.license:
+        return base
+    terms = [each.license_name or each.license or "not-stated" for each in (base, adapter)]
+    return Origin(base.base_model, OTHER, f"base-{terms[0]}-adapter-{terms[1]}", None)

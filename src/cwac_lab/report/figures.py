@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#
 _MARKERS = "osD^vP*X"
 # The parts of a layer's change (``diagnostics.linear.Drift``).
 PARTS = {"weight": "dW h0", "activation": "W0 dh", "cross": "dW dh", "total": "in all"}
+# Letters of a title to an inch.
+_LETTERS = 16
 _STYLE: Any = {"svg.hashsalt": "cwac-lab", "svg.fonttype": "none", "font.size": 9.0, "axes.spines.top": False,
           "axes.spines.right": False}  # fmt: skip
 
@@ -47,6 +51,11 @@ def pareto(points: list[tuple[float, float]]) -> list[int]:
 
 def _errors(rate: Any) -> list[list[float]]:
     return [[max(0.0, rate.value - rate.low)], [max(0.0, rate.high - rate.value)]]
+
+
+def _is_placed(group: list[Row]) -> bool:
+    """Tell whether a method has both rates of a trade-off: some tasks have no accuracy, broken models no HS."""
+    return all(rate_of(group, name).value is not None for name in _PANELS)
 
 
 def trade_off(axes: Axes, cells: Cells) -> None:
@@ -90,12 +99,28 @@ def curves(figure: Figure, lines: Lines, label: str) -> None:
                 if broken:
                     axes.plot(*zip(*broken, strict=True), "x", color=colour, markersize=9)
                 axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
-        spread = [x for points in lines.values() for x, _ in points]
-        if min(spread) > 0 and max(spread) >= 20 * min(spread):
-            axes.set_xscale("log")
+        _ticks(axes, sorted({x for points in lines.values() for x, _ in points}))
         axes.set_xlabel(label)
         axes.set_title(title, fontsize=9)
         axes.set_ylim(-3, 103)
+
+
+# As many values as an axis names one by one, and the share of its length below which two names lie aslant.
+_NAMED, _NEAR = 8, 0.12
+
+
+def _ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Name the values that were run, on a logarithmic axis where they are far apart."""
+    apart = values[0] > 0 and values[-1] >= 20 * values[0]
+    if apart:
+        axes.set_xscale("log")
+    if len(values) > _NAMED:
+        return
+    axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
+    axes.set_xticks([], minor=True)
+    steps = [after - before for before, after in pairwise(values)]
+    if not apart and min(steps, default=1.0) < _NEAR * (values[-1] - values[0]):
+        axes.tick_params("x", rotation=45)
 
 
 def _lines(cells: Cells) -> Iterator[tuple[str, Lines]]:
@@ -139,7 +164,8 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
     """Write the figures of a table as SVG and PNG; returns the files.
 
     One setting (weights, task, data, split) is one set of figures: ``NAME-TASK-KEY-trade_off-pRATIO`` for every harmful
-    ratio with two methods or more, ``...-over-SETTING`` for whatever a method was run at several values of.
+    ratio at which two methods or more have both rates, ``...-over-SETTING`` for whatever a method was run at several
+    values of.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -157,7 +183,7 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
         with rc_context(_STYLE):
             for ratio in sorted({entry["harmful_ratio"] for entry, _ in cells}):
                 alike = [cell for cell in cells if cell[0]["harmful_ratio"] == ratio]
-                if len(alike) > 1:
+                if sum(_is_placed(group) for _, group in alike) > 1:
                     figure = Figure(figsize=(5.6, 4.4), layout="constrained")
                     trade_off(figure.subplots(), alike)
                     file = folder / f"{stem}-trade_off-p{ratio:g}"
@@ -171,7 +197,8 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
 
 def _save(figure: Figure, title: str, stem: Path) -> list[Path]:
     """Add title and legend (below the panels, which would hide points otherwise) and write both kinds of file."""
-    figure.suptitle(title, fontsize=8)
+    width = int(_LETTERS * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=8)
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     if handles:
         columns = 2 if max(map(len, labels)) < 32 else 1

@@ -215,9 +215,14 @@ class RunFolder:
         return [self.path / name for name in names if self.has(name)]
 
     def remove(self, name: str) -> None:
-        """Remove a folder of the run, where it is there."""
-        if self.writes:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Remove a folder of the run, where it is there; whoever is killed meanwhile leaves no part under its name."""
+        if not self.writes:
+            return
+        gone = self.path / f".{name}.removed"
+        shutil.rmtree(gone, ignore_errors=True)
+        if (self.path / name).exists():
+            (self.path / name).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def discard(self, pattern: str, keep: Iterable[str]) -> None:
         """Remove files of the run that match a pattern, but those to keep."""

@@ -29,11 +29,14 @@ from cwac_lab.evaluation.protocol import prompt_of
 from cwac_lab.models.answers import answer_logits, to_device
 from cwac_lab.models.chat import IGNORED, ChatFormat, Encoded
 from cwac_lab.models.folder import headers, weight_files
+from cwac_lab.models.sites import stored
 from cwac_lab.run.start import Start, start, start_weights
 
 Rows = Sequence[dict[str, Any]]
 HEADS = ("drift", "value [95 % interval]", "n")
 KINDS = ("harmful", "harmless")
+# Files of GPT-2 hold masks beside weights: tensors of so many dimensions.
+_MASK = 4
 # Kinds of tensors by their names; the first that fits counts.
 _PARTS = {
     "norms": re.compile(r"norm|ln_"),
@@ -159,20 +162,26 @@ def weight_distances(before: Path, after: Path) -> tuple[dict[str, tuple[float, 
         after: Folder of the other one.
     """
     first, second = (
-        {name: each.shape for name, each in headers(weight_files(folder)).items() if each.is_floating_point()}
+        {
+            name: each.shape
+            for name, each in headers(weight_files(folder)).items()
+            if each.is_floating_point() and each.ndim < _MASK
+        }
         for folder in (before, after)
     )
-    shared = [name for name, shape in first.items() if second.get(name) == shape]
+    twins = {name: twin for name in first if (twin := stored(name, second)) is not None}
+    twins |= {name: twin for twin in second if (name := stored(twin, first)) is not None}
+    shared = {name: twin for name, twin in twins.items() if first[name] == second[twin]}
     read, reread = start_weights(before), start_weights(after)
     sums: dict[str, tuple[float, float, int]] = {}
-    for name in shared:
+    for name, twin in shared.items():
         part = next(kind for kind, pattern in _PARTS.items() if pattern.search(name))
-        moved, norm = _squares(read(name), reread(name))
+        moved, norm = _squares(read(name), reread(twin))
         held = sums.get(part, (0.0, 0.0, 0))
         sums[part] = held[0] + moved, held[1] + norm, held[2] + 1
     parts = [(part, *sums[part]) for part in _PARTS if part in sums]
     found = {part: ((moved / norm) ** 0.5, n) for part, moved, norm, n in parts if norm}
-    return found, len(first.keys() | second.keys()) - len(shared)
+    return found, len(first) + len(second.keys() - set(twins.values())) - len(shared)
 
 
 def _squares(w0: Tensor, w: Tensor) -> tuple[float, float]:

@@ -50,7 +50,7 @@ class Estimate:
         parameters: Of the model.
         trained: Parameters that are trained.
         memory: Bytes of weights, gradients and AdamW's moments; activations come on top.
-        disk: Bytes that are written at the end, and with each checkpoint.
+        disk: Bytes that are written at most: what is saved, and two checkpoints, while one takes the other's place.
         seconds: Of training, roughly.
     """
 
@@ -104,16 +104,15 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * (4 * parameters + 2 * trained)
     memory = width * parameters + (width if trained == parameters else 4) * trained + 8 * trained
-    checkpoint = 12 * trained if trainer.checkpoint_every_n_steps else 0
-    disk = exported(run, parameters, trained) + checkpoint
+    disk = sum(saved(run, parameters, trained).values()) + checkpoints(run, trained)
     return Estimate(
         len(examples), len(plan), tokens, parameters, trained, memory, disk,
         flops / (_REACHED * speed(trainer.device, run.dtype)),
     )  # fmt: skip
 
 
-def exported(run: Run, parameters: int, trained: int) -> int:
-    """Return the bytes of what a run saves in the end.
+def saved(run: Run, parameters: int, trained: int) -> dict[str, int]:
+    """Return the bytes of what a run saves in the end, by name.
 
     Args:
         run: The run.
@@ -122,7 +121,12 @@ def exported(run: Run, parameters: int, trained: int) -> int:
     """
     width = 4 if run.tuning.method == "lora" else run.dtype.itemsize  # adapters are merged in float32
     sizes = {store.MODEL: width * parameters, store.ADAPTER: 4 * trained}
-    return sum(sizes[name] for name in run.tuning.saved) if run.trainer.export else 0
+    return {name: sizes[name] for name in run.tuning.saved} if run.trainer.export else {}
+
+
+def checkpoints(run: Run, trained: int) -> int:
+    """Return the bytes of a run's checkpoints: weights and moments, the one before until the next is whole."""
+    return 2 * 12 * trained if run.trainer.checkpoint_every_n_steps else 0
 
 
 def check_room(run: Run, folder: Path) -> None:
@@ -135,16 +139,18 @@ def check_room(run: Run, folder: Path) -> None:
     Raises:
         ConfigError: If the disk has less free.
     """
-    if not run.finetune or not run.trainer.export:
+    export, every = run.trainer.export, run.trainer.checkpoint_every_n_steps
+    if not run.finetune or not (export or every):
         return
     model = skeleton(folder)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    needed = exported(run, parameters, trained_parameters(model, run.tuning))
+    parameters, trained = sum(each.numel() for each in model.parameters()), trained_parameters(model, run.tuning)
+    needed = sum(saved(run, parameters, trained).values()) + checkpoints(run, trained)
     root = Path(run.output_root).absolute()
     free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.is_dir())).free
     if needed > free:
         room = f"{needed / _GB:.3g} GB free in output_root={run.output_root} ({free / _GB:.3g} GB are)"
-        raise ConfigError("trainer.export", True, f"false, or {room}")
+        key, value, without = ("export", True, "false") if export else ("checkpoint_every_n_steps", every, "0")
+        raise ConfigError(f"trainer.{key}", value, f"{without}, or {room}")
 
 
 def tell(run: Run, say: Callable[[str], None]) -> None:
@@ -168,8 +174,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     found = estimate(run, skeleton(folder.path), examples)
     lines = [folder.description, *lines, *found.lines(), _evaluated(run, pools, data)]
     if run.export.push is not None:
-        size = 4 * found.trained if run.tuning.save == "adapter" else 4 * found.parameters
-        lines.append(listed(run.export, size))
+        lines.append(listed(run.export, saved(run, found.parameters, found.trained)[run.tuning.saved[0]]))
     for line in lines:
         say(line)
     check_room(run, folder.path)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from cwac_lab.models.origin import CARD, Origin, origin
+from cwac_lab.models.origin import CARD, Origin, merged, origin
 
 OTHER = "license: other\nlicense_name: llama3.2\nlicense_link: LICENSE"
 
@@ -22,7 +22,7 @@ def card(block):
     ("text", "stated"),
     [
         (card("license: apache-2.0"), ("apache-2.0", None, None)),
-        (card("license: [mit, apache-2.0]"), ("mit, apache-2.0", None, None)),
+        (card("license: [mit, apache-2.0]"), ("other", "mit-and-apache-2.0", None)),
         (card("license: other\nlicense_name: own\nlicense_link: https://a.b/c"), ("other", "own", "https://a.b/c")),
         (card(OTHER), ("other", "llama3.2", None)),
         (card("tags: [x]"), (None, None, None)),
@@ -62,6 +62,14 @@ def test_of_the_hub_the_card_is_fetched_beside_the_weights(tmp_path, monkeypatch
     (snapshot / CARD).write_text(card("license: mit"))
     assert origin(snapshot, "some/model") == Origin("some/model", "mit")
     assert len(fetched) == 1
+
+
+def test_an_adapter_of_other_terms_is_named_beside_its_base():
+    base = Origin("some/model", "apache-2.0")
+    assert merged(base, Origin("some/adapter", "apache-2.0")) == base
+    for stated, name in (("cc-by-nc-4.0", "cc-by-nc-4.0"), (None, "not-stated")):
+        told = Origin("some/model", "other", f"base-apache-2.0-adapter-{name}")
+        assert merged(base, Origin("some/adapter", stated)) == told
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -154,6 +154,15 @@ def test_one_exchange_that_is_too_long_loses_words_of_the_user_and_no_system_pro
     assert short.encode_every([*asked, LAST]) == [row]
 
 
+def test_a_greeting_before_the_only_prompt_is_cut_like_any_other():
+    chat = made("smollm2")
+    asked = [SYSTEM, Turn("assistant", "Hello!"), Turn("user", "word " * 60 + "at the end")]
+    short = made("smollm2", len(chat.encode(asked, LAST.text).input_ids) - 40)
+    (row,) = short.encode_every([*asked, LAST])
+    assert row == short.encode(asked, LAST.text)
+    assert len(row.input_ids) == short.max_length
+
+
 def test_a_template_that_shows_one_exchange_only_does_not_show_a_conversation():
     chat = made("smollm2")
     assert chat.shows([SYSTEM, *LONG[:3]])

@@ -285,6 +285,13 @@ def test_the_front_holds_what_nothing_beats():
     assert pareto([(10, 80), (5, 70), (20, 90), (20, 85), (5, 60), (30, 90)]) == [1, 0, 2]
 
 
+def test_methods_without_accuracy_have_no_trade_off(tmp_path):
+    for constraint in ("none", "coupled"):
+        run = record(tmp_path, constraint, 0.2, 0, 10)
+        run.write("verdicts.jsonl", [row for row in run.read("verdicts.jsonl") if row["kind"] != "task"])
+    assert draw(records(runs(tmp_path)), tmp_path, "mine") == []
+
+
 def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
     for ratio in (0.1, 0.2):
         for seed in range(2):

@@ -111,6 +111,25 @@ def test_the_store_as_a_table(other, tmp_path):
     assert [run.path.name for run in results.select(tmp_path, "mine", "`sae.k` > 7")] == ["two"]
 
 
+def test_a_folder_that_is_half_removed_is_not_under_its_name(tmp_path, monkeypatch):
+    def killed(folder, **_):
+        for file in folder.glob("a"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    run, made = RunFolder(tmp_path), tmp_path / store.CHECKPOINT
+    made.mkdir()
+    for name in "ab":
+        (made / name).write_text(name)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.shutil, "rmtree", killed)
+        run.remove(made.name)
+    assert not made.exists()
+    made.mkdir()
+    run.remove(made.name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_key_of_a_run_ignores_what_changes_no_result():
     def key(*overrides, data="a"):
         return run_key(OmegaConf.to_container(tiny.config(*overrides), resolve=True), {"data": data})

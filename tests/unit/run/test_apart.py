@@ -82,6 +82,19 @@ def test_models_of_other_shapes_or_words_are_told_in_one_line(tiny_folder, tmp_p
     assert "model_type=llama, not qwen2" in line
 
 
+def test_weights_of_an_inner_model_are_compared_and_masks_are_no_weights(tmp_path):
+    start = {"h.0.mlp.c_fc.weight": torch.ones(2, 2), "h.0.attn.bias": torch.ones(1, 1, 4, 4)}
+    moved = {"transformer.h.0.mlp.c_fc.weight": torch.full((2, 2), 1.5)}
+    for name, tensors in (("before", start), ("after", moved)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for names in (("before", "after"), ("after", "before")):
+        found, left_out = weight_distances(*(tmp_path / name for name in names))
+        (distance,) = found.values()
+        assert distance == (pytest.approx(0.5 if names[0] == "before" else 1 / 3), 1)
+        assert left_out == 0
+
+
 def test_weights_are_compared_by_kind_where_their_shapes_agree(tmp_path):
     start = {
         "model.embed_tokens.weight": torch.ones(4, 2),

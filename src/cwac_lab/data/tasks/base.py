@@ -87,10 +87,11 @@ class Task:
     train_on: str = "assistant"
     system_rates: bool = True
 
-    def own_rows(self, split: str, longest: int = LONGEST) -> list[TaskRow] | None:
+    def own_rows(self, split: str, longest: int = LONGEST, *, scored: bool = False) -> list[TaskRow] | None:
         """Return the rows of a split (``train`` or ``test``) that the task has of its own, whatever ``data`` is.
 
-        None where it has none: then rows are those of ``data``. ``longest`` is how many MiB a line may have.
+        None where it has none: then rows are those of ``data``. ``longest`` is how many MiB a line may have. Some
+        rows of ``train`` are answered and ``scored`` where settings are chosen on them.
         """
         return None
 

@@ -18,6 +18,8 @@ from cwac_lab.models.templates import shortened
 
 # An id of the hub: ORG/NAME.
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# A longest line, in MiB, that no line has.
+_ANY = 2**20
 # Bad rows that an error names.
 _NAMED = 3
 
@@ -66,10 +68,10 @@ class Chat(Task):
     def system(self) -> str | None:
         """The system prompt that rows of ``train`` have most often, of equals the first; None where none has one."""
         if self._systems is None:
-            self.own_rows("train")
+            self.own_rows("train", _ANY)  # whoever trains has read them before, under the limit
         return next((text for text, _ in (self._systems or Counter()).most_common(1)), None)
 
-    def own_rows(self, split: str, longest: int = LONGEST) -> list[TaskRow] | None:
+    def own_rows(self, split: str, longest: int = LONGEST, *, scored: bool = False) -> list[TaskRow] | None:
         """Return the conversations of a split; None for test rows that are held out of the others.
 
         Raises:
@@ -82,7 +84,8 @@ class Chat(Task):
         bad: list[str] = []
         rows = self._rows(named, split, bad, longest)
         seen = list(dict.fromkeys(column for row in rows for column in row.cells))
-        gold = self.gold if split == "test" or self.test is None else None  # of rows that may be tested on
+        asked = scored or split == "test" or self.test is None  # some of the rows are answered
+        gold = self.gold if asked or self.gold in seen else None
         if rows and gold is not None and gold not in seen:
             raise ConfigError("task.gold", gold, f"a column of {named}: {', '.join(seen)}")
         layout = layout_of(seen, self.columns) if rows else Layout()

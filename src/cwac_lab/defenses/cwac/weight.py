@@ -153,7 +153,7 @@ class WeightConstraint(Defense):
         self._copies = {
             linear.name: linear.parameter.detach().cpu().clone()
             for linear in apart
-            if linear.site.expert is not None and linear.adapter is None
+            if linear.site.expert is not None and linear.adapter is None and linear.parameter.requires_grad
         }
         if self.trainable == "constrained":
             # Other parts may have frozen some.
@@ -243,6 +243,8 @@ class WeightConstraint(Defense):
                 if factors is not None:
                     delta = linalg.product(*factors)
                 else:
+                    if held.linear.site.expert is not None and held.linear.name not in self._copies:
+                        continue  # frozen from the beginning
                     weight = held.linear.weight
                     start = rows(weight, self._start(held.linear)).to(local(weight))
                     delta = local(weight).float() - start.float()

@@ -53,6 +53,8 @@ def directed(context: Context, modules: str, mode: str, rank: int | None) -> Ite
     """
     assert context.base_weight is not None
     for linear in linears(context.model, modules):
+        if linear.site.expert is not None:
+            raise LabError(f"modules={modules}: {linear.name} holds experts, which have no alignment direction here")
         start = linear.of(dense(linear.module))
         # As stored, not as held: in few bits, the rounding would be larger than what alignment did.
         readers = (context.start_weight, context.base_weight)

@@ -190,7 +190,7 @@ def covered(
     shares = {site: _Share(subspace.bases[site.name].to(model.device)) for site in sites}
     _fill(shares, model, _batched(prompts, batch_size), spec, pad_id)
     found = [share.within / share.whole for share in shares.values() if share.whole]
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else 0.0
 
 
 def unread(subspace: Subspace) -> tuple[int, int]:
