@@ -118,8 +118,8 @@ def _others(rows: _Rows, kind: str, more: dict[str, Any]) -> list[float]:
 
         answers = [[int(label >= 0) for label in labels] for labels in rows.labels]
         table = datasets.Dataset.from_dict({"input_ids": rows.ids, "completion_mask": answers})
-        more = {"max_length": settings["max_length"], "completion_only_loss": True, "gradient_checkpointing": False}
-        arguments = SFTConfig(**common, **more)
+        own = {"max_length": settings["max_length"], "completion_only_loss": True, "gradient_checkpointing": False}
+        arguments = SFTConfig(**common, **own)
         trainer = SFTTrainer(
             model, arguments, train_dataset=table, processing_class=tokenizer, callbacks=[Clock()]
         )  # fmt: skip
