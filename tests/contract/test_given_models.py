@@ -127,7 +127,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(settings, tmp_path):
         torch.testing.assert_close(mine[name], weight, atol=1e-6, rtol=1e-5)
     assert sum(not torch.equal(mine[name], start[name]) for name in start) >= 2
     assert found.description == "tuned: adapter local folder tuned merged into local folder base"
-    assert found.origin == Origin(license="mit")
+    assert found.origin == Origin(license="other", license_name="base-mit-adapter-not-stated")
     load_chat.cache_clear()
     assert load_chat(found.path, 64).tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
 

@@ -209,8 +209,7 @@ def test_tables_read_the_store(output, capsys):
     assert " start " in rows[2]
     assert len(paired) == 2 + len(CONSTRAINTS) - 1  # plain fine-tuning is what the others are compared with
     assert (output / "tables" / "summary.csv").is_file()
-    drawn = [path.name for path in (output / "figures").iterdir()]
-    assert {name.rpartition("-")[2] for name in drawn} == {"p0.2.svg", "p0.2.png"}
+    assert not (output / "figures").exists()  # random weights have no HS, and so no place on a trade-off
 
 
 def test_a_failed_run_is_marked_with_its_reason(tiny_folder, tmp_path, capsys):

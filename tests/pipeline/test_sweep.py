@@ -138,7 +138,7 @@ def test_the_runs_of_all_grids_are_one_sweep_and_each_table_comes_as_its_runs_ar
 
 @pytest.mark.slow
 def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(tiny_folder, tmp_path, monkeypatch):
-    write(tmp_path / "exp", "mine", SMALL)
+    write(tmp_path / "exp", "mine", {**SMALL, "cells": [{"constraint": "l2", "constraint.l2.strength": [1, 2]}]})
     launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=2")
     composed, asked = runner.composed, []
     monkeypatch.setattr(runner, "composed", lambda overrides: asked.append(overrides) or composed(overrides))
@@ -168,7 +168,7 @@ def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(
     stale = {key: entry | {"content": {"weights_content": "others"}} for key, entry in entries.items()}
     (tmp_path / "out" / cells.FILE).write_text(json.dumps(stale))
     assert again() == (5, second)
-    (record,) = (tmp_path / "out" / "runs").glob("*-l2-*-s0-*")
+    record, _ = sorted((tmp_path / "out" / "runs").glob("*-l2-*-s0-*"))
     for name, text in {"verdicts.jsonl": "", "config.json": "{"}.items():
         whole = (record / name).read_text()
         (record / name).write_text(text)

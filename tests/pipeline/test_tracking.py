@@ -69,14 +69,15 @@ def root(tiny_folder, tmp_path_factory):
     shared = [*tiny.small_run(tiny_folder, root), "logger.wandb=offline", "constraint=none", tiny.BOTH_JUDGES]
     tiny.launch(train.main, [*shared, "diagnostics.enabled=true"])
     tiny.launch(train.main, [*shared, "constraint=l2"])
+    tiny.launch(train.main, [*shared, "constraint=l2", "constraint.l2.strength=1"])
     tiny.launch(train.main, [*shared, "finetune=false"])
     return root
 
 
 def test_every_run_of_a_process_is_a_run_of_its_own(root):
     found = {folder.name: told(folder) for folder in (root / "runs").iterdir()}
-    assert len(found) == 3
-    assert len({tracked.name for tracked, _, _ in found.values()}) == 3
+    assert len(found) == 4
+    assert len({tracked.name for tracked, _, _ in found.values()}) == 4
     assert all(exits == [0] for _, _, exits in found.values())
     assert wandb.run is None
 
@@ -167,7 +168,7 @@ def test_the_tables_and_figures_of_a_store_are_told(root, capsys):
     tracked, _, exits = told(root / "report")
     media = [file.name.rsplit("_", 2)[0] for file in (tracked / "files/media").rglob("*") if file.is_file()]
     assert {"rates", "differences"} <= set(media)
-    assert [name for name in media if "trade_off" in name]
+    assert [name for name in media if "over-l2" in name]
     (rates,) = (tracked / "files/media/table").glob("rates_*")
     assert not [row for row in json.loads(rates.read_text())["data"] if None in row or "NaN" in row]
     assert exits == [0]
