@@ -10,7 +10,7 @@ import pandas as pd
 
 from cwac_lab.core.stats import wilson
 from cwac_lab.judges import refusal
-from cwac_lab.judges.__main__ import labelled
+from cwac_lab.judges.audit import labelled
 
 GRID = [2.0, 2.3, 2.6, 2.9, 3.1, 3.3, 3.5, 3.7, 4.0, 4.5]
 

@@ -18,9 +18,7 @@ import yaml
 
 from cwac_lab.core.errors import MissingAsset
 from cwac_lab.diagnostics.evidence import PREFIX, correlations
-from cwac_lab.docs import starts
-from cwac_lab.judges.__main__ import by_kind, runnable, said_of_written
-from cwac_lab.judges.base import Judge
+from cwac_lab.docs import judged, starts
 from cwac_lab.report.files import NOTE, page
 from cwac_lab.report.grouping import Row, has_rate, records
 from cwac_lab.report.paired import compare
@@ -154,29 +152,10 @@ def _digits(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.3g}"
 
 
-def judged_by_kind(judges: list[Judge], said: dict[str, list[str]]) -> str:
-    """Return the page of how often the judges of today are right, by kind of written answer.
-
-    Args:
-        judges: The judges, for their versions.
-        said: What they say of the written answers, by name.
-    """
-    versions = ", ".join(f"`{judge.name}` {judge.version[:8]}" for judge in judges)
-    lines = [
-        "# Judges, by kind of answer\n",
-        "Made by `make docs` of the held-out half of `src/cwac_lab/judges/kinds.yaml`, as by\n",
-        "    python -m cwac_lab.judges\n",
-        f"Percent that are right [95 % interval], higher is better; n: answers. Versions: {versions}.\n",
-    ]
-    return "\n".join([*lines, *by_kind(said)]) + "\n"
-
-
 def pages(experiments: Path) -> dict[str, str]:
     """Return the text of every file of ``docs/tables``, by name; the index is ``README.md``."""
     found = {f"{file.parent.name}.md": experiment(file.parent) for file in sorted(experiments.glob(f"*/{VIEWS}"))}
-    judges = runnable()
-    said = {judge.name: said_of_written(judge) for judge in judges}
-    found |= {"drift.md": drift(experiments), "judges.md": judged_by_kind(judges, said), "start.md": starts.page()}
+    found |= {"drift.md": drift(experiments), "judges.md": judged.page(experiments), "start.md": starts.page()}
     lines = ["# Long tables\n", "Made by `make docs` of the records that travel with the project.\n"]
     for name, text in sorted(found.items()):
         lines.append(f"- [{text.splitlines()[0].removeprefix('# ')}]({name})")
@@ -203,7 +182,9 @@ def draw_shown(experiments: Path, root: Path) -> int:
 
     wanted, folder = shown(root), root / "docs" / "figures"
     folder.mkdir(exist_ok=True)
-    missing = set(wanted)
+    if judged.FIGURE in wanted:
+        judged.draw(experiments, folder / judged.FIGURE)
+    missing = wanted - {judged.FIGURE}
     for experiment, name, query in _tables(experiments):
         stem = f"{experiment.name}-{name}-"
         if not any(each.startswith(stem) for each in wanted):

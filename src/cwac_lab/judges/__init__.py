@@ -10,9 +10,9 @@ from cwac_lab.core.classes import accepted, located
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.judges.base import Judge
 from cwac_lab.judges.classifier import ClassifierJudge
+from cwac_lab.judges.encoder import INSTALL, PACKAGE
 from cwac_lab.judges.hub import BeaverDam, JudgeZoo
 from cwac_lab.judges.refusal import RefusalJudge
-from cwac_lab.models.embedding import INSTALL, PACKAGE
 
 _ZOO = ("strong_reject", "harmbench", "llama_guard_3", "llama_guard_4", "xstest")
 JUDGES: dict[str, Callable[[], Judge]] = {
