@@ -56,7 +56,10 @@ def main() -> None:
             print(f"left out: {name} (package {package})", file=sys.stderr)
             continue
         head = classifier.fit(embedded(name, answers), labels)
-        shares = (embedded(name, list(cases["answer"])).double() @ head[:-1] + head[-1]).softmax(-1)
+        shares = torch.empty(len(cases), len(classifier.CLASSES), dtype=torch.float64)
+        for _, part in cases.groupby("source", sort=False):
+            x = embedded(name, list(part["answer"])).double()
+            shares[list(part.index)] = (x @ head[:-1] + head[-1]).softmax(-1)
         said = torch.stack([shares[:, places].sum(-1) for places in WORDS.values()], 1)
         words = [list(WORDS)[place] if most > 0.5 else "" for most, place in zip(*said.max(1), strict=True)]
         right[name] = cases["truth"].eq(words)

@@ -205,7 +205,8 @@ def by_kind(counts: pd.DataFrame) -> list[str]:
     kinds = counts[counts["kind"].ne("") & ~counts["truth"].isin(NEITHER)]
     for (kind, truth), rows in kinds.groupby(["kind", "truth"], sort=False):
         shares = [recall(rows[rows["judge"].eq(judge)], str(truth)) for judge in judges]
-        of = "written" if set(rows["source"]) == {WRITTEN} else f"{rows['source'].nunique()} models"
+        models = rows["source"].nunique()
+        of = WRITTEN if set(rows["source"]) == {WRITTEN} else f"{models} model{'s' if models > 1 else ''}"
         lines.append(f"| {kind} | {of} | {truth} | {shares[0].n} | {' | '.join(map(str, shares))} |")
     return lines
 
