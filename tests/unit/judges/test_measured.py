@@ -154,12 +154,12 @@ def test_every_setting_is_part_of_the_version(module, setting, value, monkeypatc
 CODE = {
     ("incoherent", incoherent.RECIPE): ("incoherent", "reading"),
     ("refusal", refusal.RECIPE): ("refusal", "phrases", "reading"),
-    ("classifier", classifier.RECIPE): ("classifier", "reading", "kinds"),
+    ("classifier", classifier.RECIPE): ("classifier", "encoder", "reading", "kinds"),
 }
 PINNED = {
     ("incoherent", 1): "2c461c62be010b4d",
     ("refusal", 1): "84d6186459c8fc56",
-    ("classifier", 2): "c9ef2bd0aec50edc",
+    ("classifier", 3): "5607fb78cab37189",
 }
 
 
