@@ -61,10 +61,10 @@ def test_the_first_table_of_the_judges_shows_what_the_long_one_says():
 
 
 def test_the_figure_is_the_same_twice(tmp_path):
-    for name in ("a", "b"):
+    for name in ("a.svg", "b.svg"):
         judged.draw(ROOT / "experiments", tmp_path / name)
-    drawn = (tmp_path / "a").read_bytes()
-    assert drawn == (tmp_path / "b").read_bytes()
+    drawn = (tmp_path / "a.svg").read_bytes()
+    assert drawn == (tmp_path / "b.svg").read_bytes()
     assert b"n=" in drawn
 
 
