@@ -21,11 +21,13 @@ from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.sources import DataConfig
+from cwac_lab.data.suites import SuiteConfig
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
 from cwac_lab.evaluation import engines
+from cwac_lab.evaluation.combined import POOLED
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
@@ -40,7 +42,7 @@ INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "dry", "trainer.accelerator", "data.root", "data.max_line"),
     *("model.path", "model.revision", "model.adapter", "model.base"),
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
-    *("evaluation.judges", "align.rebuild", "align.export"),
+    *("evaluation.judges", "suites", "align.rebuild", "align.export"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -76,6 +78,7 @@ class Run:
     align: AlignConfig
     export: ExportConfig
     evaluation: EvaluationConfig
+    suites: dict[str, SuiteConfig]
     attack: AttackConfig
     forms: FormsConfig
     diagnostics: DiagnosticsConfig
@@ -116,6 +119,17 @@ def _attack(node: Any) -> AttackConfig:
     """Return the attack: plain settings, or a class of the user's own."""
     own = "_target_" in mapping("attack", node)
     return bind_target("attack", AttackConfig, node) if own else bind("attack", AttackConfig, node)
+
+
+def _suites(node: Any) -> dict[str, SuiteConfig]:
+    """Return the named suites that a run is asked beside its own prompts."""
+    found = {name: bind(f"suites.{name}", SuiteConfig, each) for name, each in mapping("suites", node).items()}
+    for name, suite in found.items():
+        if name == POOLED or "/" in name:
+            raise ConfigError("suites", name, f"a name without a slash, other than {POOLED}")
+        if suite.judge is not None:
+            judges.known(suite.judge)
+    return found
 
 
 def requirements(parts: dict[str, Any]) -> Requirements:
@@ -185,6 +199,7 @@ def read(config: DictConfig, *, recorded: bool = False) -> Run:
         align=bind("align", AlignConfig, settings["align"]),
         export=bind("export", ExportConfig, settings.get("export") or {}),
         evaluation=bind("evaluation", EvaluationConfig, settings["evaluation"]),
+        suites=_suites(settings.get("suites") or {}),
         attack=_attack(settings.get("attack") or {}),
         forms=bind("forms", FormsConfig, settings.get("forms") or {}),
         diagnostics=bind("diagnostics", DiagnosticsConfig, settings.get("diagnostics") or {}),
@@ -228,6 +243,8 @@ def check_machine(run: Run) -> None:
     trainer = run.trainer
     engines.check(run.evaluation.engine, trainer.devices)
     judges.check(run.evaluation.judges)
+    for judge in {suite.judge for suite in run.suites.values() if suite.judge is not None}:
+        judges.check([judge])
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:

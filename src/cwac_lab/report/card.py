@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.models.origin import CARD
 from cwac_lab.results.record import judged_by
@@ -60,6 +61,10 @@ def _rates(metrics: dict[str, Any]) -> str:
         rate = metrics.get(name)
         if rate is not None and rate["value"] is not None:
             lines.append(f"| {metric.words} | {_interval(rate, 1)} | {rate['n']} |")
+    for name in (name for name in metrics if "/" in name):
+        found, rate = described(name), metrics[name]
+        if found.shown and rate["value"] is not None:
+            lines.append(f"| {found.words} | {_interval(rate, 1)} | {rate['n']} |")
     if "held_out_loss" in metrics:
         loss = metrics["held_out_loss"]
         lines.append(

@@ -13,7 +13,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import METRICS, SHOWN
+from cwac_lab.evaluation.verdicts import BROKEN
 
 
 def _of_set(rate: dict[str, Any] | None) -> tuple[str, str, str]:
@@ -127,6 +129,10 @@ class Screen:
         for key, metric in SHOWN.items():
             if key in metrics:
                 table.add_row(metric.words, *_cell(metrics[key]))
+        for key in (key for key in metrics if "/" in key and isinstance(metrics[key], dict)):
+            found = described(key)
+            if found.shown or (metrics[key]["value"] or 0.0) > BROKEN:
+                table.add_row(found.words, *_cell(metrics[key]))
         for name, told in metrics.get("judges", {}).items():
             if "agreement" not in told:
                 table.add_row("judged by", f"{name} {told['version'][:8]}", "")

@@ -98,6 +98,8 @@ class Metrics(Facts):
 
     broken: Annotated[bool, Says("so many answers are incoherent that other rates say nothing of safety")]
     judges: Annotated[dict[str, Judged], Says("who judged; the rates are those of the first")]
+    suites: NotRequired[Annotated[dict[str, Any], Says("named suites: prompts by kind, how many left out, hash")]]
+    suite_judges: NotRequired[Annotated[dict[str, str], Says("judges of suites that have one of their own")]]
     held_out_loss: NotRequired[Annotated[Loss, Says("of answers to test rows, where the task measures it")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]

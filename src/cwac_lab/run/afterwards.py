@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cwac_lab.config.run import Run
@@ -10,6 +10,7 @@ from cwac_lab.core import distributed
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.overrides import typed
 from cwac_lab.data.forms import SYSTEM
+from cwac_lab.data.suites import Suite
 from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
 from cwac_lab.judges import made
 from cwac_lab.report.tracking import log_run
@@ -18,18 +19,22 @@ from cwac_lab.results.store import RunFolder
 from cwac_lab.run.drift import POOLS, Measurer
 from cwac_lab.run.push import push
 from cwac_lab.run.start import Start
+from cwac_lab.run.suite_answers import ask_more
 from cwac_lab.training.loop import loggers
 
 Say = Callable[[str], None]
 
 
-def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any], say: Say) -> None:
+def catch_up(
+    run: Run, folder: RunFolder, begin: Start, suites: Mapping[str, Suite], metrics: dict[str, Any], say: Say
+) -> None:
     """Make what can be made of what is asked for; a run is not repeated unasked.
 
     Args:
         run: What is asked for; its key is that of the record.
         folder: The finished run.
         begin: Its start.
+        suites: Named suites that are asked for.
         metrics: Its record.
         say: Told what is made, and what is as it was.
 
@@ -42,6 +47,7 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
     asked = {store.MODEL: "trainer.export=true", store.ADAPTER: f"tuning.save={run.tuning.save}"}
     lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
     lacking += _system(run, begin, metrics)
+    lacking += ask_more(run, folder, begin, suites, metrics, say)
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
     _tracked(run, folder, say)

@@ -27,6 +27,7 @@ from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import push
 from cwac_lab.run.stages import Job, title
 from cwac_lab.run.start import Start, start
+from cwac_lab.run.suite_answers import chosen
 
 
 def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
@@ -60,6 +61,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     data = pools.task_rows(run.data, run.task)  # a bad row stops here, before a start is trained
     for line in run.task.remarks:
         screen.say(line)
+    suites = chosen(run, pools, data, screen.say)
     begin = start(run, screen.say, pools)
     content = content_of(run, begin, data)
     folder = folder_of(run, content)
@@ -77,7 +79,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             screen.say(f"already done: {folder.path} (force=true repeats it)")
             screen.result(title(metrics), metrics)
             if folder.writes:
-                catch_up(run, folder, begin, metrics, screen.say)
+                catch_up(run, folder, begin, suites, metrics, screen.say)
             return folder
         check_room(run, begin.folder.path)
         with folder.running():
@@ -87,7 +89,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             folder.write(store.PROVENANCE, provenance.describe() | facts | content | base)
             try:
                 with _levers(run):
-                    stages.carry_through(Job(run, folder, begin, data, facts, screen, provenance.StageMeter()))
+                    stages.carry_through(Job(run, folder, begin, data, suites, facts, screen, provenance.StageMeter()))
             except Diverged:
                 _forget(folder)  # nothing can go on from there
                 raise

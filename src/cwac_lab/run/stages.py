@@ -17,11 +17,11 @@ from cwac_lab.core.provenance import StageMeter
 from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import TaskData
+from cwac_lab.data.suites import Suite
 from cwac_lab.defenses.interface import Context, settled
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
-from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
-from cwac_lab.evaluation.verdicts import START_OUTPUT
+from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks, suite_rows
 from cwac_lab.models import adapters, shipped
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
@@ -34,7 +34,7 @@ from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
-from cwac_lab.run.start_answers import start_answers
+from cwac_lab.run.suite_answers import own_answers, with_start
 from cwac_lab.run.survey import survey, told
 from cwac_lab.training.loop import check_finite, fit, loggers
 
@@ -48,6 +48,7 @@ class Job:
         folder: Where it is recorded.
         begin: The start weights and the prompt pools.
         data: The task's rows.
+        suites: Named suites that are asked beside the run's own prompts.
         facts: What runs, by the names of ``store.FACTS``.
         screen: What the user reads.
         meter: Seconds and memory by stage.
@@ -57,6 +58,7 @@ class Job:
     folder: RunFolder
     begin: Start
     data: TaskData
+    suites: dict[str, Suite]
     facts: dict[str, Any]
     screen: Screen
     meter: StageMeter
@@ -84,6 +86,7 @@ def carry_through(job: Job) -> None:
             return
         leak = tuned.get("constraint_summary", {}).get("leak")
         told = {"leak": leak} if leak is not None else {}
+        told |= {"suites": {name: suite.facts for name, suite in job.suites.items()}} if job.suites else {}
         record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
         write_card(run, folder, record)
@@ -201,13 +204,11 @@ def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> DriftSampler:
 def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, Any]]]:
     """Return what is asked in the end; beside harmful prompts what the start answers, where it is to be fine-tuned."""
     run, begin = job.run, job.begin
-    rows = evaluation_rows(run, begin.pools, job.data)
-    for name, asked in rows.items():
-        if run.finetune and asked and asked[0]["kind"] == "harmful":  # of each form apart: other runs ask some of them
-            with job.meter.stage("start"):
-                given = start_answers(run, asked, begin.folder.content, start, chat, job.screen.say)
-            rows[name] = [{**row, START_OUTPUT: text} for row, text in zip(asked, given, strict=True)]
-    return rows
+    rows = evaluation_rows(run, begin.pools, job.data) | suite_rows(run, job.suites)
+    if not run.finetune:
+        return rows
+    with job.meter.stage("start"):
+        return with_start(run, rows, begin, start, chat, job.screen.say)
 
 
 def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> dict[str, Any]:
@@ -216,8 +217,8 @@ def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat
     job.screen.say(f"evaluating on the {run.evaluation.split} split")
     with job.meter.stage("evaluate"):
         given = answered(run, asked, model, chat)
-        if not run.finetune:  # its own answers are the start's
-            given = [{**row, START_OUTPUT: row["output"]} if row["kind"] == "harmful" else row for row in given]
+        if not run.finetune:
+            given = own_answers(given)
         folder.write(store.GENERATIONS, given)
         for line in remarks(given, chat):
             job.screen.say(line)
