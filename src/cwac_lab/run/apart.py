@@ -77,6 +77,10 @@ def apart(runs: Sequence[Run], rows: Rows) -> Apart:
         LabError: If a model cannot be loaded.
     """
     begins = [start(run, lambda _: None) for run in runs]
+    try:
+        remarks = check_alike(*(begin.folder.path for begin in begins))
+    except ConfigError as error:
+        return Apart([], [f"drift is not told: it needs {error.accepted}"])
     asked = [row for row in rows if row["kind"] in KINDS and form_of(row) == OWN and "suite" not in row]
     key = recipes.DRIFT.key(
         before=begins[0].folder.content,
@@ -92,15 +96,13 @@ def apart(runs: Sequence[Run], rows: Rows) -> Apart:
 
     kept = cached_folder(Path(runs[0].cache_root), recipes.DRIFT.kind, key, build)
     with reading(kept):
-        return Apart(**read_json(kept / FOUND))
+        found = read_json(kept / FOUND)
+    return Apart(found["rows"], remarks + found["remarks"])
 
 
 def _measured(runs: Sequence[Run], begins: Sequence[Start], asked: Rows) -> Apart:
     before, after = (begin.folder.path for begin in begins)
-    try:
-        remarks = check_alike(before, after)
-    except ConfigError as error:
-        return Apart([], [f"drift is not told: it needs {error.accepted}"])
+    remarks: list[str] = []
     first, second = (_seen(run, begin, asked) for run, begin in zip(runs, begins, strict=True))
     told: list[list[str]] = []
     if first.log_probs.shape == second.log_probs.shape:  # else of other vocabularies, which is told
