@@ -18,5 +18,6 @@ recipes: digests of the code that makes what is cached; a command as well.
 settings: settings with another value.
 shared: what all workers of one call of pytest compute once.
 spmd: what each of several processes does in the tests of them; a command as well.
+suites: prompts of named suites in such records.
 tiny: two-layer models, their tokenizer, and the shortest runs.
 """

@@ -18,9 +18,10 @@ from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
-from cwac_lab.report.grouping import RATES, SETTING, Row, finished, grouped, records, said
+from cwac_lab.report.grouping import SETTING, Row, finished, grouped, records, said
 from cwac_lab.report.paired import CAPTION as PAIRED
 from cwac_lab.report.paired import differences
+from cwac_lab.report.rates import known, metric
 from cwac_lab.report.tables import CAPTION, column_title, filled, heading, ranked, rate_of, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import Record
@@ -139,8 +140,8 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
         "facts": {**facts, "weights content": str(row["weights_content"])[:8], "judged by": row["judge"]},
         "failed": row.get("failed"),
         "rates": {
-            words: {part: _short(value) for part, value in row[name].items()}
-            for name, words in RATES.items()
+            metric(name).heading: {part: _short(value) for part, value in row[name].items()}
+            for name in known([row])
             if isinstance(row.get(name), dict)
         },
         "judges": {
