@@ -169,7 +169,7 @@ def filled(table: pd.DataFrame, layout: Layout = PLAIN) -> list[str]:
 
     Rates that are chosen are there all the same.
     """
-    rates = [] if layout.columns else [name for name in table if is_rate(str(name)) and name not in MAIN]
+    rates = [] if layout.columns else [name for name in map(str, table) if is_rate(name) and name not in MAIN]
     without = {name for name in rates if not _values(table[name])}
     silent = {column for name in without for column in (name, count_of(name))}
     return [column for column in table.columns if column not in silent and table[column].ne("").any()]

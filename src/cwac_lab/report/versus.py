@@ -137,9 +137,9 @@ def compared(rows: list[Row], asked: Asked) -> list[Found]:
         LabError: If there are no two runs to compare.
     """
     cells = [(entry, done) for entry, group in grouped(rows) if (done := finished(group))]
-    sides = [_cells_of(method, cells) for method in asked.methods]
+    ours, theirs = (_cells_of(method, cells) for method in asked.methods)
     found, reasons = [], []
-    for first, second in _beside(*sides, asked):
+    for first, second in _beside(ours, theirs, asked):
         pairs = [(a, b) for a in first[1] for b in second[1] if _fits(a, b)]
         entry = second[0] if first[0]["constraint"] == "start" else first[0]
         if pairs:
