@@ -1,6 +1,7 @@
 """What tests share, imported as ``from support import tiny``.
 
 alike: prompts that are near-duplicates of each other, and lists of them.
+browser: pages in a real browser.
 by_hand: training in a few plain lines, which baselines are compared with.
 cover: tables of tests of which the fast set tries a part, and the whole set all.
 defenses: the table of all defences, switched off and on.
