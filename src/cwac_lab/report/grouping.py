@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from cwac_lab.config.run import ALIKE, requirements
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
@@ -188,15 +185,6 @@ def finished(group: list[Row]) -> list[Row]:
 def has_rate(rows: list[Row], rate: str) -> bool:
     """Tell whether any answer counts for a rate in any of the finished runs; records of before a rate have none."""
     return any(counted(row["verdicts"], rate) for row in finished(rows))
-
-
-def outcome_matrix(rows: list[Row], rate: str, category: str | None = None) -> Float[np.ndarray, "S N"]:
-    """Return the outcomes of S runs on the N items that count in any of them; NaN where an item does not count."""
-    found = [counted(row["verdicts"], rate, category) for row in rows]
-    items = sorted(set().union(*found))
-    return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
-        len(rows), len(items)
-    )
 
 
 def said(run: Record) -> list[dict[str, Any]]:

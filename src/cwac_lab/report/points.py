@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cwac_lab.core.stats import Rate, mean_rate
+from cwac_lab.core.stats import Rate
 from cwac_lab.evaluation.metrics import SHOWN
-from cwac_lab.report.grouping import Row, finished, grouped, outcome_matrix
-from cwac_lab.report.rates import OF, known, title
+from cwac_lab.report.grouping import Row, finished, grouped
+from cwac_lab.report.rates import OF, known, over, title
 from cwac_lab.report.tables import heading, rate_of
 
 # Digits that a figure keeps.
@@ -84,7 +84,7 @@ def _by_category(group: list[Row], of_suites: Categories) -> dict[str, dict[str,
     for suite, names in of_suites.items():
         for base in BY_CATEGORY if names else ():
             name = f"{base}{OF}{suite}" if suite else base
-            each = {category: mean_rate(outcome_matrix(group, name, category)) for category in names}
+            each = {category: over([row["verdicts"] for row in group], name, category) for category in names}
             there = {category: told(rate) for category, rate in each.items() if rate.n}
             if there:
                 found[name] = there

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.stats import Rate, mean_rate
 from cwac_lab.evaluation.metrics import METRICS, SHOWN, Judged, Metric
 from cwac_lab.evaluation.verdicts import outcomes
 
@@ -40,6 +44,20 @@ def counted(verdicts: Iterable[Judged], name: str, category: str | None = None) 
     base, _, suite = name.partition(OF)
     rows = (row for row in verdicts if (row.get("suite") or "") == suite)
     return outcomes([row for row in rows if category is None or row.get("category") == category], base)
+
+
+def matrix(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Float[np.ndarray, "S N"]:
+    """Return the outcomes of S runs on the N items that count in any of them; NaN where an item does not count."""
+    found = [counted(verdicts, name, category) for verdicts in runs]
+    items = sorted(set().union(*found))
+    return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
+        len(runs), len(items)
+    )
+
+
+def over(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Rate:
+    """Return the mean of a rate over runs, by their verdicts, with its interval (see ``stats.mean_rate``)."""
+    return mean_rate(matrix(runs, name, category))
 
 
 def checked(key: str, name: object) -> str:

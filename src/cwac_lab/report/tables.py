@@ -17,11 +17,23 @@ from cwac_lab.report.grouping import (
     finished,
     grouped,
     has_rate,
-    outcome_matrix,
 )
 from cwac_lab.report.layout import LEAK, MEASURES, PLAIN, Layout
 from cwac_lab.report.published import PAPER_TASKS, published
-from cwac_lab.report.rates import COUNT, LOSS, OF, UP, count_of, count_title, is_rate, known, metric, title
+from cwac_lab.report.rates import (
+    COUNT,
+    LOSS,
+    OF,
+    UP,
+    count_of,
+    count_title,
+    is_rate,
+    known,
+    matrix,
+    metric,
+    over,
+    title,
+)
 
 # Rates that a table has even where no run has a value: the cell says why.
 MAIN = tuple(map(title, ("harmful_score", "finetune_accuracy")))
@@ -46,7 +58,7 @@ def rate_of(group: list[Row], name: str) -> Rate:
     """
     if name == LOSS:
         return mean_of([Rate(**row[LOSS]) for row in finished(group) if LOSS in row])
-    return mean_rate(outcome_matrix(finished(group), name))
+    return over([row["verdicts"] for row in finished(group)], name)
 
 
 def cell(group: list[Row], name: str) -> str:
@@ -161,7 +173,9 @@ def _is_told(rows: list[Row], name: str) -> bool:
     """Tell whether tables have numbers of a rate: always in the prompts' own form, else where any run has them."""
     if name == LOSS:
         return any(LOSS in row for row in rows)
-    return (metric(name).form == OWN and OF not in name) or has_rate(rows, name)
+    if OF in name:
+        return any(name in row for row in rows)
+    return metric(name).form == OWN or has_rate(rows, name)
 
 
 def filled(table: pd.DataFrame, layout: Layout = PLAIN) -> list[str]:
@@ -211,7 +225,7 @@ def _average(tasks: dict[str, list[Row]], name: str) -> tuple[str, int | str]:
         return f"n/a ({', '.join(without)})", ""
     counted = {task: finished(group) for task, group in sorted(tasks.items()) if task not in unscored}
     runs = [row for group in counted.values() for row in group]
-    rate = mean_rate(outcome_matrix(runs, name), [len(group) for group in counted.values()])
+    rate = mean_rate(matrix([row["verdicts"] for row in runs], name), [len(group) for group in counted.values()])
     return f"{rate}, {' and '.join(counted)} only" if unscored else str(rate), rate.n
 
 

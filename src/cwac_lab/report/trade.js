@@ -84,6 +84,7 @@ function sayTrade(cells, cost) {
 function startTrade(settings) {
   fill(by("trade-setting"), settings);
   const titled = (names) => names.map((name) => data.rates[name].title);
+  const titledBase = (names) => names.map((base) => data.rates[base]?.title ?? base);
   const has = (name) => data.cells.some((c) => c.setting === by("trade-setting").value && c.ratio !== null && rateOf(c, name).n);
   const keep = (select, names, texts = names) => {
     const before = by(select).value;
@@ -91,8 +92,9 @@ function startTrade(settings) {
     if (names.includes(before)) by(select).value = before;
   };
   const known = Object.entries(data.rates);
-  const bases = known.filter(([, rate]) => rate.kinds.join() === "harmful").map(([, rate]) => rate.base);
-  const costs = known.filter(([, rate]) => !rate.kinds.includes("harmful") && !rate.kinds.includes("task")).map(([name]) => name);
+  const bases = known.filter(([, rate]) => rate.kinds.join() === "harmful").sort(([, a], [, b]) => b.higher - a.higher)
+    .map(([, rate]) => rate.base);
+  const costs = known.filter(([, rate]) => rate.kinds.length && !/harmful|task/.test(rate.kinds)).map(([name]) => name);
   const categories = () => {
     const there = data.suites[by("trade-suite").value] ?? [];
     const name = keptName(), mine = there.filter((each) => data.cells.some((c) => c.categories[name]?.[each]));
@@ -101,7 +103,9 @@ function startTrade(settings) {
     drawTrade();
   };
   const suites = () => {
-    const base = by("trade-kept").value, mine = known.filter(([, rate]) => rate.base === base).map(([, rate]) => rate.suite);
+    const base = by("trade-kept").value;
+    const there = known.filter(([name, rate]) => rate.base === base && has(name)).map(([, rate]) => rate.suite);
+    const mine = there.length ? there : [""];
     keep("trade-suite", mine, mine.map((suite) => suite || "own pool"));
     by("trade-suite").closest("label").hidden = mine.length < 2;
     categories();
@@ -113,8 +117,8 @@ function startTrade(settings) {
     fill(by("trade-ratio"), ratios.map(String));
     if (ratios.length) by("trade-ratio").value = String(ratios.reduce((a, b) => (most(b) > most(a) ? b : a)));
     // Retained refusals first, where records have them: they are of what the start refuses.
-    const kept = unique(bases).sort((a, b) => data.rates[b].higher - data.rates[a].higher).filter(has);
-    keep("trade-kept", kept.length ? kept : ["harmful_score"], titled(kept.length ? kept : ["harmful_score"]));
+    const kept = unique(bases).filter((base) => known.some(([name, rate]) => rate.base === base && has(name)));
+    keep("trade-kept", kept.length ? kept : ["harmful_score"], titledBase(kept.length ? kept : ["harmful_score"]));
     const there = costs.filter(has);
     keep("trade-cost", there.length ? there : ["over_refusal"], titled(there.length ? there : ["over_refusal"]));
     suites();
