@@ -266,7 +266,7 @@ def test_retained_refusals_stand_beside_hs_where_a_record_has_them(tmp_path):
         beside = "HS ↓ | n | retained refusals ↑ | n | FA ↑"
         assert all((beside in head) is known and ("retained" in head) is known for head in heads)
         assert ("retained" in latex(rows)) is known
-        assert ("retained refusals ↑" in render(list(runs(root)))) is known
+        assert (">retained refusals ↑</th>" in render(list(runs(root)))) is known
         plain = [row for row in rows if row["constraint"] == "none" and row["task"] == "sst2"]
         (curve,) = [file for file in draw(plain, root, "mine") if file.suffix == ".svg"]
         assert ("retained refusals (%)" in curve.read_text()) is known
