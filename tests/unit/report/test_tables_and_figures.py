@@ -11,7 +11,8 @@ from cwac_lab.report.grouping import records
 from cwac_lab.report.latex import latex
 from cwac_lab.report.page import render
 from cwac_lab.report.paired import differences
-from cwac_lab.report.tables import COUNTS, averages, markdown, numbers, summary
+from cwac_lab.report.rates import count_title
+from cwac_lab.report.tables import averages, markdown, numbers, summary
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
 from support.recorded import beside_start, record, settings
@@ -28,7 +29,7 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     assert table["HS ↓"][1] == str(wilson(90, 100))
     assert table["HS ↓"][2].startswith("20.0 [")
     assert table["HS ↓"][2].endswith("]")
-    assert table[COUNTS["harmful_score"]].tolist() == [100] * 3
+    assert table[count_title("harmful_score")].tolist() == [100] * 3
     beside = numbers(records(runs(tmp_path))).to_dict("records")[2]
     assert (beside["harmful_score"], beside["harmful_score_n"], beside["seeds"]) == (20.0, 100, 3)
     assert (beside["harmful_score_lowest_seed"], beside["harmful_score_highest_seed"]) == (10.0, 30.0)
@@ -95,7 +96,7 @@ def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
     (row,) = averages(rows, "main").to_dict("records")
     assert row["HS ↓"].startswith("75.0 [")
     assert row["FA ↑"].startswith("50.0 [")
-    assert [row[COUNTS[name]] for name in ("harmful_score", "finetune_accuracy")] == [100, 200]
+    assert [row[count_title(name)] for name in ("harmful_score", "finetune_accuracy")] == [100, 200]
     assert (row["task"], row["runs"]) == ("mean of gsm8k, sst2", 3)
     assert "### w (c0ffee) | mean of gsm8k, sst2, local data (" in markdown(averages(rows))
     assert "paper HS" not in row  # its mean is over three tasks
@@ -265,14 +266,14 @@ def test_retained_refusals_stand_beside_hs_where_a_record_has_them(tmp_path):
         beside = "HS ↓ | n | retained refusals ↑ | n | FA ↑"
         assert all((beside in head) is known and ("retained" in head) is known for head in heads)
         assert ("retained" in latex(rows)) is known
-        assert ("retained refusals ↑" in render(list(runs(root)))) is known
+        assert (">retained refusals ↑</th>" in render(list(runs(root)))) is known
         plain = [row for row in rows if row["constraint"] == "none" and row["task"] == "sst2"]
         (curve,) = [file for file in draw(plain, root, "mine") if file.suffix == ".svg"]
         assert ("retained refusals (%)" in curve.read_text()) is known
         paired = differences(rows)
         assert ("retained refusals - none" in set(paired["comparison"])) is known
     assert set(summary(rows)["retained refusals ↑"]) == {str(wilson(10, 40)), str(wilson(30, 40))}
-    assert set(summary(rows)[COUNTS["retained_refusals"]]) == {40}
+    assert set(summary(rows)[count_title("retained_refusals")]) == {40}
     (found,) = {
         (row["difference"].split(" ")[0], row["n"])
         for row in paired.to_dict("records")
