@@ -132,6 +132,6 @@ def _column(key: str, name: object) -> str:
     if name in (LOSS, *MEASURES):
         return str(name)
     try:
-        return checked(key, name)
+        return checked(key, name, made=True)
     except ConfigError:
         raise ConfigError(key, name, _choices()) from None

@@ -15,13 +15,14 @@ from jinja2 import Environment
 
 from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import LabError, MissingAsset
+from cwac_lab.evaluation.combined import described
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
 from cwac_lab.report.grouping import SETTING, Row, finished, records, said
 from cwac_lab.report.paired import CAPTION as PAIRED
 from cwac_lab.report.paired import differences
 from cwac_lab.report.points import categories, points, rates, short
-from cwac_lab.report.rates import known, metric
+from cwac_lab.report.rates import known
 from cwac_lab.report.tables import CAPTION, column_title, filled, heading, ranked, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import Record
@@ -117,7 +118,7 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
         "facts": {**facts, "weights content": str(row["weights_content"])[:8], "judged by": row["judge"]},
         "failed": row.get("failed"),
         "rates": {
-            metric(name).heading: {part: short(value) for part, value in row[name].items()}
+            described(name).heading: {part: short(value) for part, value in row[name].items()}
             for name in known([row])
             if isinstance(row.get(name), dict)
         },

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from cwac_lab.config.run import ALIKE
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.stats import Difference, holm, paired_difference, sign_flip_p
-from cwac_lab.evaluation.metrics import METRICS
+from cwac_lab.evaluation.metrics import METRICS, metric
 from cwac_lab.report.grouping import OWN, ROW, SETTING, Row, finished, grouped
-from cwac_lab.report.rates import OF, checked, counted, known, metric
+from cwac_lab.report.rates import OF, checked, counted, is_share, known
 from cwac_lab.report.tables import heading
 
 CAPTION = (
@@ -28,6 +28,7 @@ def comparisons(rates: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {
         f"{metric(rate).heading} - {baseline}": (rate, baseline)
         for rate in rates
+        if is_share(rate)
         for baseline in metric(rate).baselines
     }
 

@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 from cwac_lab.core.stats import Rate
-from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.report.grouping import Row, finished, grouped
-from cwac_lab.report.rates import OF, known, over, title
+from cwac_lab.report.rates import OF, higher_is_better, kinds_of, known, over, title
 from cwac_lab.report.tables import heading, rate_of
 
 # Digits that a figure keeps.
@@ -40,7 +39,7 @@ def rates(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """Return what the page calls each rate, in which direction it is better, and what it is taken over."""
     return {
         name: {
-            "title": title(name), "higher": SHOWN[base].higher_is_better, "kinds": SHOWN[base].kinds,
+            "title": title(name), "higher": higher_is_better(name), "kinds": kinds_of(name),
             "base": base, "suite": suite,
         }
         for name in known(rows)

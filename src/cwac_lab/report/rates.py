@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ from jaxtyping import Float
 
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.stats import Rate, mean_rate
-from cwac_lab.evaluation.metrics import METRICS, SHOWN, Judged, Metric
+from cwac_lab.evaluation.combined import CONTRAST, POOLED, Combined, combined_of, described
+from cwac_lab.evaluation.metrics import METRICS, REFUSED, SHOWN, Judged
 from cwac_lab.evaluation.verdicts import outcomes
 
 # Where answers are more than a label: a mean in nats, no share of rows.
@@ -24,26 +24,15 @@ DOWN, UP = " ↓", " ↑"
 COUNT = "n, "
 
 
-def metric(name: str) -> Metric:
-    """Return the rate of a name; that of a suite is the own pool's, over the prompts of the suite."""
-    base, _, suite = name.partition(OF)
-    own = METRICS[base]
-    if not suite:
-        return own
-    return replace(own, name=name, heading=f"{own.heading}, {suite}", words=f"{own.words}, {suite}")
-
-
 def counted(verdicts: Iterable[Judged], name: str, category: str | None = None) -> dict[tuple[str, str], bool]:
     """Return, by kind and id, the outcome of every item that counts for a rate.
 
     Args:
-        verdicts: Those of one run. A row of a suite has its name as ``suite``; those of the own pool have none.
+        verdicts: Those of one run.
         name: Of the rate.
         category: Only items of this category.
     """
-    base, _, suite = name.partition(OF)
-    rows = (row for row in verdicts if (row.get("suite") or "") == suite)
-    return outcomes([row for row in rows if category is None or row.get("category") == category], base)
+    return outcomes([row for row in verdicts if category is None or row.get("category") == category], name)
 
 
 def matrix(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Float[np.ndarray, "S N"]:
@@ -56,18 +45,39 @@ def matrix(runs: Sequence[list[Judged]], name: str, category: str | None = None)
 
 
 def over(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Rate:
-    """Return the mean of a rate over runs, by their verdicts, with its interval (see ``stats.mean_rate``)."""
-    return mean_rate(matrix(runs, name, category))
+    """Return the mean of a rate over runs, by their verdicts, with its interval (see ``stats.mean_rate``).
+
+    What is made of several rates (``evaluation.combined``) has the interval of its own; by category there is none.
+    """
+    if is_share(name):
+        return mean_rate(matrix(runs, name, category))
+    made = combined_of(runs[0]).get(name) if runs and category is None else None
+    return Rate(None, None, None, 0) if made is None else made.rate(runs)
 
 
-def checked(key: str, name: object) -> str:
-    """Return the name of a rate.
+def is_share(name: str) -> bool:
+    """Tell whether a rate is a share of answers, and not made of several rates."""
+    return not isinstance(described(name), Combined)
+
+
+def kinds_of(name: str) -> tuple[str, ...]:
+    """Return the kinds of prompts that a rate is over; of a contrast, which is over both, none."""
+    found, base = described(name), name.partition(OF)[0]
+    if isinstance(found, Combined):
+        return METRICS[base].kinds if base in METRICS else ()
+    return found.kinds
+
+
+def checked(key: str, name: object, *, made: bool = False) -> str:
+    """Return the name of a rate; with ``made`` also of one that is made of several.
 
     Raises:
         ConfigError: If there is no such rate; whether a suite was asked is told by records only.
     """
     base, of, suite = str(name).partition(OF)
-    if base not in METRICS or bool(of) is not bool(suite):
+    combined = suite == POOLED or base == CONTRAST
+    there = base in METRICS or (base in (REFUSED.name, CONTRAST) and suite)
+    if not there or (combined and not made) or bool(of) is not bool(suite):
         raise ConfigError(key, name, f"{' | '.join(METRICS)}, each also as NAME{OF}SUITE")
     return str(name)
 
@@ -84,18 +94,19 @@ def known(rows: Iterable[dict[str, Any]]) -> list[str]:
     Args:
         rows: Records (``grouping.records``), whose metrics have the rates of suites by name.
     """
-    found = dict.fromkeys(key for row in rows for key in row if OF in key and key.partition(OF)[0] in SHOWN)
-    return [name for base in SHOWN for name in (base, *(key for key in found if key.partition(OF)[0] == base))]
+    found = dict.fromkeys(key for row in rows for key in row if OF in key and described(key).shown)
+    own = [name for base in SHOWN for name in (base, *(key for key in found if key.partition(OF)[0] == base))]
+    return [*own, *(key for key in found if key not in own)]
 
 
 def higher_is_better(name: str) -> bool:
     """Tell in which direction a rate is better; of a loss less is."""
-    return name != LOSS and metric(name).higher_is_better
+    return name != LOSS and described(name).higher_is_better
 
 
 def title(name: str) -> str:
     """Return how tables call a rate, with its direction as a sign."""
-    return (_LOSS if name == LOSS else metric(name).heading) + (UP if higher_is_better(name) else DOWN)
+    return (_LOSS if name == LOSS else described(name).heading) + (UP if higher_is_better(name) else DOWN)
 
 
 def count_title(name: str) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from cwac_lab.core.stats import Rate, mean_of, mean_rate
 from cwac_lab.data.forms import OWN
+from cwac_lab.evaluation.metrics import metric
 from cwac_lab.report.grouping import (
     ACROSS_TASKS,
     PLAIN_ATTACK,
@@ -30,7 +31,6 @@ from cwac_lab.report.rates import (
     is_rate,
     known,
     matrix,
-    metric,
     over,
     title,
 )

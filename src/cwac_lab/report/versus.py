@@ -14,10 +14,10 @@ from omegaconf import DictConfig, ListConfig
 from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.core.stats import Difference, Rate, paired_difference, sign_flip_p
-from cwac_lab.evaluation.metrics import form_of
+from cwac_lab.evaluation.metrics import form_of, metric
 from cwac_lab.report.grouping import OWN, SETTING, Row, finished, grouped, records, word
 from cwac_lab.report.paired import alike, is_sound, outcomes_of_pairs, shown_p, unlike
-from cwac_lab.report.rates import COUNT, OF, checked, metric, suites, title
+from cwac_lab.report.rates import COUNT, OF, checked, suites, title
 from cwac_lab.report.tables import markdown, rate_of
 from cwac_lab.results import store
 

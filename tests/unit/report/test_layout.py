@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import re
 import shutil
 import subprocess
 
@@ -10,10 +12,13 @@ import pytest
 from cwac_lab import tables
 from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import ConfigError
+from cwac_lab.evaluation.combined import combined_of
 from cwac_lab.report.files import page, write
 from cwac_lab.report.grouping import SETTING, records
 from cwac_lab.report.latex import escape, latex
 from cwac_lab.report.layout import Layout
+from cwac_lab.report.page import render
+from cwac_lab.report.rates import checked
 from cwac_lab.report.tables import markdown, numbers, summary
 from cwac_lab.results.store import runs
 from support import tiny
@@ -150,6 +155,7 @@ def test_a_suite_has_columns_of_its_own(tmp_path):
         ("columns=[harmful_score,fa]", "columns=fa: accepted: harmful_score | "),
         ("columns=[]", "columns=[]: accepted: different ones of harmful_score | "),
         ("columns=[leak,leak]", "columns=['leak', 'leak']: accepted: different ones of"),
+        ("columns=[contrast]", "columns=contrast: accepted: harmful_score | "),
         ("columns=[harmful_score/]", "columns=harmful_score/: accepted: harmful_score | "),
         ("sort=hs", "sort=hs: accepted: harmful_ratio | constraint | variant | seeds | harmful_score | "),
         ("sort=-HS", "sort=-HS: accepted: harmful_ratio | "),
@@ -171,6 +177,42 @@ def test_the_command_writes_what_is_chosen_and_again_when_that_changes(rows, tmp
     assert [row[1] for row in cells((tmp_path / "tables" / "summary.md").read_text())[1:6]] == [
         "none", "lisa", "weight", "coupled", "start",
     ]  # fmt: skip
+
+
+def test_the_mean_over_suites_and_a_contrast_are_columns_but_not_compared(tmp_path):
+    for constraint, hits in (("none", 9), ("weight", 1)):
+        run = asked_in(
+            record(tmp_path, constraint, 0.2, 0, 50), {"harmbench": hits, "sorry_bench": 2 * hits, "xstest": 5}
+        )
+        more = [
+            {"kind": "lookalike", "id": f"safe/{i}", "suite": "xstest", "complied": i >= hits, "refused": i < hits}
+            | {"incoherent": False}
+            for i in range(20)
+        ]
+        verdicts = [*run.read("verdicts.jsonl"), *more]
+        run.write("verdicts.jsonl", verdicts)
+        told = {name: each.rate([verdicts]).to_dict() for name, each in combined_of(verdicts).items()}
+        run.write("metrics.json", run.read("metrics.json") | told)
+    found = records(runs(tmp_path))
+    line = numbers(found).query("constraint == 'weight'").to_dict("records")[0]
+    assert line["harmful_score/pooled"] == pytest.approx((5 + 10) / 2)
+    assert line["contrast/xstest"] == pytest.approx(75 - 5)
+    text = page(found, "mine")
+    assert "HS, pooled ↓ | n |" in text
+    assert "contrast, xstest ↑ | n |" in text
+    assert "pooled - none" not in text
+    with pytest.raises(ConfigError, match="metric=harmful_score/pooled: accepted: "):
+        checked("metric", "harmful_score/pooled")
+    assert given(tmp_path)["contrast/xstest"] == {
+        "title": "contrast, xstest ↑", "higher": True, "kinds": [], "base": "contrast", "suite": "xstest",
+    }  # fmt: skip
+
+
+def given(root):
+    text = render(list(runs(root)))
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)[1])[
+        "rates"
+    ]
 
 
 NASTY = '50%_#1 & {a} ~b ^c \\d <e> |f| "g" $h$ → ≤ é 中'
