@@ -18,6 +18,7 @@ from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges import all_made
+from cwac_lab.judges import told as told_of
 from cwac_lab.models.chat import ChatFormat, Prompt
 from cwac_lab.models.templates import Turn
 from cwac_lab.results import store
@@ -30,6 +31,7 @@ class Evaluated(Protocol):
     evaluation: EvaluationConfig
     task: Task
     attack: AttackConfig
+    cache_root: str
 
 
 def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
@@ -115,14 +117,14 @@ def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
     The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
     """
     generations = folder.read(store.GENERATIONS)
-    judges = all_made(run.evaluation.judges)
+    judges = all_made(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)
     first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
-    told: dict[str, Any] = {judges[0].name: {"version": judges[0].version}}
+    told: dict[str, Any] = {judges[0].name: told_of(judges[0])}
     for other, found in zip(judges[1:], others, strict=True):
         folder.write(store.verdicts_of(other.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}
-        told[other.name] = {"version": other.version, **rates, "agreement": agreement(first, found)}
+        told[other.name] = {**told_of(other), **rates, "agreement": agreement(first, found)}
     loss = mean_loss(generations)
     return {**aggregate(first), **({"held_out_loss": loss.to_dict()} if loss else {}), "judges": told}
