@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pandas as pd
 from cwac_lab.core.stats import Rate, mean_of, mean_rate
 from cwac_lab.data.forms import OWN
 from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.report.grouping import (
     ACROSS_TASKS,
     HIGHER_IS_BETTER,
@@ -28,6 +30,8 @@ COUNTS = {name: f"n, {metric.heading}" for name, metric in SHOWN.items()}
 # Where answers are more than a label: a mean in nats, no share of rows.
 LOSS = "held_out_loss"
 TITLES[LOSS], COUNTS[LOSS] = "loss on held-out answers, nats ↓", "n, loss on held-out answers"
+# Where a judge tells it: a mean in percent, no share of rows.
+TITLES[HARMFULNESS], COUNTS[HARMFULNESS] = "harmfulness ↓", "n, harmfulness"
 # Rates that a table has even where no run has a value: the cell says why.
 MAIN = ("harmful_score", "finetune_accuracy")
 CAPTION = (
@@ -46,11 +50,32 @@ DEALT = {
 def rate_of(group: list[Row], name: str) -> Rate:
     """Return the mean of a rate over the finished runs of a row, with its interval (see ``stats.mean_rate``).
 
-    That of a loss is ``stats.mean_of``.
+    That of a loss, and of harmfulness, is ``stats.mean_of``.
     """
     if name == LOSS:
         return mean_of([Rate(**row[LOSS]) for row in finished(group) if LOSS in row])
+    if name == HARMFULNESS:
+        return _cut(mean_of(_harmfulness(finished(group))))
     return mean_rate(outcome_matrix(finished(group), name))
+
+
+def _cut(rate: Rate) -> Rate:
+    """Return a mean with the part of its interval that is within 0 and 100."""
+    if rate.low is None or rate.high is None:
+        return rate
+    return replace(rate, low=max(0.0, rate.low), high=min(100.0, rate.high))
+
+
+def _harmfulness(rows: list[Row]) -> list[Rate]:
+    """Return the harmfulness of runs by the first judge that tells it; none where several judges do."""
+    found: dict[tuple[str, str], list[Rate]] = {}
+    for row in rows:
+        first = next(iter(row["judges"]))
+        told = {first: row, **{name: each for name, each in row["judges"].items() if name != first}}
+        by = next((name for name, each in told.items() if HARMFULNESS in each), None)
+        if by is not None:
+            found.setdefault((by, row["judges"][by]["version"]), []).append(Rate(**told[by][HARMFULNESS]))
+    return next(iter(found.values())) if len(found) == 1 else []
 
 
 def cell(group: list[Row], name: str) -> str:
@@ -132,6 +157,8 @@ def _is_told(rows: list[Row], name: str) -> bool:
     """Tell whether tables have numbers of a rate: always in the prompts' own form, else where any run has them."""
     if name == LOSS:
         return any(LOSS in row for row in rows)
+    if name == HARMFULNESS:
+        return any(_harmfulness([row]) for row in finished(rows))
     return SHOWN[name].form == OWN or has_rate(rows, name)
 
 
