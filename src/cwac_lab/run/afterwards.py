@@ -74,7 +74,9 @@ def _endpoint(run: Run) -> str:
     given, default = asdict(run.evaluation.endpoint), asdict(EndpointConfig())
     if ENDPOINT not in run.evaluation.judges:
         return ""
-    return "".join(f" {typed(f'endpoint.{name}', value)}" for name, value in given.items() if value != default[name])
+    keys = {f"endpoint.{name}": value for name, value in given.items() if value != default[name]}
+    said = (typed(key, value) if isinstance(value, str) else f"{key}={value}" for key, value in keys.items())
+    return "".join(f" {each}" for each in said)
 
 
 def _system(run: Run, begin: Start, metrics: dict[str, Any]) -> list[str]:

@@ -100,5 +100,6 @@ def test_a_finished_run_of_another_version_says_how_it_is_judged_again(given, as
     else:
         (text,) = said
         assert text.startswith(line)
-        given = " endpoint.url=http://localhost:1/v1 endpoint.model=m endpoint.max_tokens=99" * ("endpoint" in asked)
-        assert text.endswith(f"python -m cwac_lab.evaluate run=RUN judges=[{','.join(asked)}]{given}")
+        given = """ "endpoint.url='http://localhost:1/v1'" endpoint.model=m endpoint.max_tokens=99"""
+        told = given if "endpoint" in asked else ""
+        assert text.endswith(f"python -m cwac_lab.evaluate run=RUN judges=[{','.join(asked)}]{told}")
