@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges import endpoint, rubric, server
 from cwac_lab.judges.endpoint import Endpoint, EndpointConfig
 from cwac_lab.results import load
+from cwac_lab.run.identity import run_key
 from support import tiny
 from support.chat_server import grades, reply, standing
 from support.recipes import parts, plain
@@ -326,6 +328,16 @@ def test_bad_settings_are_one_line_before_anything_is_loaded(wrong, line):
     told = error_of(lambda: check_machine(read(config)))
     assert told.startswith(f"evaluation.endpoint.{line}")
     assert KEY not in told
+
+
+def test_a_finished_run_keeps_its_key():
+    """Also one of before there were endpoints: who judges changes no answer."""
+    settings = read(tiny.config("evaluation.judges=[refusal]")).resolved
+    before = deepcopy(settings)
+    del before["evaluation"]["endpoint"]
+    given = ["evaluation.endpoint.url=http://localhost:1/v1", "evaluation.endpoint.model=m"]
+    asked = read(tiny.config("evaluation.judges=[refusal,endpoint]", *given)).resolved
+    assert run_key(before, {}) == run_key(settings, {}) == run_key(asked, {})
 
 
 RUBRIC = {"system": "Grade.", "user": "{prompt} | {answer} | JSON with refused", "asks": ["refused"]}
