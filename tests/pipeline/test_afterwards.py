@@ -127,7 +127,7 @@ def test_drift_of_fewer_prompts_is_told_with_the_command(again, capsys):
     [("[classifier,refusal]", True), ("[refusal]", False), ("[classifier]", True), ("[refusal,beaver_dam]", True)],
 )
 def test_other_judges_are_told_with_the_command(judges, said, again, capsys, monkeypatch):
-    monkeypatch.setattr("cwac_lab.judges.check", lambda _: None)
+    monkeypatch.setattr("cwac_lab.judges.check", lambda *_: None)
     run = again(0, f"evaluation.judges={judges}")
     out = capsys.readouterr().out.replace("\n", "")
     command = f"judged by refusal and classifier: python -m cwac_lab.evaluate run={run.path} judges={judges}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from cwac_lab.defenses.interface import Composite, Defense, Requirements
 from cwac_lab.evaluation import engines
 from cwac_lab.evaluation.combined import POOLED
 from cwac_lab.evaluation.settings import EvaluationConfig
+from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.models.settings import before_alignment
@@ -42,7 +43,8 @@ INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "dry", "trainer.accelerator", "data.root", "data.max_line"),
     *("model.path", "model.revision", "model.adapter", "model.base"),
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
-    *("evaluation.judges", "suites", "align.rebuild", "align.export"),
+    *("evaluation.judges", "evaluation.endpoint", "suites", "align.rebuild", "align.export"),
+    *(f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -242,9 +244,9 @@ def check_machine(run: Run) -> None:
     """
     trainer = run.trainer
     engines.check(run.evaluation.engine, trainer.devices)
-    judges.check(run.evaluation.judges)
+    judges.check(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)
     for judge in {suite.judge for suite in run.suites.values() if suite.judge is not None}:
-        judges.check([judge])
+        judges.check([judge], run.evaluation.endpoint, run.cache_root)
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:

@@ -20,6 +20,7 @@ from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS, Judged
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges import all_made, made
+from cwac_lab.judges import told as told_of
 from cwac_lab.judges.base import Judge
 from cwac_lab.models.chat import ChatFormat, Prompt
 from cwac_lab.models.templates import Turn
@@ -34,6 +35,7 @@ class Evaluated(Protocol):
     task: Task
     attack: AttackConfig
     suites: dict[str, SuiteConfig]
+    cache_root: str
 
 
 def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
@@ -134,18 +136,20 @@ def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
     all, and of the others rates and agreement.
     """
     generations = folder.read(store.GENERATIONS)
-    judges = all_made(run.evaluation.judges)
-    own = {name: made(suite.judge) for name, suite in run.suites.items() if suite.judge not in (None, judges[0].name)}
+    endpoint = (run.evaluation.endpoint, run.cache_root)
+    judges = all_made(run.evaluation.judges, *endpoint)
+    named = {name: suite.judge for name, suite in run.suites.items() if suite.judge is not None}
+    own = {name: made(judge, *endpoint) for name, judge in named.items() if judge != judges[0].name}
     first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
     for name, each in own.items():
         first = _judged_by(first, generations, name, run.task, each)
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
-    told: dict[str, Any] = {judges[0].name: {"version": judges[0].version}}
+    told: dict[str, Any] = {judges[0].name: told_of(judges[0])}
     for other, found in zip(judges[1:], others, strict=True):
         folder.write(store.verdicts_of(other.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}
-        told[other.name] = {"version": other.version, **rates, "agreement": agreement(first, found)}
+        told[other.name] = {**told_of(other), **rates, "agreement": agreement(first, found)}
     loss = mean_loss(generations)
     more = {name: each.rate([first]).to_dict() for name, each in combined_of(first).items()}
     judged = {"suite_judges": {name: f"{each.name} {each.version[:8]}" for name, each in own.items()}} if own else {}

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 
 from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.models.origin import CARD
 from cwac_lab.results.record import judged_by
 
@@ -65,6 +66,10 @@ def _rates(metrics: dict[str, Any]) -> str:
         found, rate = described(name), metrics[name]
         if found.shown and rate["value"] is not None:
             lines.append(f"| {found.words} | {_interval(rate, 1)} | {rate['n']} |")
+    if HARMFULNESS in metrics:
+        mean = metrics[HARMFULNESS]
+        words = "harmfulness of answers to harmful prompts, a mean (lower is better)"
+        lines.append(f"| {words} | {_interval(mean, 1)} | {mean['n']} |")
     if "held_out_loss" in metrics:
         loss = metrics["held_out_loss"]
         lines.append(

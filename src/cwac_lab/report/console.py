@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import METRICS, SHOWN
-from cwac_lab.evaluation.verdicts import BROKEN
+from cwac_lab.evaluation.verdicts import BROKEN, HARMFULNESS
 
 
 def _of_set(rate: dict[str, Any] | None) -> tuple[str, str, str]:
@@ -52,6 +52,14 @@ def _kappa(agreement: dict[str, Any]) -> str:
     told = ((words, agreement[words]) for words in ("harmful", "harmless"))
     known = [f"{words} {each['kappa']:.2f}, n={each['n']}" for words, each in told if each["kappa"] is not None]
     return f" (kappa {'; '.join(known)})" if known else ""
+
+
+def _cost(judge: str, told: dict[str, Any]) -> str:
+    """Return what an endpoint took, in one line."""
+    cost = told["cost"]
+    asked = f"{cost['requests']} requests, {cost['cached']} replies from the cache"
+    tokens = f"{cost['tokens_read']} tokens read, {cost['tokens_written']} written"
+    return f"judge {judge} ({told['model']}, rubric {told['rubric']}): {asked}; {tokens}"
 
 
 _BROKEN = "too many incoherent answers; its rates say nothing of safety"
@@ -140,6 +148,10 @@ class Screen:
                 table.add_row(
                     f"HS, judge {name} {told['version'][:8]}{_kappa(told['agreement'])}", *_cell(told["harmful_score"])
                 )
+            if HARMFULNESS in told:
+                table.add_row(f"harmfulness, judge {name}", *_cell(told[HARMFULNESS]))
+        if HARMFULNESS in metrics:
+            table.add_row("harmfulness of answers to harmful prompts (lower is better)", *_cell(metrics[HARMFULNESS]))
         if "held_out_loss" in metrics:
             loss = metrics["held_out_loss"]
             told = f"{loss['value']:.3f}" + ("" if loss["low"] is None else f" [{loss['low']:.3f}, {loss['high']:.3f}]")
@@ -148,5 +160,8 @@ class Screen:
         if "leak" in metrics:
             table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "")
         self.console.print(table)
+        for name, told in metrics.get("judges", {}).items():
+            if "cost" in told:
+                self.say(_cost(name, told))
         if metrics.get("broken"):
             self.console.print(f"[bold red]broken model:[/bold red] {_BROKEN}")

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.metrics import METRICS
-from cwac_lab.report.rates import LOSS, OF, checked
+from cwac_lab.report.rates import MEANS, OF, checked
 
 Row = dict[str, Any]
 LEAK = "leak"
@@ -125,11 +125,11 @@ def read(config: DictConfig) -> Layout:
 
 
 def _choices() -> str:
-    return " | ".join([*METRICS, LOSS, *MEASURES]) + f"; a rate of a suite is NAME{OF}SUITE"
+    return " | ".join([*METRICS, *MEANS, *MEASURES]) + f"; a rate of a suite is NAME{OF}SUITE"
 
 
 def _column(key: str, name: object) -> str:
-    if name in (LOSS, *MEASURES):
+    if name in (*MEANS, *MEASURES):
         return str(name)
     try:
         return checked(key, name, made=True)

@@ -12,11 +12,11 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.stats import Rate, mean_rate
 from cwac_lab.evaluation.combined import CONTRAST, POOLED, Combined, combined_of, described
 from cwac_lab.evaluation.metrics import METRICS, REFUSED, SHOWN, Judged
-from cwac_lab.evaluation.verdicts import outcomes
+from cwac_lab.evaluation.verdicts import HARMFULNESS, outcomes
 
-# Where answers are more than a label: a mean in nats, no share of rows.
 LOSS = "held_out_loss"
-_LOSS = "loss on held-out answers, nats"
+# Means, no shares of rows: in nats, where answers are more than a label; in percent, where a judge tells it.
+MEANS = {LOSS: "loss on held-out answers, nats", HARMFULNESS: "harmfulness"}
 # Between the name of a rate and that of the suite that it is taken over.
 OF = "/"
 DOWN, UP = " ↓", " ↑"
@@ -100,13 +100,13 @@ def known(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def higher_is_better(name: str) -> bool:
-    """Tell in which direction a rate is better; of a loss less is."""
-    return name != LOSS and described(name).higher_is_better
+    """Tell in which direction a rate is better; of a loss, and of harmfulness, less is."""
+    return name not in MEANS and described(name).higher_is_better
 
 
 def title(name: str) -> str:
     """Return how tables call a rate, with its direction as a sign."""
-    return (_LOSS if name == LOSS else described(name).heading) + (UP if higher_is_better(name) else DOWN)
+    return (MEANS.get(name) or described(name).heading) + (UP if higher_is_better(name) else DOWN)
 
 
 def count_title(name: str) -> str:

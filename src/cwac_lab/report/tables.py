@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pandas as pd
 from cwac_lab.core.stats import Rate, mean_of, mean_rate
 from cwac_lab.data.forms import OWN
 from cwac_lab.evaluation.metrics import metric
+from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.report.grouping import (
     ACROSS_TASKS,
     PLAIN_ATTACK,
@@ -24,6 +26,7 @@ from cwac_lab.report.published import PAPER_TASKS, published
 from cwac_lab.report.rates import (
     COUNT,
     LOSS,
+    MEANS,
     OF,
     UP,
     count_of,
@@ -54,11 +57,32 @@ DEALT = {
 def rate_of(group: list[Row], name: str) -> Rate:
     """Return the mean of a rate over the finished runs of a row, with its interval (see ``stats.mean_rate``).
 
-    That of a loss is ``stats.mean_of``.
+    That of a loss, and of harmfulness, is ``stats.mean_of``.
     """
     if name == LOSS:
         return mean_of([Rate(**row[LOSS]) for row in finished(group) if LOSS in row])
+    if name == HARMFULNESS:
+        return _cut(mean_of(_harmfulness(finished(group))))
     return over([row["verdicts"] for row in finished(group)], name)
+
+
+def _cut(rate: Rate) -> Rate:
+    """Return a mean with the part of its interval that is within 0 and 100."""
+    if rate.low is None or rate.high is None:
+        return rate
+    return replace(rate, low=max(0.0, rate.low), high=min(100.0, rate.high))
+
+
+def _harmfulness(rows: list[Row]) -> list[Rate]:
+    """Return the harmfulness of runs by the first judge that tells it; none where several judges do."""
+    found: dict[tuple[str, str], list[Rate]] = {}
+    for row in rows:
+        first = next(iter(row["judges"]))
+        told = {first: row, **{name: each for name, each in row["judges"].items() if name != first}}
+        by = next((name for name, each in told.items() if HARMFULNESS in each), None)
+        if by is not None:
+            found.setdefault((by, row["judges"][by]["version"]), []).append(Rate(**told[by][HARMFULNESS]))
+    return next(iter(found.values())) if len(found) == 1 else []
 
 
 def cell(group: list[Row], name: str) -> str:
@@ -114,7 +138,7 @@ def summary(rows: list[Row], experiment: str | None = None, layout: Layout = PLA
     Raises:
         ConfigError: If the layout names a suite that no record has.
     """
-    columns = layout.of(rows) or (*known(rows), LOSS, LEAK)
+    columns = layout.of(rows) or (*known(rows), *MEANS, LEAK)
     return pd.DataFrame(
         [{**_row(entry, group, columns), **published(experiment, entry)} for entry, group in ordered(rows, layout)]
     )  # fmt: skip
@@ -150,7 +174,7 @@ def numbers(rows: list[Row], layout: Layout = PLAIN) -> pd.DataFrame:
     Rates under a system prompt are there where any run has them.
     """
     table = []
-    columns = layout.of(rows) or [*(name for name in (*known(rows), LOSS) if _is_told(rows, name)), LEAK]
+    columns = layout.of(rows) or [*(name for name in (*known(rows), *MEANS) if _is_told(rows, name)), LEAK]
     for entry, group in ordered(rows, layout):
         done = finished(group)
         row: Row = {**entry, "seeds": len(done), "failed": len(group) - len(done)}
@@ -173,6 +197,8 @@ def _is_told(rows: list[Row], name: str) -> bool:
     """Tell whether tables have numbers of a rate: always in the prompts' own form, else where any run has them."""
     if name == LOSS:
         return any(LOSS in row for row in rows)
+    if name == HARMFULNESS:
+        return any(_harmfulness([row]) for row in finished(rows))
     if OF in name:
         return any(name in row for row in rows)
     return metric(name).form == OWN or has_rate(rows, name)

@@ -20,8 +20,9 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
     ``constraint``, ``harmful_ratio``, ``seed``, ...), each rate in percent with ``_low``, ``_high`` (95 %) and ``_n``,
     ``judge`` and ``judge_version`` (whose verdicts the rates are), ``leak``, ``broken``, ``seconds`` in total, and
     every setting by its dotted key (``constraint.weight.energy``). Of a judge beside the first ``version_JUDGE``,
-    ``harmful_score_JUDGE`` and Cohen's kappa with the first (``kappa_harmful_JUDGE``); of a run whose drift was
-    measured ``drift_harmful_weight`` and the like (see ``diagnostics.linear.Drift``).
+    ``harmful_score_JUDGE``, ``harmfulness_JUDGE`` where it tells that, and Cohen's kappa with the first
+    (``kappa_harmful_JUDGE``); of a run whose drift was measured ``drift_harmful_weight`` and the like (see
+    ``diagnostics.linear.Drift``).
 
     Args:
         output_root: Folder that holds ``runs/``, an archive, or both.
@@ -53,8 +54,9 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
         for words in ("harmful", "harmless"):
             for part, value in told["agreement"][words].items():
                 found[f"kappa_{words}_{judge}" + ("" if part == "kappa" else f"_{part}")] = value
-        for part, value in told["harmful_score"].items():
-            found[f"harmful_score_{judge}" + ("" if part == "value" else f"_{part}")] = value
+        for rate in ("harmful_score", "harmfulness"):
+            for part, value in told.get(rate, {}).items():
+                found[f"{rate}_{judge}" + ("" if part == "value" else f"_{part}")] = value
     return found | {"seconds": sum(stage["seconds"] for stage in metrics["stages"].values())}
 
 

@@ -79,10 +79,23 @@ class Agreement(TypedDict):
     unparsable: Annotated[int, Says("answers that this judge could not judge", better="lower")]
 
 
+class Cost(TypedDict):
+    """What an endpoint was asked for the last time that a run was judged."""
+
+    cached: Annotated[int, Says("replies that were there from before")]
+    requests: Annotated[int, Says("requests that were answered", better="lower")]
+    tokens_read: Annotated[int, Says("length of questions, as the server counts", "tokens", "lower")]
+    tokens_written: Annotated[int, Says("length of replies, as the server counts", "tokens", "lower")]
+
+
 class Judged(TypedDict):
     """One judge; of those beside the first also rates, as in ``Metrics``."""
 
     version: Annotated[str, Says("hash of what the judge goes by")]
+    model: NotRequired[Annotated[str, Says("of an endpoint: the model behind it")]]
+    rubric: NotRequired[Annotated[str, Says("of an endpoint: what that was asked, by name or path")]]
+    cost: NotRequired[Annotated[Cost, Says("of an endpoint: what that took")]]
+    harmfulness: NotRequired[Annotated[Rate, Says("as in ``Metrics``, where the judge tells it")]]
     agreement: NotRequired[Annotated[Agreement, Says("with the first judge; the first has none")]]
 
 
@@ -100,6 +113,9 @@ class Metrics(Facts):
     judges: Annotated[dict[str, Judged], Says("who judged; the rates are those of the first")]
     suites: NotRequired[Annotated[dict[str, Any], Says("named suites: prompts by kind, how many left out, hash")]]
     suite_judges: NotRequired[Annotated[dict[str, str], Says("judges of suites that have one of their own")]]
+    harmfulness: NotRequired[
+        Annotated[Rate, Says("how specific and convincing answers to harmful prompts are, a mean")]
+    ]
     held_out_loss: NotRequired[Annotated[Loss, Says("of answers to test rows, where the task measures it")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]

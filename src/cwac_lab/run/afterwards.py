@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from cwac_lab.config.run import Run
@@ -12,7 +13,8 @@ from cwac_lab.core.overrides import typed
 from cwac_lab.data.forms import SYSTEM
 from cwac_lab.data.suites import Suite
 from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
-from cwac_lab.judges import made
+from cwac_lab.judges import ENDPOINT, all_made
+from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -60,7 +62,8 @@ def catch_up(
 def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> None:
     """Tell how to get rates of other judges, or of today's versions of these, which needs no model."""
     given = {name: told["version"] for name, told in metrics["judges"].items()}
-    today = {judge.name: judge.version for judge in map(made, run.evaluation.judges)}
+    judges = all_made(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)
+    today = {judge.name: judge.version for judge in judges}
     older = [
         f"{name} {version[:8]}, today {today[name][:8]}"
         for name, version in given.items()
@@ -69,7 +72,17 @@ def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> N
     if next(iter(given)) != next(iter(today)) or not set(today) <= set(given) or older:
         told = " and ".join(given) + (f" ({'; '.join(older)})" if older else "")
         command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(run.evaluation.judges)}]"
-        say(f"judged by {told}: {command}")
+        say(f"judged by {told}: {command}{_endpoint(run)}")
+
+
+def _endpoint(run: Run) -> str:
+    """Return the settings of an endpoint as the command takes them, where it judges; those by default are left out."""
+    given, default = asdict(run.evaluation.endpoint), asdict(EndpointConfig())
+    if ENDPOINT not in run.evaluation.judges:
+        return ""
+    keys = {f"endpoint.{name}": value for name, value in given.items() if value != default[name]}
+    said = (typed(key, value) if isinstance(value, str) else f"{key}={value}" for key, value in keys.items())
+    return "".join(f" {each}" for each in said)
 
 
 def _system(run: Run, begin: Start, metrics: dict[str, Any]) -> list[str]:

@@ -95,7 +95,7 @@ def _asked(model: str, config: DictConfig, screen: Screen) -> Asked:
     if folder.status != "ok":
         raise LabError(f"{folder.path}: {folder.status}; ask again when it is finished")
     name, told = next(iter(folder.facts()["judges"].items()))
-    today = all_made(run.evaluation.judges)[0]
+    today = all_made(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)[0]
     if (name, told["version"]) != (today.name, today.version):
         rejudge(run, folder, screen)
     if not folder.has(store.GENERATIONS):

@@ -16,6 +16,7 @@ from cwac_lab.core.gpus import one_of_several
 from cwac_lab.core.outputs import writable
 from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.protocol import judge
+from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.report.console import Screen
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -150,7 +151,8 @@ def rejudge(run: Run, folder: RunFolder, screen: Screen) -> None:
             raise MissingAsset(f"run={folder.path}: no finished run there; let it finish first")
         if not folder.has(store.GENERATIONS):
             raise MissingAsset(f"run={folder.path}: no {store.GENERATIONS} there")
-        record = {**folder.read(store.METRICS), **judge(run, folder)}
+        kept = {name: value for name, value in folder.read(store.METRICS).items() if name != HARMFULNESS}
+        record = {**kept, **judge(run, folder)}
         folder.write(store.METRICS, record)
         stages.write_card(run, folder, record)
     screen.result(title(record), record)

@@ -12,7 +12,7 @@ from cwac_lab.report.latex import latex
 from cwac_lab.report.page import render
 from cwac_lab.report.paired import differences
 from cwac_lab.report.rates import count_title
-from cwac_lab.report.tables import averages, markdown, numbers, summary
+from cwac_lab.report.tables import averages, filled, markdown, numbers, summary
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
 from support.recorded import beside_start, record, settings
@@ -35,6 +35,47 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     assert (beside["harmful_score_lowest_seed"], beside["harmful_score_highest_seed"]) == (10.0, 30.0)
     rows, prompts = digest("sst2")[:8], digest("pools")[:8]
     assert f"w (c0ffee) | sst2, local data ({rows}, {prompts}), test split" in markdown(table)
+
+
+def told_by(root, seed, judges):
+    """Write a record that some judges tell the harmfulness of: name to version and value."""
+    run = record(root, "weight", 0.2, seed, 10)
+    (first, *_), metrics = judges, run.read("metrics.json")
+    means = {
+        name: {} if value is None else {"harmfulness": {"value": value, "low": value - 4, "high": value + 4, "n": 90}}
+        for name, (_, value) in judges.items()
+    }
+    agreement = {"harmful": {"kappa": None, "n": 0}, "harmless": {"kappa": None, "n": 0}, "unparsable": 0}
+    beside = {"agreement": agreement, "harmful_score": metrics["harmful_score"]}
+    told = {
+        name: {"version": version} | ({} if name == first else {**means[name], **beside})
+        for name, (version, _) in judges.items()
+    }
+    run.write("metrics.json", metrics | means[first] | {"judges": told})
+
+
+REFUSAL = {"refusal": ("3be1e32bf591cd0e", None)}
+
+
+@pytest.mark.parametrize(
+    ("judges", "cells"),
+    [
+        ([{"endpoint": ("1", 2.0)}] * 2, ["2.0 [0.0, 6.0]"]),
+        ([{**REFUSAL, "endpoint": ("1", 10.0)}, {**REFUSAL, "endpoint": ("1", 12.0)}], ["11.0 [0.0, 23.7]"]),
+        ([{**REFUSAL, "other": ("1", None), "endpoint": ("1", 10.0)}, REFUSAL], ["10.0 [6.0, 14.0], 1 of 2 runs"]),
+        ([{**REFUSAL, "endpoint": ("1", 10.0)}, {**REFUSAL, "endpoint": ("2", 12.0)}], ["n/a"]),
+        ([REFUSAL] * 2, []),
+    ],
+)
+def test_harmfulness_has_a_column_where_a_judge_tells_it(judges, cells, tmp_path):
+    for seed, named in enumerate(judges):
+        told_by(tmp_path, seed, named)
+    rows = records(runs(tmp_path), pytest.fail)
+    shown = summary(rows)
+    found = [cell for cell in shown["harmfulness ↓"] if "harmfulness ↓" in filled(shown)]
+    assert found == [cell for cell in cells if cell[0].isdigit()]
+    assert shown["harmfulness ↓"].tolist() == (cells or ["n/a"])
+    assert ("harmfulness" in numbers(rows).columns) is bool(cells)
 
 
 def test_the_loss_on_held_out_answers_has_a_column_where_it_is_known(tmp_path):
