@@ -25,7 +25,7 @@ from cwac_lab.data.tasks.base import Task
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
-from cwac_lab.evaluation import engines
+from cwac_lab.evaluation import engines, harness, plain
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
@@ -41,6 +41,8 @@ INCIDENTAL = (
     *("model.path", "model.revision", "model.adapter", "model.base"),
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
     *("evaluation.judges", "align.rebuild", "align.export"),
+    *("evaluation.perplexity", "evaluation.plain_text"),
+    *("evaluation.lm_eval", "evaluation.lm_eval_limit", "evaluation.lm_eval_tasks"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -228,6 +230,9 @@ def check_machine(run: Run) -> None:
     trainer = run.trainer
     engines.check(run.evaluation.engine, trainer.devices)
     judges.check(run.evaluation.judges)
+    harness.check(run.evaluation, trainer.devices)
+    if run.evaluation.perplexity:
+        plain.documents(run.evaluation.plain_text)
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:

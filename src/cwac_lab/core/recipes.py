@@ -86,6 +86,16 @@ START_ANSWERS = Recipe(
     ("model", "dtype", "prompts", "opening", "tokens", "end", "engine"),
     ("run.start_answers:start_answers", "evaluation.protocol:answered", "evaluation.engines", *_ANSWERING),
 )
+# The start's loss on each document of plain text; ``texts`` are their token ids.
+START_TEXT = Recipe(
+    "start_text",
+    1,
+    ("model", "dtype", "texts"),
+    (
+        *("run.ability:start_losses", "evaluation.plain:losses", "models.answers:answer_logits"),
+        *_of("evaluation.heldout", "summed", "_sums"),
+    ),
+)
 SUBSPACE = Recipe(
     "subspace",
     2,
@@ -97,6 +107,13 @@ SUBSPACE = Recipe(
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
         *_of("core.linalg", "_rank", "_support", "_share"),
     ),
+)
+# How much of the inputs of prompts that nothing was built from lies in a ``subspace``, which is named by its key.
+HELD_SHARE = Recipe(
+    "held_share",
+    1,
+    ("subspace", "prompts"),
+    (*_of("defenses.cwac.subspace.basis", "covered", "_fill", "_batched", "_Share"), "models.capture"),
 )
 # ``library`` is the version of sae-lens, which trains it.
 AUTOENCODER = Recipe(
@@ -122,5 +139,5 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-_ALL = (PACKAGE, ALIGNED, START, MERGED, ANSWERS, START_ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)
+_ALL = (PACKAGE, ALIGNED, START, MERGED, ANSWERS, START_ANSWERS, START_TEXT, SUBSPACE, HELD_SHARE, AUTOENCODER, LATENTS)
 RECIPES = {recipe.kind: recipe for recipe in _ALL}

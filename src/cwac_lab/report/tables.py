@@ -9,6 +9,8 @@ import pandas as pd
 from cwac_lab.core.stats import Rate, mean_of, mean_rate
 from cwac_lab.data.forms import OWN
 from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.report import costs
+from cwac_lab.report.costs import Cost
 from cwac_lab.report.grouping import (
     ACROSS_TASKS,
     HIGHER_IS_BETTER,
@@ -77,7 +79,7 @@ def _count(group: list[Row], name: str) -> int | str:
     return rate_of(group, name).n if finished(group) else ""
 
 
-def _row(entry: Row, group: list[Row]) -> Row:
+def _row(entry: Row, group: list[Row], beside: list[Cost]) -> Row:
     done = finished(group)
     leaks = [row["leak"] for row in done if row.get("leak") is not None]
     broken = sum(row["broken"] for row in done)
@@ -90,6 +92,7 @@ def _row(entry: Row, group: list[Row]) -> Row:
             for name, title in TITLES.items()
             for column, value in ((title, cell(group, name)), (COUNTS[name], _count(group, name)))
         },
+        **costs.cells(group, beside),
         "leak": f"{max(leaks):.1e}" if leaks else "",
         "broken": f"{broken} of {len(group)}" if broken else "",
         "failed": f"{len(failed)} of {len(group)}: {failed[0]}" if failed and done else "",
@@ -103,9 +106,10 @@ def summary(rows: list[Row], experiment: str | None = None) -> pd.DataFrame:
         rows: Records.
         experiment: Name of the table; where the paper has one of that name, its values stand beside ours.
     """
+    beside = [cost for cost in costs.known(rows) if cost.shown]
     return pd.DataFrame(
-        [{**_row(entry, group), **published(experiment, entry)} for entry, group in grouped(rows)]
-    )  # fmt: skip
+        [{**_row(entry, group, beside), **published(experiment, entry)} for entry, group in grouped(rows)]
+    )
 
 
 def numbers(rows: list[Row]) -> pd.DataFrame:
@@ -124,7 +128,8 @@ def numbers(rows: list[Row]) -> pd.DataFrame:
             row |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high, f"{name}_n": rate.n}
             row |= {f"{name}_lowest_seed": min(each, default=None), f"{name}_highest_seed": max(each, default=None)}
         leaks = [run["leak"] for run in done if run.get("leak") is not None]
-        table.append({**row, "leak": max(leaks, default=None), "broken": sum(run["broken"] for run in done)})
+        row |= {"leak": max(leaks, default=None), "broken": sum(run["broken"] for run in done)}
+        table.append(row | costs.numbers(group, costs.known(rows)))
     return pd.DataFrame(table)
 
 
@@ -206,7 +211,7 @@ def _values(cells: pd.Series[Any]) -> dict[Any, float]:
 
 def column_title(name: str) -> str:
     """Return a column's name as it is shown: a bare n stands after the rate that it belongs to."""
-    return "n" if name in COUNTS.values() else name
+    return "n" if name.startswith("n, ") else name
 
 
 def heading(entry: Any) -> str:

@@ -15,6 +15,7 @@ from cwac_lab.judges import made
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
+from cwac_lab.run import ability
 from cwac_lab.run.drift import POOLS, Measurer
 from cwac_lab.run.push import push
 from cwac_lab.run.start import Start
@@ -42,6 +43,7 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
     asked = {store.MODEL: "trainer.export=true", store.ADAPTER: f"tuning.save={run.tuning.save}"}
     lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
     lacking += _system(run, begin, metrics)
+    lacking += ability.catch_up(run, folder, begin, say)
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
     _tracked(run, folder, say)

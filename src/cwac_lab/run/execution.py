@@ -86,12 +86,16 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             base = {"base": asdict(begin.folder.origin)}
             folder.write(store.PROVENANCE, provenance.describe() | facts | content | base)
             try:
+                job = Job(run, folder, begin, data, facts, screen, provenance.StageMeter())
                 with _levers(run):
-                    stages.carry_through(Job(run, folder, begin, data, facts, screen, provenance.StageMeter()))
+                    stages.carry_through(job)
             except Diverged:
                 _forget(folder)  # nothing can go on from there
                 raise
             folder.remove(store.CHECKPOINT)
+        if job.unmeasured:
+            again = "the run is recorded without it, and the same command makes it up from the saved model"
+            raise LabError(f"{'; '.join(job.unmeasured)}: {again}")
         if folder.writes and run.export.push is not None:  # the run is finished, whatever the hub says
             push(run.export, folder.path / run.tuning.saved[0], screen.say)
     return folder

@@ -6,13 +6,14 @@ Each stage is saved as it ends.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from cwac_lab.config.run import Run
 from cwac_lab.core.cache import write_text
+from cwac_lab.core.errors import LabError
 from cwac_lab.core.provenance import StageMeter
 from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
@@ -20,6 +21,8 @@ from cwac_lab.data.sources import TaskData
 from cwac_lab.defenses.interface import Context, settled
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
+from cwac_lab.evaluation import harness
+from cwac_lab.evaluation.heldout import Loss
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
 from cwac_lab.evaluation.verdicts import START_OUTPUT
 from cwac_lab.models import adapters, shipped
@@ -30,7 +33,8 @@ from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run.artefacts import artefacts
+from cwac_lab.run import ability
+from cwac_lab.run.artefacts import artefacts, held_share
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
@@ -51,6 +55,7 @@ class Job:
         facts: What runs, by the names of ``store.FACTS``.
         screen: What the user reads.
         meter: Seconds and memory by stage.
+    unmeasured: What failed after the record was written, each in a line.
     """
 
     run: Run
@@ -60,6 +65,7 @@ class Job:
     facts: dict[str, Any]
     screen: Screen
     meter: StageMeter
+    unmeasured: list[str] = field(default_factory=list)
 
 
 def carry_through(job: Job) -> None:
@@ -75,17 +81,21 @@ def carry_through(job: Job) -> None:
         logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)
     with logged as made:
         asked = _asked(job, model, chat)
+        begun = _start_on_text(job, model, chat)
         tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
         if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
+        with job.meter.stage("plain_text") if run.evaluation.perplexity else nullcontext():
+            text = ability.on_plain_text(run, model, chat, begun)
         metrics = _evaluate(job, asked, model, chat)
         if not folder.writes:
             return
         leak = tuned.get("constraint_summary", {}).get("leak")
         told = {"leak": leak} if leak is not None else {}
-        record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
+        record = {**job.facts, **metrics, **text, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
+        _harness(job, model, chat, record)
         write_card(run, folder, record)
         log_run(made, folder, job.screen.say)
     job.screen.result(title(record), record)
@@ -131,6 +141,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
         encoded(rows, chat, run.task.train_on, lambda _: None)  # what cannot be shown is told before hours of work
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
+        share = held_share(run, job.begin, context, prepared, chat)
     drift = _probe(job, model, chat, context)
     with job.meter.stage("prepare"):
         merge = adapters.attach(model, run.tuning, run.seed)
@@ -159,7 +170,8 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
                 sampler.end(int(trained["steps"]), found["summary"])
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
-    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared}
+    told = {} if share is None else {"held_share": share}
+    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared, **told}
 
 
 def _survey(job: Job, rows: list[TrainRow], examples: list[Encoded]) -> dict[str, Any]:
@@ -208,6 +220,28 @@ def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, A
                 given = start_answers(run, asked, begin.folder.content, start, chat, job.screen.say)
             rows[name] = [{**row, START_OUTPUT: text} for row, text in zip(asked, given, strict=True)]
     return rows
+
+
+def _start_on_text(job: Job, start: Any, chat: ChatFormat) -> list[Loss] | None:
+    """Return the start's losses on plain text, where it is to be fine-tuned and what it forgets is asked for."""
+    if not (job.run.finetune and job.run.evaluation.perplexity):
+        return None
+    with job.meter.stage("start"):
+        return ability.start_losses(job.run, job.begin.folder.content, start, chat, job.screen.say)
+
+
+def _harness(job: Job, model: Any, chat: ChatFormat, record: dict[str, Any]) -> None:
+    """Ask the harness's tasks and write the record again; it stays as it is where they fail, so nothing is lost."""
+    run = job.run
+    if not run.evaluation.lm_eval:
+        return
+    job.screen.say(f"asking lm_eval's {', '.join(run.evaluation.lm_eval)}")
+    try:
+        with job.meter.stage("lm_eval"):
+            record["lm_eval"] = harness.measured(run.evaluation, model.to(run.trainer.device), chat)
+    except LabError as error:
+        job.unmeasured.append(str(error))
+    job.folder.write(store.METRICS, record)
 
 
 def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> dict[str, Any]:
