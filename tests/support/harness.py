@@ -84,6 +84,5 @@ def stand_in(monkeypatch, found=None):
     version = importlib.metadata.version
     monkeypatch.setattr(harness, "version", lambda name: "0.4.13" if name == "lm_eval" else version(name))
     monkeypatch.setattr(harness, "find_spec", lambda name: modules.get(name))
-    harness._manager.cache_clear()
     monkeypatch.setattr(harness, "_manager", lambda folder: TaskManager(folder))
     return calls

@@ -32,6 +32,8 @@ from cwac_lab.run.start import Start, base, start_weights
 
 Say = Callable[[str], None]
 SHARE = "share.json"
+# Harmful prompts of the evaluation on which it is measured how much is held: seconds for the packaged weights.
+_UNSEEN = 32
 
 
 def together(root: Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
@@ -278,8 +280,8 @@ def _to_come(run: Run, begin: Start, chat: ChatFormat, kind: str) -> list[list[i
 def held_share(run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat) -> float | None:
     """Return how much of the start's inputs the weight constraint holds on the harmful prompts of the evaluation.
 
-    Nothing was built from these. It is ``basis.covered``, of 1; cached, so that the runs of a sweep read them once.
-    None where nothing is held, or no prompt is asked.
+    Nothing was built from these; the first ``_UNSEEN`` are read. It is ``basis.covered``, of 1; cached, so that the
+    runs of a sweep read them once. None where nothing is held, or no prompt is asked.
 
     Args:
         run: The run.
@@ -289,7 +291,7 @@ def held_share(run: Run, begin: Start, context: Context, facts: dict[str, Any], 
         chat: The chat format.
     """
     spec, subspace = run.constraint.requirements.subspace, context.subspace
-    ids = _to_come(run, begin, chat, "harmful")[: run.evaluation.n_prompts]
+    ids = _to_come(run, begin, chat, "harmful")[: run.evaluation.n_prompts][:_UNSEEN]
     if spec is None or subspace is None or not ids:
         return None
 
