@@ -113,6 +113,9 @@ def test_a_finished_run_is_made_up_for_from_its_saved_model(again, given, monkey
     found = again("-s1-", "seed=1", *text, *tasks).facts()
     assert {name: found[name] for name in before} == before
     assert found["lm_eval"]["tasks"]["twenty"]["acc,none"]["n"] == 7
+    card = (again("-s1-", "seed=1").path / "model" / "README.md").read_text()
+    assert "| forgetting, nats a token ↓ |" in card
+    assert "| twenty (acc,none), % ↑ |" in card
     within = again("-s0-", "seed=0").facts()
     assert found["perplexity_start"] == pytest.approx(within["perplexity_start"])
     assert len(calls) == 1

@@ -18,6 +18,7 @@ from cwac_lab.results.store import RunFolder
 from cwac_lab.run import ability
 from cwac_lab.run.drift import POOLS, Measurer
 from cwac_lab.run.push import push
+from cwac_lab.run.stages import write_card
 from cwac_lab.run.start import Start
 from cwac_lab.training.loop import loggers
 
@@ -44,6 +45,8 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
     lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
     lacking += _system(run, begin, metrics)
     lacking += ability.catch_up(run, folder, begin, say)
+    if run.evaluation.perplexity or run.evaluation.lm_eval:
+        write_card(run, folder, folder.read(store.METRICS))
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
     _tracked(run, folder, say)
