@@ -154,8 +154,13 @@ def test_a_harness_that_fails_loses_nothing(tiny_folder, tmp_path, given, monkey
     stand_in(monkeypatch, ConnectionError("no hub here"))
     with pytest.raises(SystemExit):
         tiny.launch(train.main, shared)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "lm_eval failed (ConnectionError: no hub here): the run is recorded without it, and the same command" in line
+    said = capsys.readouterr()
+    (line,) = said.err.strip().splitlines()
+    assert line.endswith(
+        "is recorded without evaluation.lm_eval=[twenty], which failed as told above; and the same command asks the "
+        "saved model again"
+    )
+    assert "lm_eval failed (ConnectionError: no hub here)" in " ".join(said.out.split())
     run = of_seed(tmp_path, "-s0-")
     assert (run.status, "lm_eval" in run.facts()) == ("ok", False)
     stand_in(monkeypatch)

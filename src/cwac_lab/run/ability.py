@@ -11,6 +11,7 @@ import torch
 from cwac_lab.config.run import Run
 from cwac_lab.core import distributed, recipes
 from cwac_lab.core.cache import digest, read_jsonl, reading, write_jsonl
+from cwac_lab.core.errors import LabError
 from cwac_lab.evaluation import harness, plain
 from cwac_lab.evaluation.heldout import Loss
 from cwac_lab.models.chat import ChatFormat
@@ -66,6 +67,31 @@ def on_plain_text(run: Run, model: Any, chat: ChatFormat, begun: list[Loss] | No
     return plain.told(plain.losses(model, chat, texts, run.evaluation.batch_size), begun, texts)
 
 
+def of_harness(run: Run, model: Any, chat: ChatFormat, say: Say) -> dict[str, Any]:
+    """Return what a record has of the harness's tasks; nothing where they fail, which is told."""
+    say(f"asking lm_eval's {', '.join(run.evaluation.lm_eval)}")
+    try:
+        return {"lm_eval": harness.measured(run.evaluation, model, chat)}
+    except LabError as error:
+        say(str(error))
+        return {}
+
+
+def check_made(run: Run, folder: RunFolder) -> None:
+    """Check that a run that has just been recorded has all tasks of the harness that it was asked for.
+
+    Raises:
+        LabError: If they failed.
+    """
+    if folder.writes and run.evaluation.lm_eval and harness.lacks(run.evaluation, folder.read(store.METRICS)):
+        again = "and the same command asks the saved model again"
+        raise LabError(f"{folder.path} is recorded without {_tasks(run)}, which failed as told above; {again}")
+
+
+def _tasks(run: Run) -> str:
+    return f"{harness.KEY}=[{','.join(run.evaluation.lm_eval)}]"
+
+
 def catch_up(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:
     """Measure the saved model of a finished run for what its record has not; returns what cannot be made.
 
@@ -83,7 +109,7 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:
     reads = bool(texts) and record.get("plain_text") != plain.content(texts)
     tasks = harness.lacks(asked, record)
     named = ["perplexity of that text (evaluation.perplexity=true)"] * reads
-    named += [f"results of all these tasks ({harness.KEY}=[{','.join(asked.lm_eval)}])"] * tasks
+    named += [f"results of all these tasks ({_tasks(run)})"] * tasks
     if not named or (run.finetune and not folder.has(store.MODEL)):
         return named
     if distributed.world() > 1:

@@ -44,11 +44,11 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
     asked = {store.MODEL: "trainer.export=true", store.ADAPTER: f"tuning.save={run.tuning.save}"}
     lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
     lacking += _system(run, begin, metrics)
-    lacking += ability.catch_up(run, folder, begin, say)
-    if run.evaluation.perplexity or run.evaluation.lm_eval:
-        write_card(run, folder, folder.read(store.METRICS))
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
+    if run.evaluation.perplexity or run.evaluation.lm_eval:
+        lacking += ability.catch_up(run, folder, begin, say)
+        write_card(run, folder, folder.read(store.METRICS))
     _tracked(run, folder, say)
     if lacking:
         raise LabError(f"already done, but {folder.path} has no {' and no '.join(lacking)}: force=true repeats the run")

@@ -19,7 +19,7 @@ from cwac_lab.evaluation.protocol import judge
 from cwac_lab.report.console import Screen
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run import stages
+from cwac_lab.run import ability, stages
 from cwac_lab.run.afterwards import catch_up
 from cwac_lab.run.estimate import check_room
 from cwac_lab.run.identity import content_of, folder_of, identity
@@ -86,16 +86,13 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             base = {"base": asdict(begin.folder.origin)}
             folder.write(store.PROVENANCE, provenance.describe() | facts | content | base)
             try:
-                job = Job(run, folder, begin, data, facts, screen, provenance.StageMeter())
                 with _levers(run):
-                    stages.carry_through(job)
+                    stages.carry_through(Job(run, folder, begin, data, facts, screen, provenance.StageMeter()))
             except Diverged:
                 _forget(folder)  # nothing can go on from there
                 raise
             folder.remove(store.CHECKPOINT)
-        if job.unmeasured:
-            again = "the run is recorded without it, and the same command makes it up from the saved model"
-            raise LabError(f"{'; '.join(job.unmeasured)}: {again}")
+        ability.check_made(run, folder)
         if folder.writes and run.export.push is not None:  # the run is finished, whatever the hub says
             push(run.export, folder.path / run.tuning.saved[0], screen.say)
     return folder

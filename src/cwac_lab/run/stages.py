@@ -6,14 +6,13 @@ Each stage is saved as it ends.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cwac_lab.config.run import Run
 from cwac_lab.core.cache import write_text
-from cwac_lab.core.errors import LabError
 from cwac_lab.core.provenance import StageMeter
 from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
@@ -21,8 +20,6 @@ from cwac_lab.data.sources import TaskData
 from cwac_lab.defenses.interface import Context, settled
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
-from cwac_lab.evaluation import harness
-from cwac_lab.evaluation.heldout import Loss
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
 from cwac_lab.evaluation.verdicts import START_OUTPUT
 from cwac_lab.models import adapters, shipped
@@ -55,7 +52,6 @@ class Job:
         facts: What runs, by the names of ``store.FACTS``.
         screen: What the user reads.
         meter: Seconds and memory by stage.
-    unmeasured: What failed after the record was written, each in a line.
     """
 
     run: Run
@@ -65,7 +61,6 @@ class Job:
     facts: dict[str, Any]
     screen: Screen
     meter: StageMeter
-    unmeasured: list[str] = field(default_factory=list)
 
 
 def carry_through(job: Job) -> None:
@@ -86,16 +81,17 @@ def carry_through(job: Job) -> None:
         if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
-        with job.meter.stage("plain_text") if run.evaluation.perplexity else nullcontext():
-            text = ability.on_plain_text(run, model, chat, begun)
+        if run.evaluation.perplexity:
+            with job.meter.stage("plain_text"):
+                tuned |= ability.on_plain_text(run, model, chat, begun)
         metrics = _evaluate(job, asked, model, chat)
         if not folder.writes:
             return
         leak = tuned.get("constraint_summary", {}).get("leak")
         told = {"leak": leak} if leak is not None else {}
-        record = {**job.facts, **metrics, **text, **told, "stages": job.meter.stages, **tuned}
+        record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
-        _harness(job, model, chat, record)
+        _ask_harness(job, model, chat, record)
         write_card(run, folder, record)
         log_run(made, folder, job.screen.say)
     job.screen.result(title(record), record)
@@ -222,7 +218,7 @@ def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, A
     return rows
 
 
-def _start_on_text(job: Job, start: Any, chat: ChatFormat) -> list[Loss] | None:
+def _start_on_text(job: Job, start: Any, chat: ChatFormat) -> list[tuple[float, int]] | None:
     """Return the start's losses on plain text, where it is to be fine-tuned and what it forgets is asked for."""
     if not (job.run.finetune and job.run.evaluation.perplexity):
         return None
@@ -230,18 +226,12 @@ def _start_on_text(job: Job, start: Any, chat: ChatFormat) -> list[Loss] | None:
         return ability.start_losses(job.run, job.begin.folder.content, start, chat, job.screen.say)
 
 
-def _harness(job: Job, model: Any, chat: ChatFormat, record: dict[str, Any]) -> None:
-    """Ask the harness's tasks and write the record again; it stays as it is where they fail, so nothing is lost."""
-    run = job.run
-    if not run.evaluation.lm_eval:
-        return
-    job.screen.say(f"asking lm_eval's {', '.join(run.evaluation.lm_eval)}")
-    try:
+def _ask_harness(job: Job, model: Any, chat: ChatFormat, record: dict[str, Any]) -> None:
+    """Ask the harness's tasks, where there are any, and write the record again; it is there already if they fail."""
+    if job.run.evaluation.lm_eval:
         with job.meter.stage("lm_eval"):
-            record["lm_eval"] = harness.measured(run.evaluation, model.to(run.trainer.device), chat)
-    except LabError as error:
-        job.unmeasured.append(str(error))
-    job.folder.write(store.METRICS, record)
+            record |= ability.of_harness(job.run, model.to(job.run.trainer.device), chat, job.screen.say)
+        job.folder.write(store.METRICS, record)
 
 
 def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> dict[str, Any]:
