@@ -229,7 +229,7 @@ ROWS = [
     ("start_answers", "engine", of_run("evaluation", engine="vllm")),
     ("start_text", "model", put(content="others")),
     ("start_text", "dtype", put(dtype=torch.bfloat16)),
-    ("start_text", "texts", of_code(ability.plain, "documents", lambda _: ["another text"] * 60)),
+    ("start_text", "texts", of_code(ability.plain_text, "documents", lambda _: ["another text"] * 60)),
     ("start_text", "texts", shorter),
     ("held_share", "subspace", put(content="others")),
     ("held_share", "subspace", of_held(harmful_ids=[[5, 9]])),

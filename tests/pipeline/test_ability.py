@@ -8,6 +8,7 @@ import pytest
 from cwac_lab import train
 from cwac_lab.config.run import read
 from cwac_lab.core.cache import read_json, write_json
+from cwac_lab.data import plain_text
 from cwac_lab.evaluation import plain
 from cwac_lab.results.store import runs
 from cwac_lab.run import ability, stages
@@ -57,7 +58,7 @@ def test_a_run_tells_what_it_forgot(store, tiny_folder):
     found = of_seed(store, "-s0-").facts()
     texts = TEXT.strip().split("\n\n")
     now, before = found["perplexity"], found["perplexity_start"]
-    assert (now["n"], before["n"], found["plain_text"]) == (3, 3, plain.content(texts))
+    assert (now["n"], before["n"], found["plain_text"]) == (3, 3, plain_text.content(texts))
     assert found["forgetting"]["value"] == pytest.approx(math.log(now["value"] / before["value"]), abs=1e-6)
     assert abs(found["forgetting"]["value"]) > 1e-3  # it was trained
     start = of_seed(store, "-start-").facts()

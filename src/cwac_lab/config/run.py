@@ -19,13 +19,14 @@ from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.mixing import counts
+from cwac_lab.data.plain_text import documents
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
-from cwac_lab.evaluation import engines, harness, plain
+from cwac_lab.evaluation import engines, harness
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
@@ -232,7 +233,7 @@ def check_machine(run: Run) -> None:
     judges.check(run.evaluation.judges)
     harness.check(run.evaluation, trainer.devices)
     if run.evaluation.perplexity:
-        plain.documents(run.evaluation.plain_text)
+        documents(run.evaluation.plain_text)
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:

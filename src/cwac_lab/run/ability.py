@@ -12,6 +12,7 @@ from cwac_lab.config.run import Run
 from cwac_lab.core import distributed, recipes
 from cwac_lab.core.cache import digest, read_jsonl, reading, write_jsonl
 from cwac_lab.core.errors import LabError
+from cwac_lab.data import plain_text
 from cwac_lab.evaluation import harness, plain
 from cwac_lab.evaluation.heldout import Loss
 from cwac_lab.models.chat import ChatFormat
@@ -35,7 +36,7 @@ def start_losses(run: Run, content: str, model: Any, chat: ChatFormat, say: Say)
         chat: Its chat format.
         say: Told where the start has to be measured.
     """
-    texts = plain.documents(run.evaluation.plain_text)
+    texts = plain_text.documents(run.evaluation.plain_text)
     ids = digest([plain.encoded(chat, text).input_ids for text in texts])
     key = recipes.START_TEXT.key(model=content, dtype=str(model.dtype), texts=ids)
 
@@ -63,7 +64,7 @@ def on_plain_text(run: Run, model: Any, chat: ChatFormat, begun: list[Loss] | No
     """
     if not run.evaluation.perplexity:
         return {}
-    texts = plain.documents(run.evaluation.plain_text)
+    texts = plain_text.documents(run.evaluation.plain_text)
     return plain.told(plain.losses(model, chat, texts, run.evaluation.batch_size), begun, texts)
 
 
@@ -105,8 +106,8 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:
         LabError: If the harness fails; what was measured before that is kept.
     """
     record, asked = folder.read(store.METRICS), run.evaluation
-    texts = plain.documents(asked.plain_text) if asked.perplexity else []
-    reads = bool(texts) and record.get("plain_text") != plain.content(texts)
+    texts = plain_text.documents(asked.plain_text) if asked.perplexity else []
+    reads = bool(texts) and record.get("plain_text") != plain_text.content(texts)
     tasks = harness.lacks(asked, record)
     named = ["perplexity of that text (evaluation.perplexity=true)"] * reads
     named += [f"results of all these tasks ({_tasks(run)})"] * tasks

@@ -10,6 +10,7 @@ from cwac_lab.config.run import check_machine, read
 from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.core.paths import PACKAGE
 from cwac_lab.core.stats import mean_per
+from cwac_lab.data import plain_text
 from cwac_lab.evaluation import plain
 from cwac_lab.models.chat import ChatFormat
 from support import tiny
@@ -22,7 +23,7 @@ def by_hand(model, ids):
 
 
 def test_the_loss_of_each_document_without_the_chat_template():
-    model, chat, texts = tiny.lively("llama"), tiny.chat(max_length=40), [*plain.documents(None)[:5], "two words"]
+    model, chat, texts = tiny.lively("llama"), tiny.chat(max_length=40), [*plain_text.documents(None)[:5], "two words"]
     found = plain.losses(model, chat, texts, batch_size=2)
     for text, (total, count) in zip(texts, found, strict=True):
         ids = tiny.tokenizer()(text)["input_ids"][:40]
@@ -72,14 +73,14 @@ def runs_of_words(text, length=7):
 
 
 def test_the_own_text_is_of_many_kinds_and_in_no_list_that_anything_is_trained_on():
-    texts = plain.documents(None)
+    texts = plain_text.documents(None)
     assert len(texts) == len(set(texts)) == 60
     assert all(80 <= len(text.split()) <= 120 for text in texts)
     mine = set().union(*map(runs_of_words, texts))
     files = {file.name: file for file in (PACKAGE / "data" / "embedded").rglob("*.yaml")}
     shared = {name: mine & runs_of_words(file.read_text(encoding="utf-8")) for name, file in files.items()}
-    assert {name for name, found in shared.items() if found} == {plain.OWN}
-    assert len(shared[plain.OWN]) > 4000  # so it would be seen
+    assert {name for name, found in shared.items() if found} == {plain_text.OWN}
+    assert len(shared[plain_text.OWN]) > 4000  # so it would be seen
 
 
 ROWS = [
@@ -92,7 +93,7 @@ ROWS = [
 @pytest.mark.parametrize(("name", "content", "texts"), ROWS, ids=[row[0] for row in ROWS])
 def test_a_text_of_ones_own(name, content, texts, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    assert plain.documents(str(tmp_path / name)) == texts
+    assert plain_text.documents(str(tmp_path / name)) == texts
 
 
 BAD = [
