@@ -14,9 +14,11 @@ from support import tiny
 
 SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3", tiny.BOTH_JUDGES)
 DRIFT = "diagnostics.enabled=true"
-# What may be asked for without another key; each is tried below, or nothing is made of it after training.
+# What may be asked for without another key; each is tried below, that of general ability in test_ability.py, or nothing
+# is made of it after training.
 ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prompts", "evaluation.judges"}
 ASKED |= {"trainer.export", "logger.wandb", "export.push", "export.private"}
+ASKED |= {f"evaluation.{name}" for name in ("perplexity", "plain_text", "lm_eval", "lm_eval_limit", "lm_eval_tasks")}
 NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
     *("dry", "data.max_line", "model.adapter", "model.revision", "model.base", "align.export", "align.rebuild"),

@@ -19,6 +19,7 @@ from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.mixing import counts
+from cwac_lab.data.plain_text import documents
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.suites import SuiteConfig
@@ -26,7 +27,7 @@ from cwac_lab.data.tasks.base import Task
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
-from cwac_lab.evaluation import engines
+from cwac_lab.evaluation import engines, harness
 from cwac_lab.evaluation.combined import POOLED
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.judges.endpoint import EndpointConfig
@@ -45,6 +46,8 @@ INCIDENTAL = (
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
     *("evaluation.judges", "evaluation.endpoint", "suites", "align.rebuild", "align.export"),
     *(f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)),
+    *("evaluation.perplexity", "evaluation.plain_text"),
+    *("evaluation.lm_eval", "evaluation.lm_eval_limit", "evaluation.lm_eval_tasks"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -247,6 +250,9 @@ def check_machine(run: Run) -> None:
     judges.check(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)
     for judge in {suite.judge for suite in run.suites.values() if suite.judge is not None}:
         judges.check([judge], run.evaluation.endpoint, run.cache_root)
+    harness.check(run.evaluation, trainer.devices)
+    if run.evaluation.perplexity:
+        documents(run.evaluation.plain_text)
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:

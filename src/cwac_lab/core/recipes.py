@@ -100,6 +100,16 @@ DRIFT = Recipe(
     ("before", "after", "dtype", "prompts", "templates"),
     ("run.apart", "diagnostics.alike", "diagnostics.stream:divergences", "models.answers", "data.batches:collate"),
 )
+# The start's loss on each document of plain text; ``texts`` are their token ids.
+START_TEXT = Recipe(
+    "start_text",
+    1,
+    ("model", "dtype", "texts"),
+    (
+        *("run.ability:start_losses", "evaluation.plain:losses", "models.answers:answer_logits"),
+        *_of("evaluation.heldout", "summed", "_sums"),
+    ),
+)
 SUBSPACE = Recipe(
     "subspace",
     2,
@@ -111,6 +121,13 @@ SUBSPACE = Recipe(
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
         *_of("core.linalg", "_rank", "_support", "_share"),
     ),
+)
+# How much of the inputs of prompts that nothing was built from lies in a ``subspace``, which is named by its key.
+HELD_SHARE = Recipe(
+    "held_share",
+    1,
+    ("subspace", "prompts"),
+    (*_of("defenses.cwac.subspace.basis", "covered", "_fill", "_batched", "_Share"), "models.capture"),
 )
 # ``library`` is the version of sae-lens, which trains it.
 AUTOENCODER = Recipe(
@@ -136,5 +153,8 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-_ALL = (PACKAGE, ALIGNED, START, MERGED, ANSWERS, START_ANSWERS, DRIFT, SUBSPACE, AUTOENCODER, LATENTS)
+_ALL = (
+    *(PACKAGE, ALIGNED, START, MERGED, ANSWERS, START_ANSWERS, START_TEXT, DRIFT),
+    *(SUBSPACE, HELD_SHARE, AUTOENCODER, LATENTS),
+)
 RECIPES = {recipe.kind: recipe for recipe in _ALL}

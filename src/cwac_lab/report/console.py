@@ -16,6 +16,7 @@ from rich.text import Text
 from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import METRICS, SHOWN
 from cwac_lab.evaluation.verdicts import BROKEN, HARMFULNESS
+from cwac_lab.report import costs
 
 
 def _of_set(rate: dict[str, Any] | None) -> tuple[str, str, str]:
@@ -157,6 +158,8 @@ class Screen:
             told = f"{loss['value']:.3f}" + ("" if loss["low"] is None else f" [{loss['low']:.3f}, {loss['high']:.3f}]")
             words = f"loss on held-out answers, nats a token (perplexity {math.exp(loss['value']):.2f})"
             table.add_row(words, told, str(loss["n"]))
+        for words, told, n in costs.lines(metrics):
+            table.add_row(escape(words), escape(told), n)
         if "leak" in metrics:
             table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "")
         self.console.print(table)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.metrics import METRICS
+from cwac_lab.report.costs import COSTS, is_cost
 from cwac_lab.report.rates import MEANS, OF, checked
 
 Row = dict[str, Any]
@@ -43,24 +44,7 @@ class Measure:
         return "" if value is None else format(value, self.style)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _seconds(run: Row) -> float | None:
-    stages = run.get("stages") or {}
-    return sum(stage["seconds"] for stage in stages.values()) if stages else None
-
-
-def _memory(run: Row) -> float | None:
-    return max((stage["peak_memory_gb"] for stage in (run.get("stages") or {}).values()), default=None)
-
-
-MEASURES = {
-    LEAK: Measure(lambda run: run.get(LEAK), max, ".1e"),
-    "seconds": Measure(_seconds, _mean, ".0f"),
-    "peak_memory_gb": Measure(_memory, max, ".1f"),
-}
+MEASURES = {LEAK: Measure(lambda run: run.get(LEAK), max, ".1e")}
 
 
 @dataclass(frozen=True)
@@ -68,7 +52,7 @@ class Layout:
     """The columns of a table and the order of its rows.
 
     Attributes:
-        columns: Names of rates, also as ``NAME/SUITE``, and of ``MEASURES``, in their order; empty: those that say
+        columns: Names of rates, also as ``NAME/SUITE``, of ``MEASURES`` and costs, in their order; empty: those that say
             something.
         sort: A column to sort the rows of a setting by; with ``-`` in front from the highest value down. None: the
             start, then by ratio, constraint and variant.
@@ -125,11 +109,11 @@ def read(config: DictConfig) -> Layout:
 
 
 def _choices() -> str:
-    return " | ".join([*METRICS, *MEANS, *MEASURES]) + f"; a rate of a suite is NAME{OF}SUITE"
+    return " | ".join([*METRICS, *MEANS, *MEASURES, *COSTS]) + f"; a rate of a suite is NAME{OF}SUITE"
 
 
 def _column(key: str, name: object) -> str:
-    if name in (*MEANS, *MEASURES):
+    if name in (*MEANS, *MEASURES) or is_cost(str(name)):
         return str(name)
     try:
         return checked(key, name, made=True)

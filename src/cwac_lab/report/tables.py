@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from cwac_lab.core.stats import Rate, mean_of, mean_rate
 from cwac_lab.data.forms import OWN
 from cwac_lab.evaluation.metrics import metric
 from cwac_lab.evaluation.verdicts import HARMFULNESS
+from cwac_lab.report import costs
+from cwac_lab.report.costs import Cost
 from cwac_lab.report.grouping import (
     ACROSS_TASKS,
     PLAIN_ATTACK,
@@ -109,7 +111,7 @@ def _count(group: list[Row], name: str) -> int | str:
     return rate_of(group, name).n if finished(group) else ""
 
 
-def _row(entry: Row, group: list[Row], columns: Sequence[str]) -> Row:
+def _row(entry: Row, group: list[Row], columns: Sequence[str], told_costs: Mapping[str, Cost]) -> Row:
     done = finished(group)
     broken = sum(row["broken"] for row in done)
     failed = [row["failed"] for row in group if "failed" in row]
@@ -117,6 +119,8 @@ def _row(entry: Row, group: list[Row], columns: Sequence[str]) -> Row:
     for name in columns:
         if name in MEASURES:
             told[name] = MEASURES[name].text(done)
+        elif costs.is_cost(name):
+            told |= costs.cells(group, [told_costs[name]]) if name in told_costs else {}
         else:
             told |= {title(name): cell(group, name), count_title(name): _count(group, name)}
     return {
@@ -138,10 +142,15 @@ def summary(rows: list[Row], experiment: str | None = None, layout: Layout = PLA
     Raises:
         ConfigError: If the layout names a suite that no record has.
     """
-    columns = layout.of(rows) or (*known(rows), *MEANS, LEAK)
+    named = {cost.name: cost for cost in costs.known(rows)}
+    shown = [name for name, cost in named.items() if cost.shown]
+    columns = layout.of(rows) or (*known(rows), *MEANS, *shown, LEAK)
     return pd.DataFrame(
-        [{**_row(entry, group, columns), **published(experiment, entry)} for entry, group in ordered(rows, layout)]
-    )  # fmt: skip
+        [
+            {**_row(entry, group, columns, named), **published(experiment, entry)}
+            for entry, group in ordered(rows, layout)
+        ]
+    )
 
 
 def ordered(rows: list[Row], layout: Layout = PLAIN) -> list[tuple[Row, list[Row]]]:
@@ -165,6 +174,8 @@ def _value(entry: Row, group: list[Row], name: str) -> Any:
     done = finished(group)
     if name == "seeds":
         return len(done)
+    if costs.is_cost(name):
+        return next((costs.rate_of(group, cost).value for cost in costs.known(group) if cost.name == name), None)
     return MEASURES[name].of(done) if name in MEASURES else rate_of(group, name).value
 
 
@@ -174,12 +185,19 @@ def numbers(rows: list[Row], layout: Layout = PLAIN) -> pd.DataFrame:
     Rates under a system prompt are there where any run has them.
     """
     table = []
-    columns = layout.of(rows) or [*(name for name in (*known(rows), *MEANS) if _is_told(rows, name)), LEAK]
+    named = {cost.name: cost for cost in costs.known(rows)}
+    rates = [name for name in (*known(rows), *MEANS) if _is_told(rows, name)]
+    columns = layout.of(rows) or (*rates, *named, LEAK)
     for entry, group in ordered(rows, layout):
         done = finished(group)
         row: Row = {**entry, "seeds": len(done), "failed": len(group) - len(done)}
         for name in columns:
-            row |= {name: MEASURES[name].of(done)} if name in MEASURES else _in_numbers(group, name)
+            if name in MEASURES:
+                row[name] = MEASURES[name].of(done)
+            elif costs.is_cost(name):
+                row |= costs.numbers(group, [named[name]]) if name in named else {name: None}
+            else:
+                row |= _in_numbers(group, name)
         table.append({**row, "broken": sum(run["broken"] for run in done)})
     return pd.DataFrame(table)
 

@@ -18,8 +18,10 @@ from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
+from cwac_lab.run import ability
 from cwac_lab.run.drift import POOLS, Measurer
 from cwac_lab.run.push import push
+from cwac_lab.run.stages import write_card
 from cwac_lab.run.start import Start
 from cwac_lab.run.suite_answers import ask_more
 from cwac_lab.training.loop import loggers
@@ -52,6 +54,9 @@ def catch_up(
     lacking += ask_more(run, folder, begin, suites, metrics, say)
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
+    if run.evaluation.perplexity or run.evaluation.lm_eval:
+        lacking += ability.catch_up(run, folder, begin, say)
+        write_card(run, folder, folder.read(store.METRICS))
     _tracked(run, folder, say)
     if lacking:
         raise LabError(f"already done, but {folder.path} has no {' and no '.join(lacking)}: force=true repeats the run")

@@ -20,7 +20,7 @@ from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.report.console import Screen
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run import stages
+from cwac_lab.run import ability, stages
 from cwac_lab.run.afterwards import catch_up
 from cwac_lab.run.estimate import check_room
 from cwac_lab.run.identity import content_of, folder_of, identity
@@ -95,6 +95,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
                 _forget(folder)  # nothing can go on from there
                 raise
             folder.remove(store.CHECKPOINT)
+        ability.check_made(run, folder)
         if folder.writes and run.export.push is not None:  # the run is finished, whatever the hub says
             push(run.export, folder.path / run.tuning.saved[0], screen.say)
     return folder

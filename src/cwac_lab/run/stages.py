@@ -30,7 +30,8 @@ from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run.artefacts import artefacts
+from cwac_lab.run import ability
+from cwac_lab.run.artefacts import artefacts, held_share
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
@@ -77,10 +78,14 @@ def carry_through(job: Job) -> None:
         logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)
     with logged as made:
         asked = _asked(job, model, chat)
+        begun = _start_on_text(job, model, chat)
         tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
         if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
+        if run.evaluation.perplexity:
+            with job.meter.stage("plain_text"):
+                tuned |= ability.on_plain_text(run, model, chat, begun)
         metrics = _evaluate(job, asked, model, chat)
         if not folder.writes:
             return
@@ -89,6 +94,7 @@ def carry_through(job: Job) -> None:
         told |= {"suites": {name: suite.facts for name, suite in job.suites.items()}} if job.suites else {}
         record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
+        _ask_harness(job, model, chat, record)
         write_card(run, folder, record)
         log_run(made, folder, job.screen.say)
     job.screen.result(title(record), record)
@@ -134,6 +140,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
         encoded(rows, chat, run.task.train_on, lambda _: None)  # what cannot be shown is told before hours of work
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
+        share = held_share(run, job.begin, context, prepared, chat)
     drift = _probe(job, model, chat, context)
     with job.meter.stage("prepare"):
         merge = adapters.attach(model, run.tuning, run.seed)
@@ -162,7 +169,8 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
                 sampler.end(int(trained["steps"]), found["summary"])
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
-    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared}
+    told = {} if share is None else {"held_share": share}
+    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared, **told}
 
 
 def _survey(job: Job, rows: list[TrainRow], examples: list[Encoded]) -> dict[str, Any]:
@@ -209,6 +217,22 @@ def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, A
         return rows
     with job.meter.stage("start"):
         return with_start(run, rows, begin, start, chat, job.screen.say)
+
+
+def _start_on_text(job: Job, start: Any, chat: ChatFormat) -> list[tuple[float, int]] | None:
+    """Return the start's losses on plain text, where it is to be fine-tuned and what it forgets is asked for."""
+    if not (job.run.finetune and job.run.evaluation.perplexity):
+        return None
+    with job.meter.stage("start"):
+        return ability.start_losses(job.run, job.begin.folder.content, start, chat, job.screen.say)
+
+
+def _ask_harness(job: Job, model: Any, chat: ChatFormat, record: dict[str, Any]) -> None:
+    """Ask the harness's tasks, where there are any, and write the record again; it is there already if they fail."""
+    if job.run.evaluation.lm_eval:
+        with job.meter.stage("lm_eval"):
+            record |= ability.of_harness(job.run, model.to(job.run.trainer.device), chat, job.screen.say)
+        job.folder.write(store.METRICS, record)
 
 
 def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> dict[str, Any]:
