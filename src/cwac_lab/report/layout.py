@@ -52,7 +52,7 @@ class Layout:
     """The columns of a table and the order of its rows.
 
     Attributes:
-        columns: Names of rates, also as ``NAME/SUITE``, of ``MEASURES`` and costs, in their order; empty: those that say
+        columns: Names of rates, also as ``NAME/SUITE``, ``MEASURES`` and costs, in their order; empty: those that say
             something.
         sort: A column to sort the rows of a setting by; with ``-`` in front from the highest value down. None: the
             start, then by ratio, constraint and variant.
