@@ -137,8 +137,9 @@ def test_a_finished_run_is_asked_more_suites(asked, lists, tiny_folder, tmp_path
 
 
 def test_a_suite_has_a_judge_of_its_own(asked, lists, tiny_folder, tmp_path):
-    shared = [*lists, *tiny.small_run(tiny_folder, tmp_path), "finetune=false", "evaluation.suites=[alpha,pairs]"]
-    tiny.launch(train.main, [*shared, "suites.pairs.judge=classifier"])
+    shared = [*lists, *tiny.small_run(tiny_folder, tmp_path), "finetune=false"]
+    tiny.launch(train.main, [*shared, "evaluation.suites=[pairs]", "suites.pairs.judge=classifier"])
+    tiny.launch(train.main, [*shared, "evaluation.suites=[alpha]"])  # asked afterwards
     folder = folder_of(tmp_path, "start")
     by = {row.get("suite"): row["judge"] for row in read_jsonl(folder / "verdicts.jsonl") if row["kind"] != "task"}
     assert by == {None: "refusal", "alpha": "refusal", "pairs": "classifier"}

@@ -126,8 +126,12 @@ def _attack(node: Any) -> AttackConfig:
     return bind_target("attack", AttackConfig, node) if own else bind("attack", AttackConfig, node)
 
 
-def _suites(node: Any) -> dict[str, SuiteConfig]:
-    """Return the named suites that a run is asked beside its own prompts."""
+def suites_of(node: Any) -> dict[str, SuiteConfig]:
+    """Return the named suites that a run is asked beside its own prompts, from the resolved ``suites``.
+
+    Raises:
+        ConfigError: If one cannot have that name, or a setting of it is unknown.
+    """
     found = {name: bind(f"suites.{name}", SuiteConfig, each) for name, each in mapping("suites", node).items()}
     for name, suite in found.items():
         if name == POOLED or "/" in name:
@@ -204,7 +208,7 @@ def read(config: DictConfig, *, recorded: bool = False) -> Run:
         align=bind("align", AlignConfig, settings["align"]),
         export=bind("export", ExportConfig, settings.get("export") or {}),
         evaluation=bind("evaluation", EvaluationConfig, settings["evaluation"]),
-        suites=_suites(settings.get("suites") or {}),
+        suites=suites_of(settings.get("suites") or {}),
         attack=_attack(settings.get("attack") or {}),
         forms=bind("forms", FormsConfig, settings.get("forms") or {}),
         diagnostics=bind("diagnostics", DiagnosticsConfig, settings.get("diagnostics") or {}),

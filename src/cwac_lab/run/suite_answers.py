@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from cwac_lab.config.run import Run
+from cwac_lab.config.run import Run, suites_of
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import digest
 from cwac_lab.data.pools import Pools
@@ -105,7 +106,9 @@ def ask_more(
     kept = [row for row in folder.read(store.GENERATIONS) if row.get("suite") not in new]
     folder.write(store.GENERATIONS, kept + (given if run.finetune else own_answers(given)))
     settings = folder.config()
-    folder.write(store.CONFIG, settings | {"suites": settings.get("suites", {}) | run.resolved["suites"]})
+    suites_asked = settings.get("suites", {}) | run.resolved["suites"]
+    folder.write(store.CONFIG, settings | {"suites": suites_asked})
+    run = replace(run, suites=suites_of(suites_asked))  # those of before keep their judges
     told = known | {name: suite.facts for name, suite in new.items()}
     folder.write(store.METRICS, {**metrics, **judge(run, folder), "suites": told})
     return []
