@@ -1,6 +1,7 @@
 """What is asked of a finished run that its record lacks: made from what is there, or told, with an error code."""
 
 import shutil
+from dataclasses import fields
 
 import pytest
 from omegaconf import OmegaConf
@@ -8,6 +9,7 @@ from omegaconf import OmegaConf
 from cwac_lab import train
 from cwac_lab.config.run import INCIDENTAL
 from cwac_lab.core.cache import read_json
+from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.results.store import RunFolder, flat, runs
 from cwac_lab.run import stages
 from support import tiny
@@ -19,6 +21,7 @@ DRIFT = "diagnostics.enabled=true"
 ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prompts", "evaluation.judges"}
 ASKED |= {"trainer.export", "logger.wandb", "export.push", "export.private"}
 ASKED |= {f"evaluation.{name}" for name in ("perplexity", "plain_text", "lm_eval", "lm_eval_limit", "lm_eval_tasks")}
+ASKED |= {f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)}
 NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
     *("dry", "data.max_line", "model.adapter", "model.revision", "model.base", "align.export", "align.rebuild"),
