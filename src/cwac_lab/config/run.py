@@ -28,7 +28,7 @@ from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
 from cwac_lab.evaluation import engines, harness
-from cwac_lab.evaluation.combined import POOLED
+from cwac_lab.evaluation.metrics import POOLED
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig

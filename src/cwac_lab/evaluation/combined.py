@@ -10,11 +10,9 @@ import numpy as np
 
 from cwac_lab.core.combined import combined
 from cwac_lab.core.stats import Rate
-from cwac_lab.evaluation.metrics import METRICS, REFUSED, Judged, Metric, kinds_of_suites, metric
+from cwac_lab.evaluation.metrics import METRICS, POOLED, REFUSED, Judged, Metric, kinds_of_suites, metric
 from cwac_lab.evaluation.verdicts import outcomes
 
-# In the place of a suite's name: the mean over suites, each of which weighs alike.
-POOLED = "pooled"
 _POOLED = ("harmful_score", "retained_refusals")
 CONTRAST = "contrast"
 SAFE = "over_refusal_lookalike"

@@ -127,6 +127,8 @@ def _under_system(metric: Metric) -> Metric:
 METRICS = {metric.name: metric for own in _RATES for metric in ((own, _under_system(own)) if own.judged else (own,))}
 SHOWN = {name: metric for name, metric in METRICS.items() if metric.shown}
 
+# In the place of a suite's name: the mean over suites.
+POOLED = "pooled"
 # Of suites alone: whoever asks both kinds of a contrast wants to know what is refused of either.
 REFUSED = Metric(
     "refused", "refused", "refused, prompts that are harmful", ("harmful",), coherent("refused"), higher_is_better=True,

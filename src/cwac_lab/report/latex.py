@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from cwac_lab.report import costs
+from cwac_lab.report.costs import is_cost
 from cwac_lab.report.grouping import SETTING, Row
 from cwac_lab.report.layout import MEASURES, PLAIN, Layout
 from cwac_lab.report.rates import count_title, title
@@ -27,8 +29,8 @@ def latex(rows: list[Row], layout: Layout = PLAIN) -> str:
         rows: Records.
         layout: Which columns, and in which order the rows; by default those of ``COLUMNS`` that any row has.
     """
-    table = summary(rows, layout=layout)
-    return "\n".join(_one(part, layout) for _, part in table.groupby(SETTING, sort=False))
+    table, told = summary(rows, layout=layout), {cost.name: cost.title for cost in costs.known(rows)}
+    return "\n".join(_one(part, layout, told) for _, part in table.groupby(SETTING, sort=False))
 
 
 def escape(text: object) -> str:
@@ -36,7 +38,7 @@ def escape(text: object) -> str:
     return "".join(_SIGNS.get(sign) or (sign if sign <= "ÿ" else f"U+{ord(sign):04X}") for sign in str(text))
 
 
-def _one(part: pd.DataFrame, layout: Layout) -> str:
+def _one(part: pd.DataFrame, layout: Layout, told: dict[str, str]) -> str:
     ratios = ["--" if pd.isna(ratio) else f"{ratio:g}" for ratio in part["harmful_ratio"]]
     methods = (part["constraint"] + " " + part["variant"]).str.strip()
     methods += part["broken"].map(lambda told: f" (broken: {told})" if told else "")
@@ -47,6 +49,10 @@ def _one(part: pd.DataFrame, layout: Layout) -> str:
         if name in MEASURES:
             frame[name] = part[name]
             names.append(escape(name))
+        elif is_cost(name):
+            if name in told:
+                frame[told[name]] = part[told[name]]
+                names.append(escape(told[name]))
         elif title(name) in there:
             frame[title(name)], frame[count_title(name)] = part[title(name)], part[count_title(name)]
             names += [escape(title(name)), "$n$"]

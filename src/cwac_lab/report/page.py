@@ -82,9 +82,9 @@ def _drift(run: Record) -> dict[str, Any]:
 def _answers(run: Record) -> list[dict[str, Any]]:
     """Return the verdicts of all judges of a run on every answer, with prompt, answer and reasons where texts are kept.
 
-    None where no verdicts are kept.
+    None where the run failed or no verdicts are kept.
     """
-    if not run.has(store.VERDICTS):
+    if run.status != "ok" or not run.has(store.VERDICTS):
         return []
     rows = said(run)
     if not run.has(store.GENERATIONS):

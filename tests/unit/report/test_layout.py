@@ -51,7 +51,7 @@ def rows(tmp_path):
         (["finetune_accuracy", "harmful_score"], ["FA ↑", "n", "HS ↓", "n"]),
         (["leak", "over_refusal"], ["leak", "over-refusal ↓", "n"]),
         (["retained_refusals"], ["retained refusals ↑", "n"]),
-        (["seconds", "peak_memory_gb"], ["seconds", "peak_memory_gb"]),
+        (["seconds", "peak_memory_gb"], ["time, s ↓", "peak memory, GB ↓"]),
     ],
 )
 def test_columns_are_those_that_are_chosen_in_their_order(columns, heads, rows):
