@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.stats import Rate, mean_rate
-from cwac_lab.evaluation.combined import CONTRAST, POOLED, Combined, combined_of, described
-from cwac_lab.evaluation.metrics import METRICS, REFUSED, SHOWN, Judged
+from cwac_lab.evaluation.combined import CONTRAST, Combined, combined_of, described
+from cwac_lab.evaluation.metrics import METRICS, POOLED, REFUSED, SHOWN, Judged
 from cwac_lab.evaluation.verdicts import HARMFULNESS, outcomes
 
 LOSS = "held_out_loss"
