@@ -5,6 +5,14 @@ import threading
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+from cwac_lab.core.errors import ConfigError
+from cwac_lab.judges.endpoint import Endpoint, EndpointConfig
+
+KEY = "sk-Not4Anyone-5eCrEt"
+PAIRS = [(f"How is bread number {n} baked?", f"Knead dough number {n}, let it rise, and bake it.") for n in range(6)]
+
 
 def reply(text, read=7, written=3):
     """What such a server says when a model has answered."""
@@ -72,3 +80,16 @@ def standing():
     finally:
         server.shutdown()
         server.server_close()
+
+
+def judge(stand, folder, **settings):
+    """Return the judge that asks a stand-in server."""
+    return Endpoint(EndpointConfig(**{"url": stand.url, "model": "m", "concurrency": 1, **settings}), folder)
+
+
+def error_of(act):
+    """Return the one line of the error that an act ends in."""
+    with pytest.raises(ConfigError) as raised:
+        act()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.stats import wilson
-from cwac_lab.report.figures import draw, pareto
+from cwac_lab.report.figures import draw
 from cwac_lab.report.grouping import records
 from cwac_lab.report.latex import latex
 from cwac_lab.report.page import render
@@ -321,36 +321,3 @@ def test_retained_refusals_stand_beside_hs_where_a_record_has_them(tmp_path):
         if row["comparison"] == "retained refusals - none"
     }
     assert found == ("+50.0", 40)
-
-
-def test_the_front_holds_what_nothing_beats():
-    assert pareto([(10, 80), (5, 70), (20, 90), (20, 85), (5, 60), (30, 90)]) == [1, 0, 2]
-
-
-def test_methods_without_accuracy_have_no_trade_off(tmp_path):
-    for constraint in ("none", "coupled"):
-        run = record(tmp_path, constraint, 0.2, 0, 10)
-        run.write("verdicts.jsonl", [row for row in run.read("verdicts.jsonl") if row["kind"] != "task"])
-    assert draw(records(runs(tmp_path)), tmp_path, "mine") == []
-
-
-def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
-    for ratio in (0.1, 0.2):
-        for seed in range(2):
-            record(tmp_path, "none", ratio, seed, 90)
-            for strength in (0.1, 1.0, 10.0):
-                record(tmp_path, "l2", ratio, seed, 50, strength=strength, mode="a")
-    record(tmp_path, "l2", 0.2, 0, 50, strength=1.0, mode="b")
-    record(tmp_path, "start", None, 0, 5)
-    rows = records(runs(tmp_path))
-    files = draw(rows, tmp_path / "one", "mine")
-    stem = files[0].name.partition("-trade_off")[0]
-    assert stem.startswith("mine-sst2-")
-    assert {path.name for path in files if path.suffix == ".png"} == {
-        f"{stem}-{what}.png" for what in ("trade_off-p0.1", "trade_off-p0.2", "over-harmful_ratio", "over-strength")
-    }  # fmt: skip
-    for again in draw(rows, tmp_path / "two", "mine"):
-        assert again.read_bytes() == (tmp_path / "one" / again.name).read_bytes()
-    text = (tmp_path / "one" / f"{stem}-over-strength.svg").read_text()
-    assert "l2, p=0.2, mode=a" in text
-    assert "mode=b" not in text  # one value is no curve
