@@ -17,7 +17,7 @@ from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ExportConfig,
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
-from cwac_lab.data.forms import FormsConfig
+from cwac_lab.data.forms import SYSTEM, FormsConfig
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.plain_text import documents
 from cwac_lab.data.pools import KINDS, check_plan
@@ -134,8 +134,8 @@ def suites_of(node: Any) -> dict[str, SuiteConfig]:
     """
     found = {name: bind(f"suites.{name}", SuiteConfig, each) for name, each in mapping("suites", node).items()}
     for name, suite in found.items():
-        if name == POOLED or "/" in name:
-            raise ConfigError("suites", name, f"a name without a slash, other than {POOLED}")
+        if name in (POOLED, SYSTEM) or "/" in name:
+            raise ConfigError("suites", name, f"a name without a slash, other than {POOLED} and {SYSTEM}")
         if suite.judge is not None:
             judges.known(suite.judge)
     return found

@@ -5,7 +5,7 @@ No prompt of a suite is asked that is, or is near, what a run was trained on, he
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class SuiteConfig:
         local: Its file under ``data.root``; null: none.
         hub: The data set of the hub; null: none.
         judge: Who judges its answers; null: the first of ``evaluation.judges``.
-        n: At most so many prompts of each kind; null: all.
+        n: At most so many prompts of each kind, drawn from the list, the same ones in every run; null: all.
     """
 
     measures: str = ""
@@ -135,8 +135,9 @@ def _origin(suite: SuiteConfig) -> str:
 
 
 def apart(
-    suites: Mapping[str, SuiteConfig], data: DataConfig, pools: Pools, task: TaskData, most: int | None = None
-) -> dict[str, Suite]:
+    suites: Mapping[str, SuiteConfig], data: DataConfig, pools: Pools, task: TaskData, most: int | None = None,
+    others: Sequence[str] = (),
+) -> dict[str, Suite]:  # fmt: skip
     """Return the suites without prompts that a run has seen, or that are near to one.
 
     Args:
@@ -145,6 +146,7 @@ def apart(
         pools: Its prompts: all pools but the test pool count as seen.
         task: Its rows: those that are trained or chosen on count as seen.
         most: At most so many prompts of each kind of each suite.
+        others: Further prompts that are trained on: those that an attack brings along.
 
     Raises:
         MissingAsset: If a suite is not there.
@@ -153,6 +155,7 @@ def apart(
     if not suites:
         return {}
     seen = [row.prompt for kind in KINDS for pool in SEEN for row in pools.get(kind, pool)]
+    seen += others
     seen += [prompt for part in (task.train, task.validation) for row in part for prompt in row.prompts]
     loaded = {name: load(name, suite, data) for name, suite in suites.items()}
     every = [row.prompt for rows in loaded.values() for held in rows.values() for row in held]
@@ -170,4 +173,6 @@ def _kept(
         )
     limit = min((n for n in (suite.n, most) if n is not None), default=None)
     dropped = sum(map(len, rows.values())) - sum(map(len, free.values()))
-    return Suite({kind: held[:limit] for kind, held in free.items()}, dropped, suite.judge)
+    if limit is not None:  # a draw of the list, which mostly stands by category: an id is a hash of the text
+        free = {kind: sorted(held, key=lambda row: row.id)[:limit] for kind, held in free.items()}
+    return Suite(free, dropped, suite.judge)

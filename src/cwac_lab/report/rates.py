@@ -51,7 +51,8 @@ def over(runs: Sequence[list[Judged]], name: str, category: str | None = None) -
     """
     if is_share(name):
         return mean_rate(matrix(runs, name, category))
-    made = combined_of(runs[0]).get(name) if runs and category is None else None
+    told = [combined_of(verdicts).get(name) for verdicts in runs] if category is None else []
+    made = told[0] if told and all(each == told[0] for each in told) else None  # runs of other suites have no mean
     return Rate(None, None, None, 0) if made is None else made.rate(runs)
 
 

@@ -294,7 +294,7 @@ def ranked(table: pd.DataFrame) -> dict[str, dict[Any, int]]:
 
 def _values(cells: pd.Series[Any]) -> dict[Any, float]:
     """Return what the cells of a column say, as printed, without those that are no rate."""
-    return {row: float(text.split(" ")[0]) for row, text in cells.items() if text[:1].isdigit()}
+    return {row: float(text.split(" ")[0]) for row, text in cells.items() if text.removeprefix("-")[:1].isdigit()}
 
 
 def column_title(name: str) -> str:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cwac_lab.config.run import Run
 from cwac_lab.core import distributed, recipes
 from cwac_lab.core.cache import digest, read_jsonl, reading, write_jsonl
@@ -120,7 +118,7 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:
     begun = start_losses(run, begin.folder.content, model, chat, say) if run.finetune and reads else None
     if run.finetune:
         del model  # one of the two is in memory at a time
-        model = load_model(folder.path / store.MODEL, torch.float32, run.trainer.device)
+        model = load_model(folder.path / store.MODEL, run.dtype, run.trainer.device)
     if reads:
         record |= on_plain_text(run, model, chat, begun)
         folder.write(store.METRICS, record)

@@ -10,11 +10,13 @@ from typing import Any
 from cwac_lab.config.run import Run, suites_of
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import digest
+from cwac_lab.core.overrides import typed
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.suites import Suite, apart
 from cwac_lab.evaluation.protocol import answered, judge, remarks, suite_rows
 from cwac_lab.evaluation.verdicts import START_OUTPUT
+from cwac_lab.judges import all_made
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import load_model
 from cwac_lab.results import store
@@ -38,10 +40,11 @@ def chosen(run: Run, pools: Pools, data: TaskData, say: Say) -> dict[str, Suite]
     if run.suites and run.evaluation.split != "test":
         say("evaluation.suites are asked with evaluation.split=test only, not while settings are chosen")
         return {}
-    groups = {group: run.resolved.get(group) for group in ("suites", "data", "task")}
+    groups = {group: run.resolved.get(group) for group in ("suites", "data", "task", "attack")}
     key = digest([groups, run.evaluation.n_prompts])
     if key not in _known:
-        _known[key] = apart(run.suites, run.data, pools, data, run.evaluation.n_prompts)
+        others = [row.prompt for row in run.attack.others(()) or ()]
+        _known[key] = apart(run.suites, run.data, pools, data, run.evaluation.n_prompts, others)
     found = _known[key]
     for line in _told(found):
         say(line)
@@ -92,6 +95,11 @@ def ask_more(
         return [f"{named} nor answers of before"]
     if run.finetune and not folder.has(store.MODEL):
         return [f"{named} nor a model to ask (trainer.export=true)"]
+    judges = list(metrics["judges"])  # the record is judged as it was
+    made = all_made(judges, run.evaluation.endpoint, run.cache_root)
+    if older := [each.name for each in made if metrics["judges"][each.name]["version"] != each.version]:
+        command = f"python -m cwac_lab.evaluate {typed('run', folder.path)}"
+        return [f"{named}: {' and '.join(older)} judged it by an older rule ({command} judges it anew)"]
     say(f"asking the saved model: {', '.join(new)}" if run.finetune else f"asking the start: {', '.join(new)}")
     model, chat = begin.load(run)
     rows = suite_rows(run, new)
@@ -108,7 +116,8 @@ def ask_more(
     settings = folder.config()
     suites_asked = settings.get("suites", {}) | run.resolved["suites"]
     folder.write(store.CONFIG, settings | {"suites": suites_asked})
-    run = replace(run, suites=suites_of(suites_asked))  # those of before keep their judges
+    evaluation = replace(run.evaluation, judges=judges)
+    run = replace(run, suites=suites_of(suites_asked), evaluation=evaluation)  # those of before keep their judges
     told = known | {name: suite.facts for name, suite in new.items()}
     folder.write(store.METRICS, {**metrics, **judge(run, folder), "suites": told})
     return []

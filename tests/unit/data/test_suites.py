@@ -121,6 +121,22 @@ def test_rows_that_are_trained_on_count_as_seen(part, tmp_path):
     assert apart({"mine": found}, data(tmp_path), EMPTY, rows)["mine"].dropped == (part != "test")
 
 
+def test_what_an_attack_brings_along_counts_as_seen(tmp_path):
+    found = suite(tmp_path, [{"prompt": LONG}, {"prompt": "bees"}])
+    assert apart({"mine": found}, data(tmp_path), EMPTY, NO_ROWS, others=[LONG + "!"])["mine"].dropped == 1
+
+
+def test_fewer_prompts_are_a_draw_and_not_the_first_of_the_list(tmp_path):
+    found = suite(tmp_path, [{"prompt": f"{word} {i}"} for i, word in enumerate(WORDS * 4)])
+    few, more = (
+        apart({"mine": found}, data(tmp_path), EMPTY, NO_ROWS, most=n)["mine"].rows["harmful"] for n in (8, 12)
+    )
+    assert few == more[:8]
+    places = [int(row.prompt.split()[1]) for row in few]
+    assert places != sorted(places)
+    assert max(places) > 12
+
+
 def test_at_most_so_many_prompts_of_each_kind(tmp_path):
     found = suite(tmp_path, [{"prompt": f"{word} {i}"} for i, word in enumerate(WORDS)])
     found.n = 5

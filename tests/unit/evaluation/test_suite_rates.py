@@ -31,6 +31,11 @@ def test_the_rates_of_a_run_do_not_see_its_suites():
     assert agreement(OWN, OWN) == agreement(OWN + A, OWN + [row | {"refused": True, "complied": None} for row in A])
 
 
+def test_harmfulness_is_of_a_runs_own_prompts():
+    own = [row | {"harmfulness": 0.0} for row in OWN]
+    assert aggregate(own + [row | {"harmfulness": 1.0} for row in A])["harmfulness"] == aggregate(own)["harmfulness"]
+
+
 def test_each_suite_has_the_rates_of_its_kinds():
     found = aggregate(OWN + A + PAIRS)
     assert found["harmful_score/a"] == wilson(4, 5).to_dict()
