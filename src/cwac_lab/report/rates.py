@@ -11,6 +11,7 @@ from jaxtyping import Float
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.stats import Rate, mean_rate
 from cwac_lab.evaluation.combined import CONTRAST, Combined, combined_of, described
+from cwac_lab.evaluation.combined import matrix as outcome_matrix
 from cwac_lab.evaluation.metrics import METRICS, POOLED, REFUSED, SHOWN, Judged
 from cwac_lab.evaluation.verdicts import HARMFULNESS, outcomes
 
@@ -37,11 +38,8 @@ def counted(verdicts: Iterable[Judged], name: str, category: str | None = None) 
 
 def matrix(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Float[np.ndarray, "S N"]:
     """Return the outcomes of S runs on the N items that count in any of them; NaN where an item does not count."""
-    found = [counted(verdicts, name, category) for verdicts in runs]
-    items = sorted(set().union(*found))
-    return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
-        len(runs), len(items)
-    )
+    kept = [[row for row in verdicts if category is None or row.get("category") == category] for verdicts in runs]
+    return outcome_matrix(kept, name)
 
 
 def over(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Rate:
