@@ -13,7 +13,7 @@ def main(config: DictConfig) -> None:
     """Read the run's own configuration, judge, and rewrite verdicts and metrics."""
     from cwac_lab.config.run import read
     from cwac_lab.core.errors import ConfigError
-    from cwac_lab.judges import check
+    from cwac_lab.judges import installed
     from cwac_lab.report.console import Screen
     from cwac_lab.results import store
 
@@ -23,8 +23,10 @@ def main(config: DictConfig) -> None:
     asked = OmegaConf.create(folder.config())
     if config.judges is not None:
         asked.evaluation.judges = config.judges
+    given = {name: value for name, value in config.endpoint.items() if value is not None}
+    asked.evaluation.endpoint = {**asked.evaluation.get("endpoint", {}), **given}
     run = read(asked, recorded=True)
-    check(run.evaluation.judges)
+    installed(run.evaluation.judges)
     from cwac_lab.run.execution import rejudge
 
     rejudge(run, folder, Screen())

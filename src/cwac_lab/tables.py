@@ -1,4 +1,7 @@
-"""Make the runs that a table lacks, and the tables: ``python -m cwac_lab.tables exp=ablation seeds=3``."""
+"""Make the runs that a table lacks, and the tables: ``python -m cwac_lab.tables exp=ablation seeds=3``.
+
+``compare=[weight,coupled]`` compares two methods on the same prompts and seeds instead.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,14 @@ def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.core.errors import ConfigError
     from cwac_lab.core.outputs import writable
+    from cwac_lab.report import layout, versus
 
     root = Path(config.output_root)
+    asked, shape = versus.read(config), layout.read(config)
     writable("output_root", root)
+    if asked is not None:
+        versus.write(root, asked)
+        return
     if config.exp is None:
         from cwac_lab.report.files import write
         from cwac_lab.report.views import views
@@ -24,14 +32,15 @@ def main(config: DictConfig) -> None:
         from cwac_lab.results.store import runs
 
         for name, query in views(config.views).items():
-            print(write(root, name, list(runs(root)) if query is None else select(root, f"views: {name}", query)))
+            found = list(runs(root)) if query is None else select(root, f"views: {name}", query)
+            print(write(root, name, found, layout=shape))
         return
     if config.views is not None:
         raise ConfigError("views", config.views, "null with exp, whose grids say what their tables hold")
     from cwac_lab.report.console import Screen
     from cwac_lab.sweep.experiments import chosen, make
 
-    if make(chosen(config), root, config, Screen()):
+    if make(chosen(config), root, config, Screen(), shape):
         sys.exit(1)
 
 

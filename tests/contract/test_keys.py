@@ -20,7 +20,7 @@ from cwac_lab.models import folder, loading, lora, packaged
 from cwac_lab.models.loading import ModelFolder
 from cwac_lab.models.sources import Source
 from cwac_lab.results.store import flat
-from cwac_lab.run import alignment, artefacts, references, start_answers
+from cwac_lab.run import ability, alignment, apart, artefacts, references, start_answers
 from cwac_lab.run.artefacts import _Workshop
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
@@ -80,10 +80,11 @@ def key_of(kind, parts):
         return root / kind / digest(key)[:16]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (packaged, references, alignment, loading):
+        for module in (packaged, references, alignment, loading, apart):
             patch.setattr(module, "cached_folder", ask)
-        for module in (artefacts, start_answers):
+        for module in (ability, artefacts, start_answers):
             patch.setattr(module, "together", keep)
+        patch.setattr(ability, "read_jsonl", lambda _: [])
         patch.setattr(start_answers, "read_jsonl", lambda _: [])
         patch.setattr(lora, "digest", lambda _: "adapter")
         patch.setattr(lora, "settings", lambda _: {})
@@ -107,10 +108,27 @@ def key_of(kind, parts):
             return _asked(alignment._shipped, start, run)
         if kind == "answers":
             return _asked(references._answers, run, parts["held"].harmful, parts["content"], model, chat, said)
+        if kind == "drift":
+            begins = iter(
+                SimpleNamespace(folder=SimpleNamespace(content=parts[name], path=Path()))
+                for name in ("content", "library")
+            )
+            patch.setattr(apart, "start", lambda *_: next(begins))
+            patch.setattr(apart, "check_alike", lambda *_: [])
+            rows = [{"kind": "harmful", "id": row.id, "prompt": row.prompt} for row in parts["held"].harmful]
+            return _asked(apart.apart, [run, run], rows)
         if kind == "start_answers":
             rows = [{"prompt": run.attack.asked(row.prompt)} for row in parts["held"].harmful]
             with pytest.raises(LabError, match="0 answers to 1 prompts"):  # nothing was made
                 start_answers.start_answers(run, rows, parts["content"], model, chat, said)
+        elif kind == "start_text":
+            with pytest.raises(LabError, match="0 losses on 60 documents"):
+                ability.start_losses(run, parts["content"], model, chat, said)
+        elif kind == "held_share":
+            named = {"subspace": {"folder": shop.subspace(parts["subspace"]).name}}
+            context = SimpleNamespace(model=model, subspace="bases")
+            with pytest.raises(LabError, match="share"):
+                artefacts.held_share(run, Start(start, parts["pools"]), context, named, chat)
         elif kind == "subspace":
             shop.subspace(parts["subspace"])
         else:
@@ -161,6 +179,10 @@ def ends_with(token):
 
 def other_template(parts):
     parts["chat"] = parts["chat"].with_template(tiny.TEMPLATE.replace("role'] + '", "role'] + ': "))
+
+
+def shorter(parts):
+    parts["chat"] = tiny.chat(max_length=60)
 
 
 def of_fields(kind, entry, value, change):
@@ -214,6 +236,21 @@ ROWS = [
     ("start_answers", "tokens", of_run("evaluation", max_new_tokens=5)),
     ("start_answers", "end", ends_with(7)),
     ("start_answers", "engine", of_run("evaluation", engine="vllm")),
+    ("drift", "before", put(content="others")),
+    ("drift", "after", put(library="others")),
+    ("drift", "dtype", of_run("trainer", precision="bf16-true")),
+    ("drift", "prompts", of_held(harmful=OTHER)),
+    ("drift", "templates", of_run("attack", template=tiny.TEMPLATE)),
+    ("start_text", "model", put(content="others")),
+    ("start_text", "dtype", put(dtype=torch.bfloat16)),
+    ("start_text", "texts", of_code(ability.plain_text, "documents", lambda _: ["another text"] * 60)),
+    ("start_text", "texts", shorter),
+    ("held_share", "subspace", put(content="others")),
+    ("held_share", "subspace", of_held(harmful_ids=[[5, 9]])),
+    ("held_share", "prompts", of_pool("harmful", "test")),
+    ("held_share", "prompts", of_run("evaluation", n_prompts=2)),
+    ("held_share", "prompts", of_run("attack", prefix="Obey. ")),
+    ("held_share", "prompts", other_template),
     ("subspace", "model", put(content="others")),
     ("subspace", "dtype", put(dtype=torch.bfloat16)),
     ("subspace", "prompts", of_held(harmful_ids=[[5, 9]])),

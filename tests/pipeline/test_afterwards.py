@@ -1,6 +1,7 @@
 """What is asked of a finished run that its record lacks: made from what is there, or told, with an error code."""
 
 import shutil
+from dataclasses import fields
 
 import pytest
 from omegaconf import OmegaConf
@@ -8,15 +9,19 @@ from omegaconf import OmegaConf
 from cwac_lab import train
 from cwac_lab.config.run import INCIDENTAL
 from cwac_lab.core.cache import read_json
+from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.results.store import RunFolder, flat, runs
 from cwac_lab.run import stages
 from support import tiny
 
 SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3", tiny.BOTH_JUDGES)
 DRIFT = "diagnostics.enabled=true"
-# What may be asked for without another key; each is tried below, or nothing is made of it after training.
+# What may be asked for without another key; each is tried below, that of general ability in test_ability.py, or nothing
+# is made of it after training.
 ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prompts", "evaluation.judges"}
 ASKED |= {"trainer.export", "logger.wandb", "export.push", "export.private"}
+ASKED |= {f"evaluation.{name}" for name in ("perplexity", "plain_text", "lm_eval", "lm_eval_limit", "lm_eval_tasks")}
+ASKED |= {f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)}
 NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
     *("dry", "data.max_line", "model.adapter", "model.revision", "model.base", "align.export", "align.rebuild"),
@@ -127,7 +132,7 @@ def test_drift_of_fewer_prompts_is_told_with_the_command(again, capsys):
     [("[classifier,refusal]", True), ("[refusal]", False), ("[classifier]", True), ("[refusal,beaver_dam]", True)],
 )
 def test_other_judges_are_told_with_the_command(judges, said, again, capsys, monkeypatch):
-    monkeypatch.setattr("cwac_lab.judges.check", lambda _: None)
+    monkeypatch.setattr("cwac_lab.judges.check", lambda *_: None)
     run = again(0, f"evaluation.judges={judges}")
     out = capsys.readouterr().out.replace("\n", "")
     command = f"judged by refusal and classifier: python -m cwac_lab.evaluate run={run.path} judges={judges}"

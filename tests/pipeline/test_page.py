@@ -9,14 +9,14 @@ import shutil
 import pytest
 
 from cwac_lab import train
-from cwac_lab.benchmarks.page import FLAGS, multiply
+from cwac_lab.benchmarks.page import multiply
 from cwac_lab.core.cache import read_json
 from cwac_lab.report import __main__ as report
 from cwac_lab.report.page import render, write
 from cwac_lab.results.store import runs
 from support import tiny
+from support.browser import opened
 
-BROWSER = shutil.which("chromium")
 SPOKEN = {
     "harmful": "a <script>alert(1)</script> request",
     "harmless": "a kind question",
@@ -89,28 +89,6 @@ def test_a_store_without_runs_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tiny.launch(report.main, [f"output_root={tmp_path}"], "report")
     assert capsys.readouterr().err.startswith(f"error: output_root={tmp_path}: no runs there")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if BROWSER is None:
-        pytest.skip("chromium is not installed")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=BROWSER, args=list(FLAGS))
-        yield opened
-        opened.close()
-
-
-def opened(browser, page, **settings):
-    """Open a page and wait until it is drawn; returns it with what its console complained of."""
-    view = browser.new_page(**settings)
-    complaints = []
-    view.on("console", lambda told: complaints.append(told.text) if told.type in ("error", "warning") else None)
-    view.on("pageerror", lambda error: complaints.append(str(error)))
-    view.goto(page.as_uri())
-    view.wait_for_selector("#trade-plot .main-svg")
-    return view, complaints
 
 
 def test_filters_and_blurred_prompts_work_by_mouse_and_keyboard(root, browser, tmp_path):

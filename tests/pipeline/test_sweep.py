@@ -118,6 +118,10 @@ def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     assert "5 runs, 5 recorded already" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert (tmp_path / "out" / "tables" / "mine.md").read_text() == table
+    launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=2", "columns=[finetune_accuracy]")
+    assert (
+        "| harmful_ratio | constraint | seeds | FA ↑ | n | broken |\n" in (tmp_path / "out/tables/mine.md").read_text()
+    )
 
 
 def test_the_runs_of_all_grids_are_one_sweep_and_each_table_comes_as_its_runs_are_there(tiny_folder, tmp_path, capsys):

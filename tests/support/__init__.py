@@ -1,6 +1,7 @@
 """What tests share, imported as ``from support import tiny``.
 
 alike: prompts that are near-duplicates of each other, and lists of them.
+browser: pages in a real browser.
 by_hand: training in a few plain lines, which baselines are compared with.
 cover: tables of tests of which the fast set tries a part, and the whole set all.
 defenses: the table of all defences, switched off and on.
@@ -18,5 +19,6 @@ recipes: digests of the code that makes what is cached; a command as well.
 settings: settings with another value.
 shared: what all workers of one call of pytest compute once.
 spmd: what each of several processes does in the tests of them; a command as well.
+suites: prompts of named suites in such records.
 tiny: two-layer models, their tokenizer, and the shortest runs.
 """

@@ -211,7 +211,8 @@ LISTS = {
     "other messages in quotes": ("jsonl", prompts("[{'from': 'human', 'value': 'x'}]"), {}, "line 1: prompt="),
     "code is no message": ("jsonl", prompts('{"role": "admin"} is what?'), {}, ['{"role": "admin"} is what?']),
     "mapping": ("jsonl", prompts({"text": "x"}), {}, "list.jsonl, line 1: prompt={'text': 'x'}: accepted: text"),
-    "list of words": ("jsonl", prompts(["x"]), {}, "list.jsonl, line 1: prompt=['x']: accepted: text"),
+    "list of one text": ("jsonl", prompts(["x"]), {}, ["x"]),
+    "list of words": ("jsonl", prompts(["x", "y"]), {}, "list.jsonl, line 1: prompt=['x', 'y']: accepted: text"),
     "response as a list": ("jsonl", lines({"prompt": "x", "target": ["y"]}), {"response_column": "target"},
                            "line 1: target=['y']: accepted: text, a whole number, or a list of one message of the "
                            "user (data.lists.mine.response_column=target)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,16 +17,20 @@ from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ExportConfig,
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
-from cwac_lab.data.forms import FormsConfig
+from cwac_lab.data.forms import SYSTEM, FormsConfig
 from cwac_lab.data.mixing import counts
+from cwac_lab.data.plain_text import documents
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.sources import DataConfig
+from cwac_lab.data.suites import SuiteConfig
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.data.taught import POOL as ALIGNMENT
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
-from cwac_lab.evaluation import engines
+from cwac_lab.evaluation import engines, harness
+from cwac_lab.evaluation.metrics import POOLED
 from cwac_lab.evaluation.settings import EvaluationConfig
+from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.loading import ModelConfig, choose_weights
 from cwac_lab.models.settings import before_alignment
@@ -40,7 +44,10 @@ INCIDENTAL = (
     *("logger", "output_root", "cache_root", "force", "dry", "trainer.accelerator", "data.root", "data.max_line"),
     *("model.path", "model.revision", "model.adapter", "model.base"),
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
-    *("evaluation.judges", "align.rebuild", "align.export"),
+    *("evaluation.judges", "evaluation.endpoint", "suites", "align.rebuild", "align.export"),
+    *(f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)),
+    *("evaluation.perplexity", "evaluation.plain_text"),
+    *("evaluation.lm_eval", "evaluation.lm_eval_limit", "evaluation.lm_eval_tasks"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
 # The same, where rounding is another.
@@ -76,6 +83,7 @@ class Run:
     align: AlignConfig
     export: ExportConfig
     evaluation: EvaluationConfig
+    suites: dict[str, SuiteConfig]
     attack: AttackConfig
     forms: FormsConfig
     diagnostics: DiagnosticsConfig
@@ -116,6 +124,21 @@ def _attack(node: Any) -> AttackConfig:
     """Return the attack: plain settings, or a class of the user's own."""
     own = "_target_" in mapping("attack", node)
     return bind_target("attack", AttackConfig, node) if own else bind("attack", AttackConfig, node)
+
+
+def suites_of(node: Any) -> dict[str, SuiteConfig]:
+    """Return the named suites that a run is asked beside its own prompts, from the resolved ``suites``.
+
+    Raises:
+        ConfigError: If one cannot have that name, or a setting of it is unknown.
+    """
+    found = {name: bind(f"suites.{name}", SuiteConfig, each) for name, each in mapping("suites", node).items()}
+    for name, suite in found.items():
+        if name in (POOLED, SYSTEM) or "/" in name:
+            raise ConfigError("suites", name, f"a name without a slash, other than {POOLED} and {SYSTEM}")
+        if suite.judge is not None:
+            judges.known(suite.judge)
+    return found
 
 
 def requirements(parts: dict[str, Any]) -> Requirements:
@@ -185,6 +208,7 @@ def read(config: DictConfig, *, recorded: bool = False) -> Run:
         align=bind("align", AlignConfig, settings["align"]),
         export=bind("export", ExportConfig, settings.get("export") or {}),
         evaluation=bind("evaluation", EvaluationConfig, settings["evaluation"]),
+        suites=suites_of(settings.get("suites") or {}),
         attack=_attack(settings.get("attack") or {}),
         forms=bind("forms", FormsConfig, settings.get("forms") or {}),
         diagnostics=bind("diagnostics", DiagnosticsConfig, settings.get("diagnostics") or {}),
@@ -227,7 +251,12 @@ def check_machine(run: Run) -> None:
     """
     trainer = run.trainer
     engines.check(run.evaluation.engine, trainer.devices)
-    judges.check(run.evaluation.judges)
+    judges.check(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)
+    for judge in {suite.judge for suite in run.suites.values() if suite.judge is not None}:
+        judges.check([judge], run.evaluation.endpoint, run.cache_root)
+    harness.check(run.evaluation, trainer.devices)
+    if run.evaluation.perplexity:
+        documents(run.evaluation.plain_text)
     kind = trainer.device.type
     there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
     if trainer.devices > there:

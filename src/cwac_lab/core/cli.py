@@ -37,6 +37,11 @@ def _one_line(error: Exception) -> str:
         return f"{group}={option}: accepted: {' | '.join(error.options)}{more}"
     if isinstance(error, OverrideParseException):
         return overrides.unreadable(error.override, error.message)
+    listed = re.match(r"In '\w+': Could not load '([\w/]+)/(\w+)'", str(error))
+    if listed is not None and (options := sorted((conf_dir() / listed[1]).glob("*.yaml"))):  # one of several options
+        named = {group: key for key, group in overrides.OF_GROUPS.items()}.get(listed[1], listed[1])
+        names = " | ".join(file.stem for file in options)
+        return f"{named}={listed[2]}: accepted: {names}, or one of your --config-dir"
     several = re.match(r"\s*Ambiguous value for argument '(.*)'\n", str(error))
     if several is not None:
         return overrides.ambiguous(several[1])

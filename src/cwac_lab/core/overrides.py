@@ -26,8 +26,11 @@ PATHS = {
         "hydra.sweep.dir",
     ),
 }
-# Parts of a plan of pools, which may name pools and lists that the configuration's does not.
-_PLAN = re.compile(r"data\.(?:harmful|harmless|lookalike)\.\w+\.\w+")
+# Parts of a plan of pools, which may name pools and lists that the configuration's does not; settings of a suite, whose
+# file may leave them out.
+_PLAN = re.compile(r"data\.(?:harmful|harmless|lookalike)\.\w+\.\w+|suites\.\w+\.\w+")
+# Lists that are named by options of a group.
+OF_GROUPS = {"evaluation.suites": "suite"}
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z0-9_./@:-]+")
 
 
@@ -47,11 +50,13 @@ def as_meant(argument: str) -> str:
     """Return an argument with ``~`` as the home folder, and a path of digits as text.
 
     Hydra has a meaning of its own for ``~``, and reads ``output_root=2024_10_01`` as the number 20241001. A pool or
-    list that is not in the plan of the data yet is added to it.
+    list that is not in the plan of the data yet is added to it. Named suites are options of a group.
     """
     key, equals, value = argument.partition("=")
     if _PLAN.fullmatch(key) and equals:
         return f"++{argument}"
+    if key in OF_GROUPS and equals:
+        return f"{OF_GROUPS[key]}={value}"
     if not equals or not _KEY.fullmatch(key):
         return argument
     if "~" in value[:2] and ("," not in value or value[0] in "'\""):

@@ -74,15 +74,28 @@ def describe() -> dict[str, Any]:
     }
 
 
+def _uses_gpu() -> bool:
+    """Tell whether this process computes on a GPU; to ask it otherwise would take memory there."""
+    import torch
+
+    return bool(torch.cuda.is_available() and torch.cuda.memory_reserved())
+
+
 @dataclass
 class StageMeter:
-    """Wall seconds and peak resident memory (GB, sampled every 0.1 s) of named stages of one process."""
+    """Wall seconds and peak memory (GB) of named stages of one process.
+
+    Resident memory is sampled every 0.1 s. Where the process uses a GPU, ``peak_gpu_memory_gb`` is the most that torch
+    had in use there at once.
+    """
 
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure the enclosed block; a stage entered twice adds its seconds and keeps its higher peak."""
+        """Measure the enclosed block; a stage entered twice adds its seconds and keeps its higher peaks."""
+        import torch
+
         process, done = psutil.Process(), threading.Event()
         peak = process.memory_info().rss
 
@@ -93,6 +106,8 @@ class StageMeter:
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
+        if _uses_gpu():
+            torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         try:
             yield
@@ -101,8 +116,11 @@ class StageMeter:
             done.set()
             watcher.join()
             peak = max(peak, process.memory_info().rss)
-            before = self.stages.get(name, {"seconds": 0.0, "peak_memory_gb": 0.0})
+            peaks = {"peak_memory_gb": peak}
+            if _uses_gpu():
+                peaks["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated()
+            before = self.stages.get(name, {"seconds": 0.0})
             self.stages[name] = {
                 "seconds": round(before["seconds"] + seconds, 3),
-                "peak_memory_gb": max(before["peak_memory_gb"], round(peak / 1e9, 3)),
+                **{kind: max(before.get(kind, 0.0), round(found / 1e9, 3)) for kind, found in peaks.items()},
             }

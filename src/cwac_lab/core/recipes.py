@@ -71,11 +71,18 @@ START = Recipe(
     "start",
     2,
     ("start", "adapter"),
-    (*_of("run.alignment", "_merge", "_shipped"), *_of("models.lora", "add", "scale", "_of", "Place", "_place")),
+    (
+        *_of("run.alignment", "_merge", "_shipped"),
+        *_of("models.lora", "add", "scale", "_of", "Place", "_place"),
+        *_of("models.sites", "lefts", "rights"),
+    ),
 )
 # An adapter of a user's own merged into its base, with the tokenizer of one of them, ``words``.
 MERGED = Recipe(
-    "merged", 1, ("base", "adapter", "words"), ("models.loading:_given", "models.folder:copy_words", "models.lora")
+    "merged",
+    1,
+    ("base", "adapter", "words"),
+    ("models.loading:_given", "models.folder:copy_words", "models.lora", *_of("models.sites", "lefts", "rights")),
 )
 # The start's own answers to reference prompts.
 ANSWERS = Recipe("answers", 1, ("model", "dtype", "prompts", "tokens", "end"), ("run.references:_answers", *_ANSWERING))
@@ -86,6 +93,23 @@ START_ANSWERS = Recipe(
     ("model", "dtype", "prompts", "opening", "tokens", "end", "engine"),
     ("run.start_answers:start_answers", "evaluation.protocol:answered", "evaluation.engines", *_ANSWERING),
 )
+# How far a model is from another, ``before`` (``python -m cwac_lab.compare``).
+DRIFT = Recipe(
+    "drift",
+    1,
+    ("before", "after", "dtype", "prompts", "templates"),
+    ("run.apart", "diagnostics.alike", "diagnostics.stream:divergences", "models.answers", "data.batches:collate"),
+)
+# The start's loss on each document of plain text; ``texts`` are their token ids.
+START_TEXT = Recipe(
+    "start_text",
+    1,
+    ("model", "dtype", "texts"),
+    (
+        *("run.ability:start_losses", "evaluation.plain:losses", "models.answers:answer_logits"),
+        *_of("evaluation.heldout", "summed", "_sums"),
+    ),
+)
 SUBSPACE = Recipe(
     "subspace",
     2,
@@ -93,10 +117,17 @@ SUBSPACE = Recipe(
     (
         *_of("defenses.cwac.subspace.basis", "leading", "build", "_fill", "_batched"),
         *("defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
-        *_of("models.sites", "linears", "_of_experts", "SCOPES"),
+        *_of("models.sites", "linears", "_of_experts", "SCOPES", "PROJECTIONS", "JOINED", "OF_EXPERTS", "paths_in"),
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
         *_of("core.linalg", "_rank", "_support", "_share"),
     ),
+)
+# How much of the inputs of prompts that nothing was built from lies in a ``subspace``, which is named by its key.
+HELD_SHARE = Recipe(
+    "held_share",
+    1,
+    ("subspace", "prompts"),
+    (*_of("defenses.cwac.subspace.basis", "covered", "_fill", "_batched", "_Share"), "models.capture"),
 )
 # ``library`` is the version of sae-lens, which trains it.
 AUTOENCODER = Recipe(
@@ -122,5 +153,8 @@ LATENTS = Recipe(
         *_FORWARD,
     ),
 )
-_ALL = (PACKAGE, ALIGNED, START, MERGED, ANSWERS, START_ANSWERS, SUBSPACE, AUTOENCODER, LATENTS)
+_ALL = (
+    *(PACKAGE, ALIGNED, START, MERGED, ANSWERS, START_ANSWERS, START_TEXT, DRIFT),
+    *(SUBSPACE, HELD_SHARE, AUTOENCODER, LATENTS),
+)
 RECIPES = {recipe.kind: recipe for recipe in _ALL}

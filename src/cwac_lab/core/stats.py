@@ -77,6 +77,30 @@ def mean_per(totals: Sequence[float], counts: Sequence[int], confidence: float =
     return Rate(ratio, ratio - half, ratio + half, n)
 
 
+def mean_within(values: Sequence[float], confidence: float = 0.95) -> Rate:
+    """Return the mean of values in [0, 1] in percent, with an interval.
+
+    It is Student's of the values with two zeros and two ones beside them, cut at 0 and 100: what Agresti and Coull
+    (1998) add to a share. So it has a width where all values are alike, and holds near the ends too.
+
+    Args:
+        values: The values.
+        confidence: Coverage of the interval.
+
+    Raises:
+        ValueError: If one is not within [0, 1].
+    """
+    n = len(values)
+    if n == 0:
+        return Rate(None, None, None, 0)
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError("values must lie in [0, 1]")
+    wider = mean_per([*values, 0.0, 0.0, 1.0, 1.0], [1] * (n + 4), confidence)
+    assert wider.low is not None
+    assert wider.high is not None
+    return Rate(100 * float(np.mean(values)), 100 * max(0.0, wider.low), 100 * min(1.0, wider.high), n)
+
+
 @lru_cache(maxsize=8)  # many rows of a table have the same seeds and items; 20 MB for 600 items
 def _shares(strata: tuple[int, ...], n_items: int) -> tuple[Float[np.ndarray, "K S"], Float[np.ndarray, "K N"]]:
     """Return how often each of K resamples draws each run and each item, as shares that sum to 1.

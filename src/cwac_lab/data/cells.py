@@ -71,6 +71,18 @@ def whole(place: str, given: str) -> str:
     return given
 
 
+def prompt_text(cells: Mapping[str, Any], column: str) -> str:
+    """Return the same of a prompt, which a list of one turn, a text, may hold as well.
+
+    Raises:
+        KeyError: If the row has no such column.
+        ValueError: If the cell is empty or holds something else.
+    """
+    cell = cells[column]
+    one = isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], str)
+    return text({column: cell[0]} if one else cells, column)
+
+
 def optional_text(cells: Mapping[str, Any], column: str | None) -> str | None:
     """Return the text of a cell, or None where the column or the cell holds nothing.
 

@@ -38,8 +38,8 @@ def shingles(text: str) -> set[str]:
     return {text[at : at + LENGTH] for at in range(max(1, len(text) - LENGTH + 1))}
 
 
-def _by_shingles(texts: Sequence[str]) -> Iterator[Int[np.ndarray, "2 P"]]:
-    """Yield the pairs of texts with a Jaccard index of shingles above ``JACCARD``, by blocks of rows."""
+def _by_shingles(texts: Sequence[str], n: int | None = None) -> Iterator[Int[np.ndarray, "2 P"]]:
+    """Yield the pairs of (the first n) texts and any with a Jaccard index of shingles above ``JACCARD``, by blocks."""
     from scipy import sparse
 
     sets = [shingles(text) for text in texts]
@@ -48,7 +48,7 @@ def _by_shingles(texts: Sequence[str]) -> Iterator[Int[np.ndarray, "2 P"]]:
     sizes = np.array([len(each) for each in sets])
     shape = (len(sets), len(columns))
     holds = sparse.csr_matrix((np.ones(len(flat), np.int32), flat, np.append(0, sizes.cumsum())), shape)
-    for at in range(0, len(sets), BLOCK):
+    for at in range(0, len(sets) if n is None else n, BLOCK):
         shared = (holds[at : at + BLOCK] @ holds.T).tocoo()
         row, union = shared.row + at, sizes[shared.row + at] + sizes[shared.col] - shared.data
         near = shared.data / union > JACCARD
@@ -92,6 +92,19 @@ def groups(prompts: Sequence[str], rule: str) -> dict[str, int]:
     graph = sparse.coo_matrix((np.ones(len(row), bool), (row, column)), (len(known), len(known)))
     _, labels = connected_components(graph, directed=False)
     return dict(zip(known, labels.tolist(), strict=True))
+
+
+def near_to(prompts: Sequence[str], held: Sequence[str], rule: str) -> set[str]:
+    """Return the prompts that are equal or near to one that is held, by a rule of ``groups``; no chain of near ones."""
+    known, others = list(dict.fromkeys([*prompts, *held])), set(held)
+    n, texts = len(set(prompts)), [normalise(prompt) for prompt in known]
+    taken = {normalise(prompt) for prompt in held}
+    found = {prompt for prompt in prompts if normalise(prompt) in taken}
+    if not held or not prompts or rule == "exact":
+        return found
+    pairs = [*_by_shingles(texts, n), *(_by_embeddings(known) if rule == "embedding" else ())]
+    row, column = np.concatenate(pairs, 1)
+    return found | {known[a] for a, b in zip(row, column, strict=True) if a < n and known[b] in others}
 
 
 def templated(lists: Mapping[str, Sequence[str]], group_of: Mapping[str, int]) -> dict[str, set[str]]:

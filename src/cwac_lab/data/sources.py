@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cwac_lab.core.errors import ConfigError, MissingAsset, one_of
-from cwac_lab.data.cells import is_empty, meets, optional_text, text
+from cwac_lab.data.cells import is_empty, meets, optional_text, prompt_text
 from cwac_lab.data.folding import normalise as normalise
 from cwac_lab.data.placing import placed
 from cwac_lab.data.reading import LONGEST, SUFFIXES, Row, find_file, read_rows
@@ -32,6 +32,8 @@ class Prompts:
     Attributes:
         name: Name of the resource, file or data set. With its suffix it is that of a file, whatever ``data.source`` is.
         split: Split of a data set of the hub.
+        subset: Configuration of a data set of the hub.
+        revision: Commit, branch or tag of a data set of the hub; null: main.
         prompt_column: Column of the prompts.
         response_column: Column of affirmative openings, of which the first line is used.
         category_column: Column of categories.
@@ -40,6 +42,8 @@ class Prompts:
 
     name: str = ""
     split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
     prompt_column: str = "prompt"
     response_column: str | None = None
     category_column: str | None = None
@@ -117,7 +121,7 @@ def _chosen(rows: list[Row], spec: Prompts, key: str) -> list[tuple[int, Row]]:
 
 
 def load_prompts(
-    source: str, spec: Prompts, root: Path | None, name: str | None = None, longest: int = LONGEST
+    source: str, spec: Prompts, root: Path | None, name: str | None = None, longest: int = LONGEST, key: str = ""
 ) -> list[PromptRow]:
     """Return the prompts of one list.
 
@@ -128,13 +132,14 @@ def load_prompts(
         root: Folder of files; None: the current one.
         name: Name of the list in ``data.lists``, for errors.
         longest: Longest line of a file, in MiB.
+        key: Setting that the list is, for errors; by default that of its name in ``data.lists``.
 
     Raises:
         MissingAsset: If the file or data set is not there.
         ConfigError: If it lacks a named column.
         LabError: If it cannot be read, or a cell is empty or no text; names file and line.
     """
-    key, resource = f"data.lists.{name or spec.name}", spec.name.removeprefix("embedded:")
+    key, resource = key or f"data.lists.{name or spec.name}", spec.name.removeprefix("embedded:")
     file = Path(spec.name).suffix in SUFFIXES
     if resource != spec.name or (source == "embedded" and not file):
         if resource not in EMBEDDED_LISTS:
@@ -148,7 +153,7 @@ def load_prompts(
     if source == "local" or file:
         rows = read_rows(find_file(root or Path(), spec.name), longest=longest)
     else:
-        rows = from_hub(HubSource(spec.name), spec.split)
+        rows = from_hub(HubSource(spec.name, spec.subset, spec.revision), spec.split)
 
     def cell(row: Row, field: str, read: Callable[[dict[str, Any], str], str | None]) -> str | None:
         column = getattr(spec, field)
@@ -158,7 +163,7 @@ def load_prompts(
     return [
         PromptRow(
             f"{spec.name}/{i}",
-            str(cell(row, "prompt_column", text)).strip(),
+            str(cell(row, "prompt_column", prompt_text)).strip(),
             cell(row, "response_column", optional_text),
             cell(row, "category_column", optional_text),
         )

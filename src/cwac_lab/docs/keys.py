@@ -27,6 +27,7 @@ from cwac_lab.core.paths import conf_dir
 from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.forms import FormsConfig
 from cwac_lab.data.sources import DataConfig
+from cwac_lab.data.suites import SuiteConfig
 from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TuningConfig
@@ -249,6 +250,21 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
             yield f"constraint={option}", list(keys_of(get_class(node["_target_"]), f"constraint.{name}", node))
 
 
+def _suites() -> list[str]:
+    """Return the named suites with what each measures, licence and kinds, and the keys of a suite."""
+    lines = [
+        "## suites\n",
+        "Named suites that are asked beside the run's own prompts: `evaluation.suites=[xstest,harmbench]`.",
+        "A setting of one that is asked: `suites.xstest.n=50`.\n",
+        "| option | what it measures | licence |",
+        "| --- | --- | --- |",
+    ]
+    for option in options("suite"):
+        node = yaml.safe_load((conf_dir() / "suite" / f"{option}.yaml").read_text(encoding="utf-8"))
+        lines.append(f"| `{option}` | {node['measures']} | {node['licence']} |")
+    return [*lines, "", *_table(keys_of(SuiteConfig, "suites.NAME", {}))]
+
+
 def page() -> str:
     """Return the page of all settings as Markdown."""
     lines = [
@@ -271,6 +287,7 @@ def page() -> str:
         lines += _table(iter(keys))
         if not option and (conf_dir() / group).is_dir():
             lines += _options(group, differ=True)
+    lines += _suites()
     for group in OVERLAYS:
         lines += [f"## {group}\n", f"Sets keys of other groups. Off by default; `{group}=NAME` turns one on.\n"]
         lines += _options(group, differ=True)

@@ -21,8 +21,8 @@ from cwac_lab.diagnostics.evidence import PREFIX, correlations
 from cwac_lab.docs import judged, starts
 from cwac_lab.report.files import NOTE, page
 from cwac_lab.report.grouping import Row, has_rate, records
-from cwac_lab.report.paired import compare
-from cwac_lab.report.tables import TITLES
+from cwac_lab.report.paired import compare, shown_p
+from cwac_lab.report.rates import title
 from cwac_lab.report.views import views
 from cwac_lab.results import load, select
 
@@ -65,11 +65,11 @@ def rows_of(folder: Path, name: str, query: str) -> list[Row]:
 
 def experiment(folder: Path) -> str:
     """Return the page of an experiment: a section a table, and one of the methods that are compared."""
-    where, title = f"experiments/{folder.name}", _titles(folder / VIEWS)
+    where, titles = f"experiments/{folder.name}", _titles(folder / VIEWS)
     command = f"    python -m cwac_lab.tables output_root={where} views={where}/{VIEWS}"
     parts = [f"# {folder.name}\n\nMade by `make docs` of the records in `{where}`, as by\n\n{command}\n"]
     for name, query in views(str(folder / VIEWS)).items():
-        words = f"{title[name][0].upper()}{title[name][1:]}."
+        words = f"{titles[name][0].upper()}{titles[name][1:]}."
         parts.append(f"## {name}\n\n{words}\n\n{page(rows_of(folder, name, str(query)), name)}")
     if (folder / PAIRS).is_file():
         parts.append(pairs(folder))
@@ -94,8 +94,7 @@ def pairs(folder: Path) -> str:
             if not (has_rate(mine, rate) and has_rate(theirs, rate)):
                 continue
             found, p = compare(mine, theirs, rate)
-            shown = "<0.0001" if p < 1e-4 else f"{p:.2g}"
-            lines.append(f"| {name} | {TITLES[rate]} | {found} | {shown} | {found.n} | {found.seeds} |")
+            lines.append(f"| {name} | {title(rate)} | {found} | {shown_p(p)} | {found.n} | {found.seeds} |")
     return "\n".join(lines) + f"\n\n{NOTE}\n"
 
 

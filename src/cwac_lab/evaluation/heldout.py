@@ -14,12 +14,12 @@ from cwac_lab.data.batches import collate
 from cwac_lab.models.answers import answer_logits, to_device
 from cwac_lab.models.chat import ChatFormat, Encoded, Prompt
 
+# The cross-entropy of a text's tokens in nats, summed, and their number.
+Loss = tuple[float, int]
 
-@torch.inference_mode()
-def losses(
-    model: Any, chat: ChatFormat, rows: Sequence[tuple[Prompt, str]], batch_size: int
-) -> list[tuple[float, int]]:
-    """Return for each prompt and answer the cross-entropy of the answer's tokens in nats, summed, and their number.
+
+def losses(model: Any, chat: ChatFormat, rows: Sequence[tuple[Prompt, str]], batch_size: int) -> list[Loss]:
+    """Return for each prompt and answer the loss of the answer's tokens.
 
     The end of turn is one of them. A row that is too long is cut as in training.
 
@@ -30,17 +30,31 @@ def losses(
         batch_size: Rows per forward.
     """
     examples = [chat.encode(asked, answer) for asked, answer in rows]
+    return summed(model, examples, chat.pad_id, batch_size, "loss on held-out answers, batches")
+
+
+@torch.inference_mode()
+def summed(model: Any, examples: Sequence[Encoded], pad_id: int, batch_size: int, told: str) -> list[Loss]:
+    """Return the loss of each example at the tokens that its labels say.
+
+    Args:
+        model: A causal language model.
+        examples: Token ids and labels.
+        pad_id: Id to pad with.
+        batch_size: Examples per forward; those of a batch are of similar length.
+        told: What is counted, for who waits.
+    """
     order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
     found = [(0.0, 0)] * len(examples)
     parts = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    for part in track(parts, "loss on held-out answers, batches"):
-        for place, loss in zip(part, _sums(model, chat, [examples[place] for place in part]), strict=True):
+    for part in track(parts, told):
+        for place, loss in zip(part, _sums(model, [examples[place] for place in part], pad_id), strict=True):
             found[place] = loss
     return found
 
 
-def _sums(model: Any, chat: ChatFormat, examples: list[Encoded]) -> list[tuple[float, int]]:
-    batch = to_device(collate(examples, chat.pad_id), model.device)
+def _sums(model: Any, examples: list[Encoded], pad_id: int) -> list[Loss]:
+    batch = to_device(collate(examples, pad_id), model.device)
     logits, targets = answer_logits(model, batch)
     counts = [sum(label >= 0 for label in example.labels[1:]) for example in examples]
     by_row = torch.split(cross_entropy(logits.float(), targets, reduction="none"), counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,13 +11,17 @@ from cwac_lab.data.attacks import AttackConfig
 from cwac_lab.data.forms import OWN, SYSTEM
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
+from cwac_lab.data.suites import Suite, SuiteConfig
 from cwac_lab.data.tasks.base import Task
+from cwac_lab.evaluation.combined import combined_of
 from cwac_lab.evaluation.engines import ENGINES
 from cwac_lab.evaluation.heldout import losses, mean_loss
-from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
+from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS, Judged
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
-from cwac_lab.judges import all_made
+from cwac_lab.judges import all_made, made
+from cwac_lab.judges import told as told_of
+from cwac_lab.judges.base import Judge
 from cwac_lab.models.chat import ChatFormat, Prompt
 from cwac_lab.models.templates import Turn
 from cwac_lab.results import store
@@ -30,6 +34,8 @@ class Evaluated(Protocol):
     evaluation: EvaluationConfig
     task: Task
     attack: AttackConfig
+    suites: dict[str, SuiteConfig]
+    cache_root: str
 
 
 def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
@@ -59,6 +65,20 @@ def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, l
         for row in asked
     ]
     return rows
+
+
+def suite_rows(run: Evaluated, suites: Mapping[str, Suite]) -> dict[str, list[dict[str, Any]]]:
+    """Return what is asked of the model for named suites, by suite and kind, as ``evaluation_rows`` does."""
+    return {
+        f"{kind}, {name}": [
+            {"kind": kind, "id": row.id, "suite": name, "prompt": run.attack.asked(row.prompt)}
+            | ({"category": row.category} if row.category is not None else {})
+            for row in rows
+        ]
+        for name, suite in suites.items()
+        for kind, rows in suite.rows.items()
+        if rows
+    }
 
 
 def answered(
@@ -112,17 +132,35 @@ def remarks(rows: list[dict[str, Any]], chat: ChatFormat) -> Iterator[str]:
 def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
     """Judge saved generations and write verdicts; returns the aggregates (stages 2 and 3).
 
-    The rates are the first judge's; ``judges`` has the versions of all, and of the others rates and agreement.
+    The rates are the first judge's, those of a suite its own judge's where it names one; ``judges`` has the versions of
+    all, and of the others rates and agreement.
     """
     generations = folder.read(store.GENERATIONS)
-    judges = all_made(run.evaluation.judges)
+    endpoint = (run.evaluation.endpoint, run.cache_root)
+    judges = all_made(run.evaluation.judges, *endpoint)
+    named = {name: suite.judge for name, suite in run.suites.items() if suite.judge is not None}
+    own = {name: made(judge, *endpoint) for name, judge in named.items() if judge != judges[0].name}
     first, *others = [judge_rows(generations, run.task, each) for each in judges]  # all, before any is written
+    for name, each in own.items():
+        first = _judged_by(first, generations, name, run.task, each)
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
-    told: dict[str, Any] = {judges[0].name: {"version": judges[0].version}}
+    told: dict[str, Any] = {judges[0].name: told_of(judges[0])}
     for other, found in zip(judges[1:], others, strict=True):
         folder.write(store.verdicts_of(other.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}
-        told[other.name] = {"version": other.version, **rates, "agreement": agreement(first, found)}
+        told[other.name] = {**told_of(other), **rates, "agreement": agreement(first, found)}
     loss = mean_loss(generations)
-    return {**aggregate(first), **({"held_out_loss": loss.to_dict()} if loss else {}), "judges": told}
+    more = {name: each.rate([first]).to_dict() for name, each in combined_of(first).items()}
+    judged = {"suite_judges": {name: f"{each.name} {each.version[:8]}" for name, each in own.items()}} if own else {}
+    return {**aggregate(first), **more, **({"held_out_loss": loss.to_dict()} if loss else {}), "judges": told, **judged}
+
+
+def _judged_by(
+    verdicts: list[Judged], generations: list[dict[str, Any]], suite: str, task: Task, judge: Judge
+) -> list[Judged]:
+    """Return verdicts with those of a suite by another judge."""
+    places = [at for at, row in enumerate(generations) if row.get("suite") == suite]
+    given = judge_rows([generations[at] for at in places], task, judge)
+    of_suite = dict(zip(places, given, strict=True))
+    return [of_suite.get(at, verdict) for at, verdict in enumerate(verdicts)]

@@ -7,16 +7,20 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import SHOWN
+from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.models.origin import CARD
+from cwac_lab.report import costs
 from cwac_lab.results.record import judged_by
 
 FILE = CARD
 # What no rate of a run says anything about.
 NOT_MEASURED = (
     "languages other than that of the test prompts; conversations of several turns; attacks on the prompt; how harmful "
-    "an answer is; abilities other than the task"
+    "an answer is"
 )
+ABILITIES = "; abilities other than the task"
 
 
 def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, Any], run: str) -> str:
@@ -42,7 +46,7 @@ def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, 
         f"{metrics['split']} prompts. HS says whether a harmful prompt is answered, whatever the answer is worth."
         + _broken(metrics)
         + _rounded(config),
-        f"Not measured: {NOT_MEASURED}.",
+        f"Not measured: {NOT_MEASURED}{'' if 'lm_eval' in metrics else ABILITIES}.",
         "## What it was made of",
         _made_of(metrics, provenance),
         "## Settings",
@@ -60,11 +64,20 @@ def _rates(metrics: dict[str, Any]) -> str:
         rate = metrics.get(name)
         if rate is not None and rate["value"] is not None:
             lines.append(f"| {metric.words} | {_interval(rate, 1)} | {rate['n']} |")
+    for name in (name for name in metrics if "/" in name):
+        found, rate = described(name), metrics[name]
+        if found.shown and rate["value"] is not None:
+            lines.append(f"| {found.words} | {_interval(rate, 1)} | {rate['n']} |")
+    if HARMFULNESS in metrics:
+        mean = metrics[HARMFULNESS]
+        words = "harmfulness of answers to harmful prompts, a mean (lower is better)"
+        lines.append(f"| {words} | {_interval(mean, 1)} | {mean['n']} |")
     if "held_out_loss" in metrics:
         loss = metrics["held_out_loss"]
         lines.append(
             f"| loss on held-out answers, nats a token (lower is better) | {_interval(loss, 3)} | {loss['n']} |"
         )
+    lines += [f"| {words} | {told} | {n} |" for words, told, n in costs.lines(metrics)]
     return "\n".join(lines)
 
 

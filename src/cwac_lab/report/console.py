@@ -13,7 +13,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import METRICS, SHOWN
+from cwac_lab.evaluation.verdicts import BROKEN, HARMFULNESS
+from cwac_lab.report import costs
 
 
 def _of_set(rate: dict[str, Any] | None) -> tuple[str, str, str]:
@@ -50,6 +53,14 @@ def _kappa(agreement: dict[str, Any]) -> str:
     told = ((words, agreement[words]) for words in ("harmful", "harmless"))
     known = [f"{words} {each['kappa']:.2f}, n={each['n']}" for words, each in told if each["kappa"] is not None]
     return f" (kappa {'; '.join(known)})" if known else ""
+
+
+def _cost(judge: str, told: dict[str, Any]) -> str:
+    """Return what an endpoint took, in one line."""
+    cost = told["cost"]
+    asked = f"{cost['requests']} requests, {cost['cached']} replies from the cache"
+    tokens = f"{cost['tokens_read']} tokens read, {cost['tokens_written']} written"
+    return f"judge {judge} ({told['model']}, rubric {told['rubric']}): {asked}; {tokens}"
 
 
 _BROKEN = "too many incoherent answers; its rates say nothing of safety"
@@ -127,6 +138,10 @@ class Screen:
         for key, metric in SHOWN.items():
             if key in metrics:
                 table.add_row(metric.words, *_cell(metrics[key]))
+        for key in (key for key in metrics if "/" in key and isinstance(metrics[key], dict)):
+            found = described(key)
+            if found.shown or (metrics[key]["value"] or 0.0) > BROKEN:
+                table.add_row(found.words, *_cell(metrics[key]))
         for name, told in metrics.get("judges", {}).items():
             if "agreement" not in told:
                 table.add_row("judged by", f"{name} {told['version'][:8]}", "")
@@ -134,13 +149,22 @@ class Screen:
                 table.add_row(
                     f"HS, judge {name} {told['version'][:8]}{_kappa(told['agreement'])}", *_cell(told["harmful_score"])
                 )
+            if HARMFULNESS in told:
+                table.add_row(f"harmfulness, judge {name}", *_cell(told[HARMFULNESS]))
+        if HARMFULNESS in metrics:
+            table.add_row("harmfulness of answers to harmful prompts (lower is better)", *_cell(metrics[HARMFULNESS]))
         if "held_out_loss" in metrics:
             loss = metrics["held_out_loss"]
             told = f"{loss['value']:.3f}" + ("" if loss["low"] is None else f" [{loss['low']:.3f}, {loss['high']:.3f}]")
             words = f"loss on held-out answers, nats a token (perplexity {math.exp(loss['value']):.2f})"
             table.add_row(words, told, str(loss["n"]))
+        for words, told, n in costs.lines(metrics):
+            table.add_row(escape(words), escape(told), n)
         if "leak" in metrics:
             table.add_row("leak of the weight constraint", f"{metrics['leak']:.1e}", "")
         self.console.print(table)
+        for name, told in metrics.get("judges", {}).items():
+            if "cost" in told:
+                self.say(_cost(name, told))
         if metrics.get("broken"):
             self.console.print(f"[bold red]broken model:[/bold red] {_BROKEN}")

@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from cwac_lab.config.run import ALIKE, requirements
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.data.attacks import ASKING
-from cwac_lab.evaluation.metrics import METRICS, SHOWN
-from cwac_lab.evaluation.verdicts import outcomes
+from cwac_lab.report.rates import counted
 from cwac_lab.results import store
 from cwac_lab.results.schema2 import THEN
 from cwac_lab.results.store import Record
@@ -29,8 +25,6 @@ _NEAR = "data.near"
 # The attack that headings need not name.
 PLAIN_ATTACK = "mixed"
 ROW = ["harmful_ratio", "constraint", "variant"]
-RATES = {name: metric.heading for name, metric in SHOWN.items()}
-HIGHER_IS_BETTER = {name for name, metric in METRICS.items() if metric.higher_is_better}
 _ORDER = ("start", "none", "weight", "activation", "coupled")
 OWN = "constraint."
 _RESTORE = "constraint.weight.restore_every_n_steps"
@@ -190,22 +184,13 @@ def finished(group: list[Row]) -> list[Row]:
 
 def has_rate(rows: list[Row], rate: str) -> bool:
     """Tell whether any answer counts for a rate in any of the finished runs; records of before a rate have none."""
-    return any(outcomes(row["verdicts"], rate) for row in finished(rows))
-
-
-def outcome_matrix(rows: list[Row], rate: str) -> Float[np.ndarray, "S N"]:
-    """Return the outcomes of S runs on the N items that count in any of them; NaN where an item does not count."""
-    found = [outcomes(row["verdicts"], rate) for row in rows]
-    items = sorted(set().union(*found))
-    return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
-        len(rows), len(items)
-    )
+    return any(counted(row["verdicts"], rate) for row in finished(rows))
 
 
 def said(run: Record) -> list[dict[str, Any]]:
     """Return what all judges of a run say of every answer, and their reasons, by name; ``task`` is the answer key.
 
-    ``form`` tells in which form a prompt was asked, where there are several.
+    ``form`` tells in which form a prompt was asked, where there are several; ``suite`` and ``category`` what it is of.
     """
     others = {Path(file).stem.removeprefix("verdicts-"): run.read(file) for file in run.verdict_files()[1:]}
     rows = []
@@ -214,7 +199,7 @@ def said(run: Record) -> list[dict[str, Any]]:
         verdicts |= {name: found[number] for name, found in others.items() if first["kind"] != "task"}
         words = {name: word(verdict) for name, verdict in verdicts.items()}
         reasons = {name: verdict.get("reason", "") for name, verdict in verdicts.items()}
-        item = {name: first[name] for name in ("kind", "id", "form") if name in first}
+        item = {name: first[name] for name in ("kind", "id", "form", "suite", "category") if name in first}
         rows.append({**item, "said": words, "reasons": reasons})
     return rows
 
@@ -223,4 +208,4 @@ def word(verdict: dict[str, Any]) -> str:
     """Return a verdict in a word."""
     if "correct" in verdict:
         return {True: "correct", False: "wrong", None: "not scored"}[verdict["correct"]]
-    return next((field for field in ("incoherent", "refused", "complied") if verdict[field]), "unknown")
+    return next((field for field in ("incoherent", "refused", "complied") if verdict.get(field)), "unknown")

@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = (id) => document.getElementById(id);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const PAGE = 25;
+const PAGE = 25, LEGEND = 80; // answers at once; pixels between axes and legend
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#7a5195", "#777777"];
 const SYMBOLS = ["circle", "square", "diamond", "cross", "triangle-up", "star", "hexagon", "pentagon"];
 
@@ -19,66 +19,90 @@ const element = (name, text = "", className = "") => {
 
 function layout(more) {
   const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
-  const { xaxis = {}, yaxis = {}, ...rest } = more;
-  return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--text"), size: 13 },
-    xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
-  };
+  const axes = Object.entries(more).filter(([name]) => /^[xy]axis/.test(name));
+  const themed = axes.map(([name, own]) => [name, { ...axis, ...titled(own) }]);
+  return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--text"), size: 13 },
+    ...more, ...Object.fromEntries(themed) };
 }
 const titled = (axis = {}) => (axis.title ? { ...axis, title: { text: axis.title } } : axis);
 // The legend lies below the axes, a line a trace, and takes nothing of their height.
 function draw(id, traces, more) {
-  const axes = Object.fromEntries(Object.entries(more).filter(([name]) => /^[xy]axis/.test(name))
-    .map(([name, axis]) => [name, titled(axis)]));
-  const named = traces.filter((trace) => trace.name).length;
-  const below = named ? 60 + 21 * named : 50;
+  const named = traces.filter((trace) => trace.name && trace.showlegend !== false).length;
+  const below = named ? LEGEND + 21 * named : 50;
   const height = more.height ?? 340 + below;
   const margin = { l: 55, r: 15, t: 20, b: below, ...more.margin };
-  const legend = { orientation: "v", x: 0, xanchor: "left", y: -55 / (height - 20 - below), yanchor: "top" };
+  const legend = { orientation: "v", x: 0, xanchor: "left", y: (10 - LEGEND) / (height - 20 - below), yanchor: "top" };
   by(id).style.height = `${height}px`;
-  Plotly.react(id, traces, layout({ ...more, ...axes, height, margin, legend }), { responsive: true, displaylogo: false });
+  const first = !by(id).on;
+  Plotly.react(id, traces, layout({ ...more, height, margin, legend }), { responsive: true, displaylogo: false });
+  if (first) by(id).on("plotly_click", ({ points }) => points[0].customdata && openRun(points[0].customdata));
 }
-const bars = (cells, rate) => ({
+const NONE = { value: null, low: null, high: null, n: 0 };
+const rateOf = (cell, name, category = "") => (category ? cell.categories[name]?.[category] : cell.rates[name]) ?? NONE;
+const said = ({ value, low, high }) =>
+  value === null ? "n/a" : `${value.toFixed(1)}${low === null ? "" : ` [${low.toFixed(1)}, ${high.toFixed(1)}]`}`;
+const bars = (rates) => ({
   type: "data", symmetric: false, thickness: 1,
-  array: cells.map((c) => c[rate].high - c[rate].value), arrayminus: cells.map((c) => c[rate].value - c[rate].low),
+  array: rates.map((r) => r.high - r.value), arrayminus: rates.map((r) => r.value - r.low),
 });
-const told = (cell) => {
-  const say = (words, r) => (r.value === null ? `${words} n/a` : `${words} ${r.value} [${r.low}, ${r.high}] (n=${r.n})`);
-  const kept = cell.retained_refusals.value === null ? "" : `<br>${say("retained refusals", cell.retained_refusals)}`;
-  return `${cell.method}<br>${say("HS", cell.harmful_score)}${kept}<br>${say("FA", cell.finetune_accuracy)}` +
-    `<br>${cell.seeds} seed${cell.seeds === 1 ? "" : "s"}${cell.broken ? ", broken" : ""}`;
+const told = (cell, rates) => {
+  const lines = Object.entries(rates).map(([words, rate]) => `${words} ${said(rate)} (n=${rate.n})`);
+  const seeds = `${cell.seeds} seed${cell.seeds === 1 ? "" : "s"}${cell.broken ? ", broken" : ""}`;
+  return [cell.method, ...lines, seeds, "click: its run"].join("<br>");
 };
-const scored = (cell) => cell.harmful_score.value !== null;
+const symbol = (i, cell) => SYMBOLS[i % SYMBOLS.length] + (cell.broken ? "-open" : "");
 
-function drawTrade() {
-  const ratio = Number(by("trade-ratio").value);
-  const cells = data.cells.filter((c) => c.setting === by("trade-setting").value && c.ratio === ratio)
-    .filter((c) => scored(c) && c.finetune_accuracy.value !== null);
-  const front = cells.filter((a) => !a.broken && !cells.some((b) => !b.broken && b !== a &&
-    b.harmful_score.value <= a.harmful_score.value && b.finetune_accuracy.value >= a.finetune_accuracy.value &&
-    (b.harmful_score.value < a.harmful_score.value || b.finetune_accuracy.value > a.finetune_accuracy.value)))
-    .sort((a, b) => a.harmful_score.value - b.harmful_score.value);
-  const points = cells.map((cell, i) => ({
-    x: [cell.harmful_score.value], y: [cell.finetune_accuracy.value], name: cell.method, mode: "markers",
-    error_x: bars([cell], "harmful_score"), error_y: bars([cell], "finetune_accuracy"),
-    marker: { size: 11, color: COLORS[i % COLORS.length],
-      symbol: SYMBOLS[i % SYMBOLS.length] + (cell.broken ? "-open" : "") },
-    hovertemplate: `${told(cell)}<extra></extra>`,
-  }));
-  const line = { x: front.map((c) => c.harmful_score.value), y: front.map((c) => c.finetune_accuracy.value),
-    mode: "lines", name: "Pareto front", line: { dash: "dot", color: css("--faint") }, hoverinfo: "skip" };
-  draw("trade-plot", [line, ...points],
-    { xaxis: { title: "harmful score, % (lower is better)" }, yaxis: { title: "fine-tuning accuracy, %" } });
+// A point, a line of a table or an address ending in #run=NAME opens a run.
+function openRun(name) {
+  const at = data.runs.findIndex((run) => run.name === name);
+  if (at < 0) return;
+  by("record-run").value = String(at);
+  showRecord();
+  const hash = `#run=${encodeURIComponent(name)}`;
+  if (location.hash !== hash) location.hash = hash;
+  by("runs").scrollIntoView();
+}
+function openNamed() {
+  if (location.hash.startsWith("#run=")) openRun(decodeURIComponent(location.hash.slice(5)));
+}
+function button(words, action) {
+  const made = element("button", words);
+  made.type = "button";
+  made.addEventListener("click", action);
+  return made;
+}
+function table(heads, rows) {
+  const made = element("table"), head = element("tr"), body = element("tbody");
+  for (const name of heads) {
+    const cell = element("th", name);
+    cell.scope = "col";
+    head.append(cell);
+  }
+  for (const row of rows) {
+    const line = element("tr");
+    for (const value of row) {
+      const cell = element("td");
+      cell.append(value);
+      line.append(cell);
+    }
+    body.append(line);
+  }
+  const top = element("thead");
+  top.append(head);
+  made.append(top, body);
+  return made;
 }
 
 function drawRatio() {
-  const cells = data.cells.filter((c) => c.setting === by("ratio-setting").value && c.ratio !== null && scored(c));
+  const score = (cell) => rateOf(cell, "harmful_score");
+  const cells = data.cells.filter((c) => c.setting === by("ratio-setting").value && c.ratio !== null && score(c).n);
   const lines = unique(cells.map((c) => c.method)).map((method, i) => {
     const mine = cells.filter((c) => c.method === method).sort((a, b) => a.ratio - b.ratio);
-    return { x: mine.map((c) => c.ratio), y: mine.map((c) => c.harmful_score.value), name: method,
-      error_y: bars(mine, "harmful_score"), mode: "lines+markers", text: mine.map(told),
+    const shown = (c) => told(c, { HS: score(c), FA: rateOf(c, "finetune_accuracy") });
+    return { x: mine.map((c) => c.ratio), y: mine.map((c) => score(c).value), name: method, customdata: mine.map((c) => c.runs[0]),
+      error_y: bars(mine.map(score)), mode: "lines+markers", text: mine.map(shown),
       hovertemplate: "%{text}<extra></extra>", line: { color: COLORS[i % COLORS.length] },
-      marker: { symbol: mine.map((c) => SYMBOLS[i % SYMBOLS.length] + (c.broken ? "-open" : "")), size: 9 } };
+      marker: { symbol: mine.map((c) => symbol(i, c)), size: 9 } };
   });
   const several = lines.filter((line) => line.x.length > 1);
   draw("ratio-plot", several.length ? several : lines, { xaxis: { title: "harmful ratio" }, yaxis: { title: "harmful score, %", range: [-3, 103] } });
@@ -111,7 +135,7 @@ function drawCurve() {
   draw("curve-plot", lines, { xaxis: { title: "optimizer step" }, yaxis: { title: "loss" } });
 }
 
-const answered = data.runs.filter((run) => run.answers);
+const answered = data.runs.filter((run) => run.texts);
 const unpacked = new Map();
 async function answersOf(run) {
   if (!unpacked.has(run.name)) {
@@ -122,32 +146,56 @@ async function answersOf(run) {
   return unpacked.get(run.name);
 }
 
+// What a prompt is of: its kind, suite, category, name, and the form in which it was asked.
+const words = (row) => [row.kind, row.suite, row.category, row.id, row.form === "system" ? "under the system prompt" : ""]
+  .filter(Boolean).join(" · ");
+function promptOf(row) {
+  if (row.kind !== "harmful" || row.prompt === undefined) return element("p", row.prompt ?? "");
+  const hidden = element("button", "", "blurred");
+  hidden.type = "button";
+  hidden.setAttribute("aria-expanded", "false");
+  hidden.setAttribute("aria-label", "Harmful prompt, hidden: show it");
+  hidden.append(element("span", row.prompt));
+  hidden.addEventListener("click", () => {
+    const open = hidden.getAttribute("aria-expanded") !== "true";
+    hidden.setAttribute("aria-expanded", String(open));
+    hidden.setAttribute("aria-label", open ? row.prompt : "Harmful prompt, hidden: show it");
+  });
+  return hidden;
+}
+const outputOf = (row) =>
+  element("p", row.output === undefined ? "(the text is not kept beside this record)" : row.output || "(empty)", "output");
 function card(row) {
-  const box = element("article", "", "answer");
-  const form = row.form === "system" ? " · under the system prompt" : "";
-  const head = element("p", `${row.kind} · ${row.id}${form} · `, "head");
+  const box = element("article", "", "answer"), head = element("p", `${words(row)} · `, "head");
   for (const [judge, verdict] of Object.entries(row.said)) {
     const mark = element("span", judge === "task" ? verdict : `${judge}: ${verdict}`, `verdict ${row.kind} ${verdict}`);
-    mark.title = row.reasons[judge] || "";
+    mark.title = row.reasons?.[judge] || "";
     head.append(mark);
   }
-  box.append(head);
-  if (row.kind === "harmful") {
-    const hidden = element("button", "", "blurred");
-    hidden.type = "button";
-    hidden.setAttribute("aria-expanded", "false");
-    hidden.setAttribute("aria-label", "Harmful prompt, hidden: show it");
-    hidden.append(element("span", row.prompt));
-    hidden.addEventListener("click", () => {
-      const open = hidden.getAttribute("aria-expanded") !== "true";
-      hidden.setAttribute("aria-expanded", String(open));
-      hidden.setAttribute("aria-label", open ? row.prompt : "Harmful prompt, hidden: show it");
-    });
-    box.append(hidden);
-  } else box.append(element("p", row.prompt));
-  box.append(element("p", row.output || "(empty)", "output"));
+  box.append(head, promptOf(row), outputOf(row));
   return box;
 }
+
+// Suites and their categories beside one another; a page without suites shows no such filter.
+function suiteFilter(prefix, action) {
+  const suite = by(`${prefix}-suite`), category = by(`${prefix}-category`);
+  const names = Object.keys(data.suites);
+  fill(suite, ["*", ...names], ["all", ...names.map((name) => name || "own pool")]);
+  suite.closest("label").hidden = names.length < 2;
+  const refill = () => {
+    const there = unique(suite.value === "*" ? Object.values(data.suites).flat() : data.suites[suite.value]);
+    fill(category, ["", ...there], ["all", ...there]);
+    category.closest("label").hidden = !there.length;
+  };
+  refill();
+  suite.addEventListener("input", () => { refill(); action(); });
+  category.addEventListener("input", action);
+}
+function inSuite(prefix, row) {
+  const suite = by(`${prefix}-suite`).value, category = by(`${prefix}-category`).value;
+  return (suite === "*" || (row.suite ?? "") === suite) && (!category || row.category === category);
+}
+const KINDS = ["all", "harmful", "harmless", "lookalike", "task"];
 
 let first = 0;
 async function showAnswers() {
@@ -156,7 +204,7 @@ async function showAnswers() {
   const text = by("answer-text").value.toLowerCase(), split = by("answer-split").checked;
   const found = rows.filter((row) => {
     const said = Object.values(row.said);
-    return (kind === "all" || row.kind === kind) && (verdict === "all" || said[0] === verdict) &&
+    return (kind === "all" || row.kind === kind) && inSuite("answer", row) && (verdict === "all" || said[0] === verdict) &&
       (!split || unique(said).length > 1) && (!text || `${row.prompt} ${row.output}`.toLowerCase().includes(text));
   });
   first = Math.max(0, Math.min(first, found.length - 1));
@@ -170,13 +218,25 @@ async function showAnswers() {
 }
 
 function showRecord() {
-  const run = data.runs[Number(by("record-run").value)];
+  const at = Number(by("record-run").value), run = data.runs[at];
+  const ways = element("div", "", "controls");
+  for (const other of data.cells.find((cell) => cell.runs.includes(run.name))?.runs ?? []) {
+    const seed = data.runs.find((each) => each.name === other).facts.seed;
+    if (other !== run.name) ways.append(button(`same, seed ${seed}`, () => openRun(other)));
+  }
+  const lead = (select, place, section) => () => {
+    by(select).value = String(place);
+    by(select).dispatchEvent(new Event("input"));
+    by(section).scrollIntoView();
+  };
+  if (answered.includes(run)) ways.append(button("its answers", lead("answer-run", answered.indexOf(run), "answers")));
+  if (judged.includes(run)) ways.append(button("beside another run", lead("two-first", judged.indexOf(run), "two")));
   const list = element("dl");
   const add = (name, value) => list.append(element("dt", name), element("dd", String(value)));
   if (run.failed) add("failed", run.failed);
   for (const [name, value] of Object.entries(run.facts)) add(name, value);
   for (const [name, r] of Object.entries(run.rates)) {
-    add(name, r.value === null ? "n/a" : `${r.value} [${r.low}, ${r.high}] (n=${r.n})`);
+    add(name, `${said(r)} (n=${r.n})`);
   }
   for (const [judge, kappa] of Object.entries(run.judges)) {
     const known = Object.entries(kappa).filter(([, k]) => k.kappa !== null);
@@ -193,7 +253,7 @@ function showRecord() {
     for (const [name, value] of Object.entries(values)) inner.append(element("dt", name), element("dd", String(value)));
     return part;
   };
-  by("record").replaceChildren(list, more("Settings", run.settings), more("Provenance", run.provenance));
+  by("record").replaceChildren(ways, list, more("Settings", run.settings), more("Provenance", run.provenance));
 }
 
 // What is below the first screen is drawn when it comes into view.
@@ -222,20 +282,10 @@ function whereAny(list, section, none, ids, action) {
 
 function main() {
   const size = (setting) => data.cells.filter((c) => c.setting === setting).length;
-  const tested = (setting) => setting.endsWith("test split");
+  const tested = (setting) => setting.includes(", test split");
   const settings = unique(data.cells.map((c) => c.setting)).sort((a, b) => tested(b) - tested(a) || size(b) - size(a));
-  fill(by("trade-setting"), settings);
+  startTrade(settings);
   fill(by("ratio-setting"), settings);
-  const ratios = () => {
-    const mine = data.cells.filter((c) => c.setting === by("trade-setting").value && c.ratio !== null);
-    const known = unique(mine.map((c) => c.ratio)).sort((a, b) => a - b);
-    const most = (ratio) => mine.filter((c) => c.ratio === ratio).length;
-    fill(by("trade-ratio"), known);
-    if (known.length) by("trade-ratio").value = known.reduce((a, b) => (most(b) > most(a) ? b : a));
-    drawTrade();
-  };
-  on(["trade-setting"], ratios);
-  by("trade-ratio").addEventListener("input", drawTrade);
   on(["ratio-setting"], drawRatio, "ratio");
 
   const names = (runs) => runs.map((run) => run.name);
@@ -247,10 +297,13 @@ function main() {
   whereAny(logged, "curve-plot", "curve-none", ["curve-run"], drawCurve);
 
   fill(by("record-run"), places(data.runs), names(data.runs));
-  on(["record-run"], showRecord, "runs");
+  by("record-run").addEventListener("input", () => openRun(data.runs[Number(by("record-run").value)].name));
+  whenSeen("runs", showRecord);
+  startTwo(names(judged));
 
   fill(by("answer-run"), places(answered), names(answered));
-  fill(by("answer-kind"), ["all", "harmful", "harmless", "lookalike", "task"]);
+  fill(by("answer-kind"), KINDS);
+  suiteFilter("answer", () => { first = 0; showAnswers(); });
   fill(by("answer-verdict"), ["all", "complied", "refused", "incoherent", "unknown", "correct", "wrong", "not scored"]);
   if (answered.length) {
     on(["answer-run", "answer-kind", "answer-verdict", "answer-text", "answer-split"], () => { first = 0; showAnswers(); }, "answers");
@@ -261,5 +314,6 @@ function main() {
     for (const id of ["answer-back", "answer-more"]) by(id).disabled = true;
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => location.reload());
+  addEventListener("hashchange", openNamed);
+  openNamed();
 }
-main();

@@ -6,7 +6,6 @@ import base64
 import csv
 import gzip
 import json
-import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -16,58 +15,31 @@ from jinja2 import Environment
 
 from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import LabError, MissingAsset
+from cwac_lab.evaluation.combined import described
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
-from cwac_lab.report.grouping import RATES, SETTING, Row, finished, grouped, records, said
+from cwac_lab.report.grouping import SETTING, Row, finished, records, said
 from cwac_lab.report.paired import CAPTION as PAIRED
 from cwac_lab.report.paired import differences
-from cwac_lab.report.tables import CAPTION, column_title, filled, heading, ranked, rate_of, summary
+from cwac_lab.report.points import categories, points, rates, short
+from cwac_lab.report.rates import known
+from cwac_lab.report.tables import CAPTION, column_title, filled, heading, ranked, summary
 from cwac_lab.results import store
 from cwac_lab.results.store import Record
 
 T = TypeVar("T")
 FILE = Path("report") / "index.html"
-# Points of a training curve at most, and digits that a figure keeps.
-POINTS, DIGITS = 120, 4
-_PLOTTED = ("harmful_score", "retained_refusals", "finetune_accuracy")
-_TERMS = ("weight", "activation", "cross", "total")
-
-
-def _short(value: Any) -> Any:
-    """Return a figure with ``DIGITS`` digits, None where it is no finite number."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-
-
-def _title(entry: Row) -> str:
-    variant = f" ({entry['variant']})" if entry["variant"] else ""
-    return f"{entry['constraint']}{variant}"
-
-
-def _cells(rows: list[Row]) -> list[dict[str, Any]]:
-    """Return the points of the figures: a row of the tables each, with the rates of ``_PLOTTED`` and intervals."""
-    found = []
-    for entry, group in grouped(rows):
-        done = finished(group)
-        if not done:
-            continue
-        rates = {name: rate_of(group, name).to_dict() for name in _PLOTTED}
-        cell = {
-            "setting": heading(entry), "method": _title(entry), "ratio": entry["harmful_ratio"], "seeds": len(done),
-            "broken": any(run["broken"] for run in done),
-            **{name: {part: _short(value) for part, value in rate.items()} for name, rate in rates.items()},
-        }  # fmt: skip
-        found.append(cell)
-    return found
+# Points of a training curve at most.
+POINTS = 120
+SCRIPTS = ("page.js", "trade.js", "two.js")
 
 
 def _tables(rows: list[Row]) -> list[dict[str, Any]]:
     """Return the tables as headings, columns and cells, without empty columns: rates, then paired differences."""
     found = []
-    rates = summary(rows)
-    for words, frame, caption in (("Rates", rates, CAPTION), ("Paired differences", differences(rows), PAIRED)):
-        best = ranked(frame) if frame is rates else {}
+    shares = summary(rows)
+    for words, frame, caption in (("Rates", shares, CAPTION), ("Paired differences", differences(rows), PAIRED)):
+        best = ranked(frame) if frame is shares else {}
         for keys, part in frame.groupby([name for name in SETTING if name in frame], sort=False) if len(frame) else ():
             shown = part.drop(columns=[name for name in SETTING if name in part]).astype(object).fillna("").astype(str)
             shown = shown[filled(shown)]
@@ -90,7 +62,7 @@ def _curve(run: Record) -> dict[str, list[Any]]:
     every = max(1, len(rows) // POINTS)
     losses = [name for name in rows[0] if name.startswith("loss/")] if rows else []
     kept = rows[::every]
-    columns = {name: [_short(float(row[name])) if row[name] else None for row in kept] for name in losses}
+    columns = {name: [short(float(row[name])) if row[name] else None for row in kept] for name in losses}
     return {"step": [int(float(row["step"])) for row in kept], **columns} if losses else {}
 
 
@@ -100,19 +72,25 @@ def _drift(run: Record) -> dict[str, Any]:
         return {}
     found = run.read(store.DRIFT)
     layers = {
-        kind: {term: [_short(layer[term]) for layer in drifts] for term in PARTS}
+        kind: {term: [short(layer[term]) for layer in drifts] for term in PARTS}
         for kind, drifts in found["layers"].items()
     }
-    means = {kind: {k: _short(v) for k, v in values.items()} for kind, values in found["summary"].items()}
+    means = {kind: {k: short(v) for k, v in values.items()} for kind, values in found["summary"].items()}
     return {"layers": layers, "means": means, "n": found["prompts"]}
 
 
 def _answers(run: Record) -> list[dict[str, Any]]:
-    """Return the answers of a run with the verdicts of all its judges; none where they were not kept."""
-    if not run.has(store.GENERATIONS) or not run.has(store.VERDICTS):
+    """Return the verdicts of all judges of a run on every answer, with prompt, answer and reasons where texts are kept.
+
+    None where the run failed or no verdicts are kept.
+    """
+    if run.status != "ok" or not run.has(store.VERDICTS):
         return []
+    rows = said(run)
+    if not run.has(store.GENERATIONS):
+        return [{name: value for name, value in row.items() if name != "reasons"} for row in rows]
     texts = [{key: row[key] for key in ("prompt", "output")} for row in run.read(store.GENERATIONS)]
-    return [verdicts | text for verdicts, text in zip(said(run), texts, strict=True)]
+    return [verdicts | text for verdicts, text in zip(rows, texts, strict=True)]
 
 
 def _packed(rows: list[dict[str, Any]]) -> str:
@@ -133,14 +111,15 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
     run: Record = row["run"]
     facts = {name: row[name] for name in store.FACTS if name != "weights_content"}
     provenance = run.provenance()
+    answers = _kept(_answers, run, say) or []
     told = ("git_commit", "git_dirty", "python", "platform", "devices", "weights_content", "base_content")
     return {
         "name": run.path.name,
         "facts": {**facts, "weights content": str(row["weights_content"])[:8], "judged by": row["judge"]},
         "failed": row.get("failed"),
         "rates": {
-            words: {part: _short(value) for part, value in row[name].items()}
-            for name, words in RATES.items()
+            described(name).heading: {part: short(value) for part, value in row[name].items()}
+            for name in known([row])
             if isinstance(row.get(name), dict)
         },
         "judges": {
@@ -148,12 +127,18 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
             for name, told in row.get("judges", {}).items()
             if "agreement" in told
         },
-        "settings": {key: value for key, value in row["config"].items() if not isinstance(value, (dict, list))},
+        "settings": {key: _plain(value) for key, value in row["config"].items()},
         "provenance": {name: provenance[name] for name in told if name in provenance} | provenance.get("packages", {}),
         "drift": _kept(_drift, run, say) or {},
         "curve": _kept(_curve, run, say) or {},
-        "answers": _packed(_kept(_answers, run, say) or []),
+        "answers": _packed(answers),
+        "texts": any("output" in answer for answer in answers),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as it is shown: what is no number or text as JSON."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
 def _json(value: Any) -> str:
@@ -176,7 +161,7 @@ def render(found: list[Record], say: Callable[[str], None] = print) -> str:
     rows = records(found, say)
     if not finished(rows):
         raise MissingAsset("no finished runs; run `python -m cwac_lab.train` first")
-    tables, cells = _tables(rows), _cells(rows)  # which tell every row its variant
+    tables, cells = _tables(rows), points(rows)  # which tell every row its variant
     here = resources.files("cwac_lab.report")
     template = Environment(autoescape=True).from_string(here.joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(
@@ -184,10 +169,17 @@ def render(found: list[Record], say: Callable[[str], None] = print) -> str:
         note=NOTE,
         n_runs=len(rows),
         weights=sorted({str(row["weights"]) for row in rows}),
-        data=_json({"cells": cells, "runs": [_run(row, say) for row in rows]}),
+        data=_json(
+            {
+                "cells": cells,
+                "rates": rates(rows),
+                "suites": categories(rows),
+                "runs": [_run(row, say) for row in rows],
+            }
+        ),
         plotly=get_plotlyjs(),
         style=here.joinpath("page.css").read_text(encoding="utf-8"),
-        script=here.joinpath("page.js").read_text(encoding="utf-8"),
+        scripts=[here.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS],
     )
 
 

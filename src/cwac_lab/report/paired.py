@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from cwac_lab.config.run import ALIKE
-from cwac_lab.core.errors import LabError, one_of
+from cwac_lab.core.errors import LabError
 from cwac_lab.core.stats import Difference, holm, paired_difference, sign_flip_p
-from cwac_lab.evaluation.metrics import METRICS
-from cwac_lab.evaluation.verdicts import outcomes
-from cwac_lab.report.grouping import OWN, SETTING, Row, finished, grouped
+from cwac_lab.evaluation.metrics import METRICS, metric
+from cwac_lab.report.grouping import OWN, ROW, SETTING, Row, finished, grouped
+from cwac_lab.report.rates import OF, checked, counted, is_share, known
 from cwac_lab.report.tables import heading
 
-# Column: the rate, and what is compared with.
-COMPARED = {
-    f"{metric.heading} - {baseline}": (name, baseline)
-    for name, metric in METRICS.items()
-    for baseline in metric.baselines
-}
 CAPTION = (
     "Points [95 % interval] on the same items and seeds; below zero is less than the other has. n: items in each of so "
     "many seeds. p: exact sign-flip test over items, Holm's correction within a comparison and harmful ratio."
 )
+
+
+def comparisons(rates: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return by column what is compared in it: a rate, and what with."""
+    return {
+        f"{metric(rate).heading} - {baseline}": (rate, baseline)
+        for rate in rates
+        if is_share(rate)
+        for baseline in metric(rate).baselines
+    }
+
+
 # Settings that two runs must share for their difference to be the constraint's, by what is compared with.
 _ASKED = ("evaluation.max_new_tokens", "task.", "model.")
 _SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "data.n_", "data.mixing")}
 
 
-def _alike(row: Row, other: Row, baseline: str) -> bool:
+def alike(row: Row, other: Row, baseline: str) -> bool:
     """Tell whether two runs share all settings that their difference is not to be due to."""
     # A start is compared with whatever is asked as it was, however that was trained.
     same = [name for name in (*SETTING, "asking") if baseline != "start" or name != "attack"]
-    if any(other[key] != row[key] for key in same):
-        return False
-    shared = (key for key in row["config"] if key.startswith(_SHARED[baseline]) and key not in ALIKE)
-    if any(other["config"].get(key, row["config"][key]) != row["config"][key] for key in shared):
+    if any(other[key] != row[key] for key in same) or unlike(row, other, baseline):
         return False
     return baseline == "start" or (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
+
+
+def unlike(row: Row, other: Row, baseline: str) -> list[str]:
+    """Return the settings of training and asking that two runs must share to be compared, and in which they differ."""
+    shared = (key for key in row["config"] if key.startswith(_SHARED[baseline]) and key not in ALIKE)
+    return [key for key in shared if other["config"].get(key, row["config"][key]) != row["config"][key]]
 
 
 def _partners(row: Row, rows: list[Row], baseline: str) -> list[Row]:
@@ -47,7 +58,7 @@ def _partners(row: Row, rows: list[Row], baseline: str) -> list[Row]:
 
     Settings of a constraint are not among them. Starts that were given another seed are one start.
     """
-    fitting = [other for other in rows if other["constraint"] == baseline and _alike(row, other, baseline)]
+    fitting = [other for other in rows if other["constraint"] == baseline and alike(row, other, baseline)]
     exact = [other for other in fitting if len(fitting) > 1 and _differing(row, other) == []]
     found = exact or fitting
     return found[:1] if baseline == "start" and all(_one_start(found[0], other) for other in found) else found
@@ -61,24 +72,37 @@ def _differing(row: Row, other: Row) -> list[str]:
 
 def _one_start(start: Row, other: Row) -> bool:
     """Tell whether two starts have the same settings, and the same outcome of all that is compared with starts."""
-    rates = (rate for rate, baseline in COMPARED.values() if baseline == "start")
-    alike = (outcomes(start["verdicts"], rate) == outcomes(other["verdicts"], rate) for rate in rates)
+    rates = (rate for rate, baseline in comparisons(known([start, other])).values() if baseline == "start")
+    alike = (counted(start["verdicts"], rate) == counted(other["verdicts"], rate) for rate in rates)
     return _differing(start, other) == [] and all(alike)
 
 
-def _compare(pairs: list[tuple[Row, Row]], rate: str) -> tuple[Difference, float] | None:
-    """Return the difference on the items that count in all runs; a broken model has an accuracy, but no other rate."""
-    outcomes_of = [
-        (outcomes(a["verdicts"], rate), outcomes(b["verdicts"], rate))
-        for a, b in pairs
-        if not METRICS[rate].judged or not (a["broken"] or b["broken"])
-    ]
-    if not outcomes_of:
-        return None
-    common = sorted(set.intersection(*(set(found) for pair in outcomes_of for found in pair)))
+def outcomes_of_pairs(
+    pairs: list[tuple[Row, Row]], rate: str
+) -> tuple[list[tuple[str, str]], Float[np.ndarray, "S N"], Float[np.ndarray, "S N"]] | None:
+    """Return the items that count for a rate in both runs of each of S pairs, and their outcomes on either side.
+
+    None where no item does. A broken model has an accuracy, but no other rate: pairs with one are left out.
+    """
+    found = [(counted(a["verdicts"], rate), counted(b["verdicts"], rate)) for a, b in pairs if is_sound((a, b), rate)]
+    common = sorted(set.intersection(*(set(said) for pair in found for said in pair))) if found else []
     if not common:
         return None
-    ours, other = (np.array([[float(pair[side][item]) for item in common] for pair in outcomes_of]) for side in (0, 1))
+    ours, other = (np.array([[float(pair[side][item]) for item in common] for pair in found]) for side in (0, 1))
+    return common, ours, other
+
+
+def is_sound(pair: tuple[Row, Row], rate: str) -> bool:
+    """Tell whether a rate says something of both runs: where a judge has a say, neither may be broken."""
+    return not metric(rate).judged or not any(row["broken"] for row in pair)
+
+
+def _compare(pairs: list[tuple[Row, Row]], rate: str) -> tuple[Difference, float] | None:
+    """Return the difference on the items that count in all runs, and its p; None where there is no such item."""
+    found = outcomes_of_pairs(pairs, rate)
+    if found is None:
+        return None
+    _, ours, other = found
     return paired_difference(ours, other), sign_flip_p(ours, other)
 
 
@@ -121,15 +145,14 @@ def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> t
     Args:
         ours: Records of one method (``grouping.records``), e.g. of ``results.select``.
         other: Records of the other.
-        rate: ``harmful_score``, ``retained_refusals``, ``finetune_accuracy``, ``over_refusal`` or
-            ``over_refusal_lookalike``.
+        rate: One of ``evaluation.metrics.METRICS``, or ``NAME/SUITE``.
 
     Raises:
         LabError: If the records of a method are not seeds of one row of a table, or no pair is left to compare.
     """
-    one_of("rate", rate, {rate for rate, _ in COMPARED.values()})
+    checked("rate", rate)
     mine, theirs = _one_row("ours", ours), _one_row("other", other)
-    pairs = [(row, partner) for row in mine for partner in theirs if _alike(row, partner, "none")]
+    pairs = [(row, partner) for row in mine for partner in theirs if alike(row, partner, "none")]
     found = _compare(pairs, rate)
     if found is None:
         raise LabError(
@@ -138,42 +161,76 @@ def compare(ours: list[Row], other: list[Row], rate: str = "harmful_score") -> t
     return found
 
 
-def _adjust(table: list[Row]) -> None:
-    """Replace every p by text, adjusted over the rows of one setting, comparison and harmful ratio."""
+def _adjusted(table: list[Row]) -> None:
+    """Adjust every p over the rows of one setting, comparison and harmful ratio."""
     families: dict[tuple[Any, ...], list[Row]] = {}
     for entry in table:
-        if entry["p"] != "":
-            families.setdefault(tuple(entry[key] for key in [*SETTING, "comparison", "harmful_ratio"]), []).append(
-                entry
-            )
-    for family in families.values():
-        for entry, p in zip(family, holm([entry["p"] for entry in family]), strict=True):
-            entry["p"] = "<0.0001" if p < 1e-4 else f"{p:.2g}"
+        if entry["p"] is not None:
+            family = tuple(entry[key] for key in [*SETTING, "comparison", "harmful_ratio"])
+            families.setdefault(family, []).append(entry)
+    for rows in families.values():
+        for entry, p in zip(rows, holm([entry["p"] for entry in rows]), strict=True):
+            entry["p"] = p
 
 
-def _line(found: tuple[Difference, float] | str) -> Row:
-    if isinstance(found, str):
-        return {"difference": found, "p": "", "n": "", "seeds": ""}
-    difference, p = found
-    return {"difference": str(difference), "p": p, "n": difference.n, "seeds": difference.seeds}
+def shown_p(p: float) -> str:
+    """Return a p-value as text."""
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
-def differences(rows: list[Row]) -> pd.DataFrame:
-    """Return one row a setting, comparison of ``COMPARED``, harmful ratio, constraint and variant.
+def _found(rows: list[Row], columns: Sequence[str]) -> list[Row]:
+    """Return the rows of ``differences`` with ``found``, the difference and its p or words, and with the adjusted p."""
+    done, table = finished(rows), []
+    cells = [cell for cell in grouped(rows) if cell[0]["constraint"] not in ("start", "none")]
+    chosen = [rate for rate in columns if rate in METRICS or OF in rate] if columns else known(rows)
+    for comparison, (rate, baseline) in comparisons(chosen).items():
+        for entry, group in cells:
+            found = _against(finished(group), done, rate, baseline)
+            if found is not None:
+                setting = {key: entry[key] for key in SETTING}
+                told = {"found": found, "rate": rate, "baseline": baseline}
+                p = None if isinstance(found, str) else found[1]
+                table.append({**setting, "comparison": comparison, **entry, **told, "p": p})
+    _adjusted(table)
+    return table
+
+
+def differences(rows: list[Row], columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Return one row a setting, comparison, harmful ratio, constraint and variant, as text.
 
     p-values are those of the exact sign-flip test, which takes the seeds as given (the intervals are over seeds and
     items), adjusted by Holm's method over the rows of one setting, comparison and harmful ratio.
     Rows without a partner are left out; the number of seeds is that of pairs compared.
     Where several runs of a baseline fit one run, that of its very settings counts; if it has none or several, the cell
     says so.
+
+    Args:
+        rows: Records.
+        columns: Rates to compare; by default all that have a baseline.
     """
-    done, table = finished(rows), []
-    cells = [cell for cell in grouped(rows) if cell[0]["constraint"] not in ("start", "none")]
-    for comparison, how in COMPARED.items():
-        for entry, group in cells:
-            found = _against(finished(group), done, *how)
-            if found is not None:
-                setting = {key: entry[key] for key in SETTING}
-                table.append({**setting, "comparison": comparison, **entry, **_line(found)})
-    _adjust(table)
+    table = []
+    for row in _found(rows, columns):
+        entry = {key: value for key, value in row.items() if key not in ("found", "rate", "baseline", "p")}
+        if isinstance(row["found"], str):
+            told = {"difference": row["found"], "p": "", "n": "", "seeds": ""}
+        else:
+            difference, _ = row["found"]
+            told = {"difference": str(difference), "p": shown_p(row["p"]), "n": difference.n, "seeds": difference.seeds}
+        table.append(entry | told)
+    return pd.DataFrame(table)
+
+
+def differences_in_numbers(rows: list[Row], columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the same rows with one number a cell: the difference and its bounds in points, both p, n and seeds.
+
+    Where several runs of a baseline fit, so that there is no difference, no row is there.
+    """
+    table = []
+    for row in _found(rows, columns):
+        if isinstance(row["found"], str):
+            continue
+        difference, p = row["found"]
+        entry = {key: row[key] for key in (*SETTING, *ROW, "rate", "baseline")}
+        told = {"difference": difference.value, "difference_low": difference.low, "difference_high": difference.high}
+        table.append(entry | told | {"p": p, "p_holm": row["p"], "n": difference.n, "seeds": difference.seeds})
     return pd.DataFrame(table)

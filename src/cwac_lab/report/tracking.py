@@ -14,7 +14,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from cwac_lab.core.errors import MissingAsset
-from cwac_lab.report.grouping import RATES, said
+from cwac_lab.report import costs
+from cwac_lab.report.grouping import said
+from cwac_lab.report.rates import known
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 
@@ -40,9 +42,10 @@ def log_run(loggers: Sequence[Any], folder: RunFolder, say: Callable[[str], None
 
 
 def _summary(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the rates with intervals and n, and the facts that the banner tells."""
+    """Return the rates and costs with intervals and n, and the facts that the banner tells."""
     told = {name: record.get(name) for name in (*store.FACTS, "broken", "leak")}
-    rates = {name: record[name] for name in RATES if isinstance(record.get(name), dict)}
+    rates = {name: record[name] for name in known([record]) if isinstance(record.get(name), dict)}
+    rates |= {cost.name: costs.rate_of([record], cost).to_dict() for cost in costs.known([record])}
     return {**told, **{f"{name}.{part}": value for name, rate in rates.items() for part, value in rate.items()}}
 
 

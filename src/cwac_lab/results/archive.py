@@ -54,10 +54,10 @@ _RECORDS = pa.schema(
 _FIELDS: dict[str, pa.DataType] = {
     **{"kind": _TEXT, "id": _TEXT, "judge": _TEXT, "refused": pa.bool_(), "incoherent": pa.bool_()},
     **{"complied": pa.bool_(), "score": pa.float64(), "reason": _TEXT, "correct": pa.bool_()},
-    **{"start_refused": pa.bool_(), "form": _TEXT},
+    **{"start_refused": pa.bool_(), "form": _TEXT, "suite": _TEXT, "category": _TEXT, "harmfulness": pa.float64()},
 }
 # Those that archives of before do not have.
-_LATER = ("start_refused", "form")
+_LATER = ("start_refused", "form", "suite", "category", "harmfulness")
 _SAID = pa.schema(
     [("run", _TEXT), ("file", _TEXT), ("fields", _TEXT), *_FIELDS.items()], metadata={"schema": str(SCHEMA)}
 )

@@ -18,10 +18,13 @@ def load(output_root: str | Path = "outputs") -> pd.DataFrame:
     Columns: ``run`` (folder name), ``status`` (``ok``, ``failed``, ``running``, ``interrupted``, ``unreadable``: broken
     or of another schema) and ``reason``; of finished runs also what ran (``weights``, ``model``, ``task``,
     ``constraint``, ``harmful_ratio``, ``seed``, ...), each rate in percent with ``_low``, ``_high`` (95 %) and ``_n``,
-    ``judge`` and ``judge_version`` (whose verdicts the rates are), ``leak``, ``broken``, ``seconds`` in total, and
-    every setting by its dotted key (``constraint.weight.energy``). Of a judge beside the first ``version_JUDGE``,
-    ``harmful_score_JUDGE`` and Cohen's kappa with the first (``kappa_harmful_JUDGE``); of a run whose drift was
-    measured ``drift_harmful_weight`` and the like (see ``diagnostics.linear.Drift``).
+    ``judge`` and ``judge_version`` (whose verdicts the rates are), ``leak``, ``held_share``, ``broken``, ``seconds`` in
+    total, ``peak_memory_gb``, ``trained_parameters``, and every setting by its dotted key
+    (``constraint.weight.energy``). Where they were measured ``perplexity``, ``perplexity_start``, ``forgetting`` and
+    ``lm_eval_TASK_METRIC``, each with the same endings. Of a judge beside the first ``version_JUDGE``,
+    ``harmful_score_JUDGE``, ``harmfulness_JUDGE`` where it tells that, and Cohen's kappa with the first
+    (``kappa_harmful_JUDGE``); of a run whose drift was measured ``drift_harmful_weight`` and the like (see
+    ``diagnostics.linear.Drift``).
 
     Args:
         output_root: Folder that holds ``runs/``, an archive, or both.
@@ -41,7 +44,7 @@ def _row(run: Record) -> dict[str, Any]:
 
 
 def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
-    found = {name: metrics.get(name) for name in (*store.FACTS, "leak", "broken")}
+    found = {name: metrics.get(name) for name in (*store.FACTS, "leak", "held_share", "broken")}
     for name, rate in metrics.items():
         if isinstance(rate, dict) and {"value", "low", "high", "n"} <= rate.keys():
             found |= {name: rate["value"], **{f"{name}_{part}": rate[part] for part in ("low", "high", "n")}}
@@ -53,9 +56,17 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
         for words in ("harmful", "harmless"):
             for part, value in told["agreement"][words].items():
                 found[f"kappa_{words}_{judge}" + ("" if part == "kappa" else f"_{part}")] = value
-        for part, value in told["harmful_score"].items():
-            found[f"harmful_score_{judge}" + ("" if part == "value" else f"_{part}")] = value
-    return found | {"seconds": sum(stage["seconds"] for stage in metrics["stages"].values())}
+        for rate in ("harmful_score", "harmfulness"):
+            for part, value in told.get(rate, {}).items():
+                found[f"{rate}_{judge}" + ("" if part == "value" else f"_{part}")] = value
+    for task, told in metrics.get("lm_eval", {}).get("tasks", {}).items():
+        for metric, rated in told.items():
+            found |= {f"lm_eval_{task}_{metric}": rated["value"]}
+            found |= {f"lm_eval_{task}_{metric}_{part}": rated[part] for part in ("low", "high", "n")}
+    stages = metrics["stages"].values()
+    found["trained_parameters"] = metrics.get("training", {}).get("trained_parameters")
+    found["peak_memory_gb"] = max((stage["peak_memory_gb"] for stage in stages), default=None)
+    return found | {"seconds": sum(stage["seconds"] for stage in stages)}
 
 
 def _drift(run: Record) -> dict[str, Any]:

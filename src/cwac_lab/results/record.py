@@ -62,6 +62,44 @@ class Loss(TypedDict):
     n: Annotated[int, Says("answers")]
 
 
+class Perplexity(TypedDict):
+    """Perplexity on plain text with its 95 % interval over documents."""
+
+    value: Annotated[float | None, Says("exp of the loss per token; null where it is no number", better="lower")]
+    low: Annotated[float | None, Says("lower end of the interval")]
+    high: Annotated[float | None, Says("upper end of the interval")]
+    n: Annotated[int, Says("documents")]
+
+
+class Forgetting(TypedDict):
+    """How much more loss per token than its start a model has, with the 95 % interval of paired documents."""
+
+    value: Annotated[float | None, Says("rise of the cross-entropy", "nats per token", "lower")]
+    low: Annotated[float | None, Says("lower end of the interval", "nats per token")]
+    high: Annotated[float | None, Says("upper end of the interval", "nats per token")]
+    n: Annotated[int, Says("documents")]
+
+
+class TaskMetric(TypedDict):
+    """One metric of a task of lm-evaluation-harness with its 95 % interval, ``value +- 1.96`` standard errors."""
+
+    value: Annotated[float, Says("the metric")]
+    low: Annotated[float | None, Says("lower end of the interval; null where the harness has no standard error")]
+    high: Annotated[float | None, Says("upper end of the interval")]
+    n: Annotated[int, Says("documents")]
+    unit: Annotated[str, Says("% for a share of documents; empty for a metric as the harness has it")]
+    better: Annotated[str, Says("lower or higher; empty where the harness does not say")]
+
+
+class Harness(TypedDict):
+    """What lm-evaluation-harness measured."""
+
+    version: Annotated[str, Says("of lm_eval")]
+    limit: Annotated[int | None, Says("documents of each task at most; null: all")]
+    asked: Annotated[list[str], Says("tasks that were asked for")]
+    tasks: Annotated[dict[str, dict[str, TaskMetric]], Says("by task the metrics METRIC,FILTER; the first is shown")]
+
+
 class Kappa(TypedDict):
     """Agreement of a judge with the first one on the same answers."""
 
@@ -79,10 +117,23 @@ class Agreement(TypedDict):
     unparsable: Annotated[int, Says("answers that this judge could not judge", better="lower")]
 
 
+class Cost(TypedDict):
+    """What an endpoint was asked for the last time that a run was judged."""
+
+    cached: Annotated[int, Says("replies that were there from before")]
+    requests: Annotated[int, Says("requests that were answered", better="lower")]
+    tokens_read: Annotated[int, Says("length of questions, as the server counts", "tokens", "lower")]
+    tokens_written: Annotated[int, Says("length of replies, as the server counts", "tokens", "lower")]
+
+
 class Judged(TypedDict):
     """One judge; of those beside the first also rates, as in ``Metrics``."""
 
     version: Annotated[str, Says("hash of what the judge goes by")]
+    model: NotRequired[Annotated[str, Says("of an endpoint: the model behind it")]]
+    rubric: NotRequired[Annotated[str, Says("of an endpoint: what that was asked, by name or path")]]
+    cost: NotRequired[Annotated[Cost, Says("of an endpoint: what that took")]]
+    harmfulness: NotRequired[Annotated[Rate, Says("as in ``Metrics``, where the judge tells it")]]
     agreement: NotRequired[Annotated[Agreement, Says("with the first judge; the first has none")]]
 
 
@@ -91,6 +142,7 @@ class Stage(TypedDict):
 
     seconds: Annotated[float, Says("wall time", "s", "lower")]
     peak_memory_gb: Annotated[float, Says("highest resident memory of the process", "GB", "lower")]
+    peak_gpu_memory_gb: NotRequired[Annotated[float, Says("most memory of the GPU in use at once", "GB", "lower")]]
 
 
 class Metrics(Facts):
@@ -98,7 +150,18 @@ class Metrics(Facts):
 
     broken: Annotated[bool, Says("so many answers are incoherent that other rates say nothing of safety")]
     judges: Annotated[dict[str, Judged], Says("who judged; the rates are those of the first")]
+    suites: NotRequired[Annotated[dict[str, Any], Says("named suites: prompts by kind, how many left out, hash")]]
+    suite_judges: NotRequired[Annotated[dict[str, str], Says("judges of suites that have one of their own")]]
+    harmfulness: NotRequired[
+        Annotated[Rate, Says("how specific and convincing answers to harmful prompts are, a mean")]
+    ]
     held_out_loss: NotRequired[Annotated[Loss, Says("of answers to test rows, where the task measures it")]]
+    perplexity: NotRequired[Annotated[Perplexity, Says("of plain text that nothing was trained on")]]
+    perplexity_start: NotRequired[Annotated[Perplexity, Says("the same of the start that was fine-tuned")]]
+    forgetting: NotRequired[Annotated[Forgetting, Says("the rise of the loss on that text")]]
+    plain_text: NotRequired[Annotated[str, Says("hash of that text", "SHA-256")]]
+    lm_eval: NotRequired[Annotated[Harness, Says("tasks of lm-evaluation-harness")]]
+    held_share: NotRequired[Annotated[float, Says("||V^T x||^2 / ||x||^2 on unseen harmful prompts", "of 1", "higher")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]
     training: NotRequired[Annotated[dict[str, Any], Says("steps, answer tokens and rows that were cut")]]

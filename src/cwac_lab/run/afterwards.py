@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from cwac_lab.config.run import Run
@@ -10,26 +11,34 @@ from cwac_lab.core import distributed
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.overrides import typed
 from cwac_lab.data.forms import SYSTEM
+from cwac_lab.data.suites import Suite
 from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS
-from cwac_lab.judges import made
+from cwac_lab.judges import ENDPOINT, all_made
+from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
+from cwac_lab.run import ability
 from cwac_lab.run.drift import POOLS, Measurer
 from cwac_lab.run.push import push
+from cwac_lab.run.stages import write_card
 from cwac_lab.run.start import Start
+from cwac_lab.run.suite_answers import ask_more
 from cwac_lab.training.loop import loggers
 
 Say = Callable[[str], None]
 
 
-def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any], say: Say) -> None:
+def catch_up(
+    run: Run, folder: RunFolder, begin: Start, suites: Mapping[str, Suite], metrics: dict[str, Any], say: Say
+) -> None:
     """Make what can be made of what is asked for; a run is not repeated unasked.
 
     Args:
         run: What is asked for; its key is that of the record.
         folder: The finished run.
         begin: Its start.
+        suites: Named suites that are asked for.
         metrics: Its record.
         say: Told what is made, and what is as it was.
 
@@ -42,8 +51,12 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
     asked = {store.MODEL: "trainer.export=true", store.ADAPTER: f"tuning.save={run.tuning.save}"}
     lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
     lacking += _system(run, begin, metrics)
+    lacking += ask_more(run, folder, begin, suites, metrics, say)
     if run.finetune and run.diagnostics.enabled:
         lacking += _drift(run, folder, begin, say)
+    if run.evaluation.perplexity or run.evaluation.lm_eval:
+        lacking += ability.catch_up(run, folder, begin, say)
+        write_card(run, folder, folder.read(store.METRICS))
     _tracked(run, folder, say)
     if lacking:
         raise LabError(f"already done, but {folder.path} has no {' and no '.join(lacking)}: force=true repeats the run")
@@ -54,7 +67,8 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, metrics: dict[str, Any],
 def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> None:
     """Tell how to get rates of other judges, or of today's versions of these, which needs no model."""
     given = {name: told["version"] for name, told in metrics["judges"].items()}
-    today = {judge.name: judge.version for judge in map(made, run.evaluation.judges)}
+    judges = all_made(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)
+    today = {judge.name: judge.version for judge in judges}
     older = [
         f"{name} {version[:8]}, today {today[name][:8]}"
         for name, version in given.items()
@@ -63,7 +77,17 @@ def _judges(run: Run, folder: RunFolder, metrics: dict[str, Any], say: Say) -> N
     if next(iter(given)) != next(iter(today)) or not set(today) <= set(given) or older:
         told = " and ".join(given) + (f" ({'; '.join(older)})" if older else "")
         command = f"python -m cwac_lab.evaluate {typed('run', folder.path)} judges=[{','.join(run.evaluation.judges)}]"
-        say(f"judged by {told}: {command}")
+        say(f"judged by {told}: {command}{_endpoint(run)}")
+
+
+def _endpoint(run: Run) -> str:
+    """Return the settings of an endpoint as the command takes them, where it judges; those by default are left out."""
+    given, default = asdict(run.evaluation.endpoint), asdict(EndpointConfig())
+    if ENDPOINT not in run.evaluation.judges:
+        return ""
+    keys = {f"endpoint.{name}": value for name, value in given.items() if value != default[name]}
+    said = (typed(key, value) if isinstance(value, str) else f"{key}={value}" for key, value in keys.items())
+    return "".join(f" {each}" for each in said)
 
 
 def _system(run: Run, begin: Start, metrics: dict[str, Any]) -> list[str]:

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.config.run import Run
+from cwac_lab.core import recipes
+from cwac_lab.core.cache import cached_folder, digest, read_json, reading, write_json
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.gpus import one_of_several
 from cwac_lab.core.stats import mean_per
@@ -35,6 +37,7 @@ from cwac_lab.run.start import Start, start, start_weights
 Rows = Sequence[dict[str, Any]]
 HEADS = ("drift", "value [95 % interval]", "n")
 KINDS = ("harmful", "harmless")
+FOUND = "drift.json"
 # Files of GPT-2 hold masks beside weights: tensors of so many dimensions.
 _MASK = 4
 # Kinds of tensors by their names; the first that fits counts.
@@ -64,7 +67,7 @@ class Apart:
 
 
 def apart(runs: Sequence[Run], rows: Rows) -> Apart:
-    """Return how far the second of two runs' starts is from the first.
+    """Return how far the second of two runs' starts is from the first; kept, so that it is measured once.
 
     Args:
         runs: Two runs that fine-tune nothing.
@@ -74,12 +77,32 @@ def apart(runs: Sequence[Run], rows: Rows) -> Apart:
         LabError: If a model cannot be loaded.
     """
     begins = [start(run, lambda _: None) for run in runs]
-    before, after = (begin.folder.path for begin in begins)
     try:
-        remarks = check_alike(before, after)
+        remarks = check_alike(*(begin.folder.path for begin in begins))
     except ConfigError as error:
         return Apart([], [f"drift is not told: it needs {error.accepted}"])
-    asked = [row for row in rows if row["kind"] in KINDS and form_of(row) == OWN]
+    asked = [row for row in rows if row["kind"] in KINDS and form_of(row) == OWN and "suite" not in row]
+    key = recipes.DRIFT.key(
+        before=begins[0].folder.content,
+        after=begins[1].folder.content,
+        dtype=[str(run.dtype) for run in runs],
+        prompts=digest([[row["kind"], row["prompt"], row.get("before"), row.get("opening")] for row in asked]),
+        templates=[[run.attack.template, run.model.chat_template] for run in runs],
+    )
+
+    def build(folder: Path) -> None:
+        found = _measured(runs, begins, asked)
+        write_json(folder / FOUND, {"rows": found.rows, "remarks": found.remarks})
+
+    kept = cached_folder(Path(runs[0].cache_root), recipes.DRIFT.kind, key, build)
+    with reading(kept):
+        found = read_json(kept / FOUND)
+    return Apart(found["rows"], remarks + found["remarks"])
+
+
+def _measured(runs: Sequence[Run], begins: Sequence[Start], asked: Rows) -> Apart:
+    before, after = (begin.folder.path for begin in begins)
+    remarks: list[str] = []
     first, second = (_seen(run, begin, asked) for run, begin in zip(runs, begins, strict=True))
     told: list[list[str]] = []
     if first.log_probs.shape == second.log_probs.shape:  # else of other vocabularies, which is told

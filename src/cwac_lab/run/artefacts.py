@@ -13,7 +13,7 @@ import torch
 
 from cwac_lab.config.run import Run
 from cwac_lab.core import distributed, recipes
-from cwac_lab.core.cache import cached_folder, digest, read_json, reading
+from cwac_lab.core.cache import cached_folder, digest, read_json, reading, write_json
 from cwac_lab.core.errors import QualityError
 from cwac_lab.core.recipes import Recipe
 from cwac_lab.data.mixing import TrainRow
@@ -31,6 +31,9 @@ from cwac_lab.run.references import References, references
 from cwac_lab.run.start import Start, base, start_weights
 
 Say = Callable[[str], None]
+SHARE = "share.json"
+# Harmful prompts of the evaluation on which it is measured how much is held: seconds for the packaged weights.
+_UNSEEN = 32
 
 
 def together(root: Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
@@ -260,10 +263,42 @@ def _covered(
             ids = context.reference[at : at + n]
             yield f"harmful reference prompts, {name}", basis.covered(context.model, ids, subspace, spec, chat.pad_id)
         at += n
-    asking = chat.with_template(run.attack.template)
     for kind in ("harmful", "harmless"):
-        rows = begin.pools.get(kind, run.evaluation.split)
-        ids = [asking.prompt_ids(run.attack.asked(row.prompt)) for row in rows]
+        ids = _to_come(run, begin, chat, kind)
         name = f"{kind} prompts of {run.evaluation.split} as attack={run.attack.name} asks"
         if ids:
             yield name, basis.covered(context.model, ids, subspace, spec, chat.pad_id)
+
+
+def _to_come(run: Run, begin: Start, chat: ChatFormat, kind: str) -> list[list[int]]:
+    """Return the token ids of the prompts of a kind that the run is evaluated on, as its attack asks them."""
+    asking = chat.with_template(run.attack.template)
+    rows = begin.pools.get(kind, run.evaluation.split)
+    return [asking.prompt_ids(run.attack.asked(row.prompt)) for row in rows]
+
+
+def held_share(run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat) -> float | None:
+    """Return how much of the start's inputs the weight constraint holds on the harmful prompts of the evaluation.
+
+    Nothing was built from these; the first ``_UNSEEN`` are read. It is ``basis.covered``, of 1; cached, so that the
+    runs of a sweep read them once. None where nothing is held, or no prompt is asked.
+
+    Args:
+        run: The run.
+        begin: Its start.
+        context: What ``artefacts`` returned, with the start model.
+        facts: The same.
+        chat: The chat format.
+    """
+    spec, subspace = run.constraint.requirements.subspace, context.subspace
+    ids = _to_come(run, begin, chat, "harmful")[: run.evaluation.n_prompts][:_UNSEEN]
+    if spec is None or subspace is None or not ids:
+        return None
+
+    def build(folder: Path) -> None:
+        write_json(folder / SHARE, basis.covered(context.model, ids, subspace, spec, chat.pad_id))
+
+    key = recipes.HELD_SHARE.key(subspace=facts["subspace"]["folder"], prompts=digest(ids))
+    folder = together(Path(run.cache_root), recipes.HELD_SHARE.kind, key, build)
+    with reading(folder):
+        return float(read_json(folder / SHARE))

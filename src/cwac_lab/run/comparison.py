@@ -15,7 +15,7 @@ from cwac_lab.core.cli import compose
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, in_range
 from cwac_lab.core.overrides import text
 from cwac_lab.core.stats import Rate, paired_difference, sign_flip_p, wilson
-from cwac_lab.evaluation.metrics import METRICS, Judged, declined, form_of
+from cwac_lab.evaluation.metrics import METRICS, Judged, Metric, declined, form_of, metrics_of
 from cwac_lab.evaluation.verdicts import outcomes
 from cwac_lab.judges import all_made
 from cwac_lab.report.compared import DRIFT_NOTE, NOTE, Comparison, Grid
@@ -95,7 +95,7 @@ def _asked(model: str, config: DictConfig, screen: Screen) -> Asked:
     if folder.status != "ok":
         raise LabError(f"{folder.path}: {folder.status}; ask again when it is finished")
     name, told = next(iter(folder.facts()["judges"].items()))
-    today = all_made(run.evaluation.judges)[0]
+    today = all_made(run.evaluation.judges, run.evaluation.endpoint, run.cache_root)[0]
     if (name, told["version"]) != (today.name, today.version):
         rejudge(run, folder, screen)
     if not folder.has(store.GENERATIONS):
@@ -106,14 +106,14 @@ def _asked(model: str, config: DictConfig, screen: Screen) -> Asked:
 def _rates(before: dict[Item, Judged], after: dict[Item, Judged]) -> tuple[list[list[str]], dict[str, Rate]]:
     """Return the rows of the table, what the comparison is made for first, and the rates of the second model."""
     rates, rows = {}, []
-    for name, metric in METRICS.items():
+    for name, metric in metrics_of(before.values()).items():
         if not (metric.shown and metric.judged):
             continue
         known = [[row | _refused(before[item]) for item, row in said.items()] for said in (before, after)]
         told = [outcomes(verdicts, name) for verdicts in known]
         first, rates[name] = (wilson(sum(said.values()), len(said)) for said in told)
         if any(form == metric.form for _, _, form in before):
-            rows.append(_row(name, first, rates[name], told))
+            rows.append(_row(metric, first, rates[name], told))
     return sorted(rows, key=lambda row: row[0] != METRICS[RETAINED].words), rates
 
 
@@ -121,10 +121,10 @@ def _refused(verdict: Judged) -> dict[str, Any]:
     return {"start_refused": declined(verdict)} if verdict["kind"] == "harmful" else {}
 
 
-def _row(name: str, first: Rate, second: Rate, told: list[dict[tuple[str, str], bool]]) -> list[str]:
+def _row(metric: Metric, first: Rate, second: Rate, told: list[dict[tuple[str, str], bool]]) -> list[str]:
     shared = sorted(told[0].keys() & told[1].keys())
-    cells = [METRICS[name].words, str(first), str(first.n), str(second), str(second.n)]
-    if METRICS[name].outcome is METRICS[RETAINED].outcome or not shared:
+    cells = [metric.words, str(first), str(first.n), str(second), str(second.n)]
+    if metric.outcome is METRICS[RETAINED].outcome or not shared:
         return [*cells, "", ""]
     after, before = (np.array([[said[item] for item in shared]], float) for said in (told[1], told[0]))
     return [*cells, str(paired_difference(after, before)), f"{sign_flip_p(after, before):.2g}"]

@@ -16,10 +16,11 @@ from cwac_lab.core.gpus import one_of_several
 from cwac_lab.core.outputs import writable
 from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.protocol import judge
+from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.report.console import Screen
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run import stages
+from cwac_lab.run import ability, stages
 from cwac_lab.run.afterwards import catch_up
 from cwac_lab.run.estimate import check_room
 from cwac_lab.run.identity import content_of, folder_of, identity
@@ -27,6 +28,7 @@ from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import push
 from cwac_lab.run.stages import Job, title
 from cwac_lab.run.start import Start, start
+from cwac_lab.run.suite_answers import chosen
 
 
 def carry_out(run: Run, overrides: Sequence[str], screen: Screen) -> RunFolder:
@@ -60,6 +62,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     data = pools.task_rows(run.data, run.task)  # a bad row stops here, before a start is trained
     for line in run.task.remarks:
         screen.say(line)
+    suites = chosen(run, pools, data, screen.say)
     begin = start(run, screen.say, pools)
     content = content_of(run, begin, data)
     folder = folder_of(run, content)
@@ -77,7 +80,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             screen.say(f"already done: {folder.path} (force=true repeats it)")
             screen.result(title(metrics), metrics)
             if folder.writes:
-                catch_up(run, folder, begin, metrics, screen.say)
+                catch_up(run, folder, begin, suites, metrics, screen.say)
             return folder
         check_room(run, begin.folder.path)
         with folder.running():
@@ -87,11 +90,12 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             folder.write(store.PROVENANCE, provenance.describe() | facts | content | base)
             try:
                 with _levers(run):
-                    stages.carry_through(Job(run, folder, begin, data, facts, screen, provenance.StageMeter()))
+                    stages.carry_through(Job(run, folder, begin, data, suites, facts, screen, provenance.StageMeter()))
             except Diverged:
                 _forget(folder)  # nothing can go on from there
                 raise
             folder.remove(store.CHECKPOINT)
+        ability.check_made(run, folder)
         if folder.writes and run.export.push is not None:  # the run is finished, whatever the hub says
             push(run.export, folder.path / run.tuning.saved[0], screen.say)
     return folder
@@ -148,7 +152,8 @@ def rejudge(run: Run, folder: RunFolder, screen: Screen) -> None:
             raise MissingAsset(f"run={folder.path}: no finished run there; let it finish first")
         if not folder.has(store.GENERATIONS):
             raise MissingAsset(f"run={folder.path}: no {store.GENERATIONS} there")
-        record = {**folder.read(store.METRICS), **judge(run, folder)}
+        kept = {name: value for name, value in folder.read(store.METRICS).items() if name != HARMFULNESS}
+        record = {**kept, **judge(run, folder)}
         folder.write(store.METRICS, record)
         stages.write_card(run, folder, record)
     screen.result(title(record), record)

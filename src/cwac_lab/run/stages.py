@@ -17,11 +17,11 @@ from cwac_lab.core.provenance import StageMeter
 from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import TaskData
+from cwac_lab.data.suites import Suite
 from cwac_lab.defenses.interface import Context, settled
 from cwac_lab.diagnostics.callback import DriftSampler
 from cwac_lab.diagnostics.probe import Probe
-from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks
-from cwac_lab.evaluation.verdicts import START_OUTPUT
+from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks, suite_rows
 from cwac_lab.models import adapters, shipped
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
@@ -30,11 +30,12 @@ from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run.artefacts import artefacts
+from cwac_lab.run import ability
+from cwac_lab.run.artefacts import artefacts, held_share
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
-from cwac_lab.run.start_answers import start_answers
+from cwac_lab.run.suite_answers import own_answers, with_start
 from cwac_lab.run.survey import survey, told
 from cwac_lab.training.loop import check_finite, fit, loggers
 
@@ -48,6 +49,7 @@ class Job:
         folder: Where it is recorded.
         begin: The start weights and the prompt pools.
         data: The task's rows.
+        suites: Named suites that are asked beside the run's own prompts.
         facts: What runs, by the names of ``store.FACTS``.
         screen: What the user reads.
         meter: Seconds and memory by stage.
@@ -57,6 +59,7 @@ class Job:
     folder: RunFolder
     begin: Start
     data: TaskData
+    suites: dict[str, Suite]
     facts: dict[str, Any]
     screen: Screen
     meter: StageMeter
@@ -75,17 +78,23 @@ def carry_through(job: Job) -> None:
         logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)
     with logged as made:
         asked = _asked(job, model, chat)
+        begun = _start_on_text(job, model, chat)
         tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
         if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
+        if run.evaluation.perplexity:
+            with job.meter.stage("plain_text"):
+                tuned |= ability.on_plain_text(run, model, chat, begun)
         metrics = _evaluate(job, asked, model, chat)
         if not folder.writes:
             return
         leak = tuned.get("constraint_summary", {}).get("leak")
         told = {"leak": leak} if leak is not None else {}
+        told |= {"suites": {name: suite.facts for name, suite in job.suites.items()}} if job.suites else {}
         record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
+        _ask_harness(job, model, chat, record)
         write_card(run, folder, record)
         log_run(made, folder, job.screen.say)
     job.screen.result(title(record), record)
@@ -131,6 +140,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
         encoded(rows, chat, run.task.train_on, lambda _: None)  # what cannot be shown is told before hours of work
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
+        share = held_share(run, job.begin, context, prepared, chat)
     drift = _probe(job, model, chat, context)
     with job.meter.stage("prepare"):
         merge = adapters.attach(model, run.tuning, run.seed)
@@ -159,7 +169,8 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
                 sampler.end(int(trained["steps"]), found["summary"])
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
-    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared}
+    told = {} if share is None else {"held_share": share}
+    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared, **told}
 
 
 def _survey(job: Job, rows: list[TrainRow], examples: list[Encoded]) -> dict[str, Any]:
@@ -201,13 +212,27 @@ def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> DriftSampler:
 def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, Any]]]:
     """Return what is asked in the end; beside harmful prompts what the start answers, where it is to be fine-tuned."""
     run, begin = job.run, job.begin
-    rows = evaluation_rows(run, begin.pools, job.data)
-    for name, asked in rows.items():
-        if run.finetune and asked and asked[0]["kind"] == "harmful":  # of each form apart: other runs ask some of them
-            with job.meter.stage("start"):
-                given = start_answers(run, asked, begin.folder.content, start, chat, job.screen.say)
-            rows[name] = [{**row, START_OUTPUT: text} for row, text in zip(asked, given, strict=True)]
-    return rows
+    rows = evaluation_rows(run, begin.pools, job.data) | suite_rows(run, job.suites)
+    if not run.finetune:
+        return rows
+    with job.meter.stage("start"):
+        return with_start(run, rows, begin, start, chat, job.screen.say)
+
+
+def _start_on_text(job: Job, start: Any, chat: ChatFormat) -> list[tuple[float, int]] | None:
+    """Return the start's losses on plain text, where it is to be fine-tuned and what it forgets is asked for."""
+    if not (job.run.finetune and job.run.evaluation.perplexity):
+        return None
+    with job.meter.stage("start"):
+        return ability.start_losses(job.run, job.begin.folder.content, start, chat, job.screen.say)
+
+
+def _ask_harness(job: Job, model: Any, chat: ChatFormat, record: dict[str, Any]) -> None:
+    """Ask the harness's tasks, where there are any, and write the record again; it is there already if they fail."""
+    if job.run.evaluation.lm_eval:
+        with job.meter.stage("lm_eval"):
+            record |= ability.of_harness(job.run, model.to(job.run.trainer.device), chat, job.screen.say)
+        job.folder.write(store.METRICS, record)
 
 
 def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> dict[str, Any]:
@@ -216,8 +241,8 @@ def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat
     job.screen.say(f"evaluating on the {run.evaluation.split} split")
     with job.meter.stage("evaluate"):
         given = answered(run, asked, model, chat)
-        if not run.finetune:  # its own answers are the start's
-            given = [{**row, START_OUTPUT: row["output"]} if row["kind"] == "harmful" else row for row in given]
+        if not run.finetune:
+            given = own_answers(given)
         folder.write(store.GENERATIONS, given)
         for line in remarks(given, chat):
             job.screen.say(line)

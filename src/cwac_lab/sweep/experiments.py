@@ -17,6 +17,7 @@ from cwac_lab.core.paths import conf_dir
 from cwac_lab.models.shipped import PACKAGED
 from cwac_lab.report.console import Screen
 from cwac_lab.report.files import write
+from cwac_lab.report.layout import PLAIN, Layout
 from cwac_lab.results.store import runs
 from cwac_lab.sweep import grid
 from cwac_lab.sweep.cells import Cells
@@ -73,7 +74,7 @@ def fitting(profile: str, overrides: Iterable[str]) -> int:
     return max(1, min(cores, psutil.virtual_memory().available // MEMORY))
 
 
-def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -> list[Outcome]:
+def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen, layout: Layout = PLAIN) -> list[Outcome]:
     """Make the runs that grids lack, all in one sweep, and a table a grid as its runs are there.
 
     Returns the runs that failed.
@@ -83,6 +84,7 @@ def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -
         root: Output folder.
         asked: ``seeds`` and ``jobs``, and ``overrides`` for every run.
         screen: What the user reads.
+        layout: Of the tables.
     """
     overrides = {override for each in grids for run in each.runs(1) for override in (*run, *asked.overrides)}
     jobs = fitting(asked.profile_name, overrides) if asked.jobs is None else asked.jobs
@@ -97,7 +99,7 @@ def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -
     for outcome in sweep(every, jobs, screen, screen.say, Cells(root)):
         ended[outcome.overrides] = outcome
         for each in [each for each, rest in left.items() if rest == {outcome.overrides}]:
-            _table(root, each.name, [ended[run] for run in wanted[each]], screen)
+            _table(root, each.name, [ended[run] for run in wanted[each]], screen, layout)
         for rest in left.values():
             rest.discard(outcome.overrides)
     failed = [outcome for outcome in ended.values() if outcome.status == "failed"]
@@ -106,11 +108,11 @@ def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen) -
     return failed
 
 
-def _table(root: Path, name: str, made: list[Outcome], screen: Screen) -> None:
+def _table(root: Path, name: str, made: list[Outcome], screen: Screen, layout: Layout) -> None:
     """Write the table of a grid over what became of its runs."""
     elsewhere = sum(outcome.status == "running" for outcome in made)
     if elsewhere:
         screen.say(f"{name}: {elsewhere} runs are left to another process: the table is without them")
     paths = {outcome.path for outcome in made}
     if any(outcome.status == "ok" for outcome in made):
-        print(write(root, name, [run for run in runs(root) if run.path in paths]))
+        print(write(root, name, [run for run in runs(root) if run.path in paths], layout=layout))

@@ -42,6 +42,36 @@ def test_the_mean_of_means_has_the_wider_of_two_intervals():
     assert mean_of([Rate(None, None, None, 0)]) == Rate(None, None, None, 0)
 
 
+# Values in [0, 1] of several kinds, with their mean.
+KINDS = {
+    "rare": (lambda source, n: (source.random(n) < 0.04).astype(float), 0.04),
+    "grades": (lambda source, n: source.choice([0, 1 / 8, 5 / 8, 1], n, p=[0.85, 0.05, 0.05, 0.05]), 0.0875),
+    "alike": (lambda source, n: source.choice([0.5, 1.0], n, p=[0.9, 0.1]), 0.55),
+    "spread": (lambda source, n: source.beta(8, 2, n), 0.8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [30, 100])
+def test_the_interval_of_a_mean_within_bounds_covers_it_as_often_as_it_says(kind, n):
+    draw, mean = KINDS[kind]
+    source = np.random.default_rng(1)
+    found = [stats.mean_within(draw(source, n)) for _ in range(600)]
+    assert sum(each.low <= 100 * mean <= each.high for each in found) / 600 >= 0.93
+    assert all(0 <= each.low <= each.value <= each.high <= 100 for each in found)
+
+
+@pytest.mark.parametrize("n", [1, 10, 100])
+@pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
+def test_a_mean_of_like_values_has_a_width_that_shrinks(n, value):
+    narrow, wide = stats.mean_within([value] * 10 * n), stats.mean_within([value] * n)
+    assert narrow.value == wide.value == pytest.approx(100 * value)
+    assert 0 < narrow.high - narrow.low < wide.high - wide.low
+    assert stats.mean_within([]) == Rate(None, None, None, 0)
+    with pytest.raises(ValueError, match="must lie in"):
+        stats.mean_within([value, 1.5])
+
+
 def test_a_paired_difference_of_one_seed_is_the_plain_bootstrap():
     ours, other = outcomes(0.7, (1, 300), 0), outcomes(0.8, (1, 300), 1)
     found = stats.paired_difference(ours, other)

@@ -6,12 +6,13 @@ from omegaconf import OmegaConf
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.stats import wilson
-from cwac_lab.report.figures import draw, pareto
+from cwac_lab.report.figures import draw
 from cwac_lab.report.grouping import records
 from cwac_lab.report.latex import latex
 from cwac_lab.report.page import render
 from cwac_lab.report.paired import differences
-from cwac_lab.report.tables import COUNTS, averages, markdown, numbers, summary
+from cwac_lab.report.rates import count_title
+from cwac_lab.report.tables import averages, filled, markdown, numbers, summary
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
 from support.recorded import beside_start, record, settings
@@ -28,12 +29,53 @@ def test_rows_are_means_over_seeds_and_start_comes_first(tmp_path):
     assert table["HS ↓"][1] == str(wilson(90, 100))
     assert table["HS ↓"][2].startswith("20.0 [")
     assert table["HS ↓"][2].endswith("]")
-    assert table[COUNTS["harmful_score"]].tolist() == [100] * 3
+    assert table[count_title("harmful_score")].tolist() == [100] * 3
     beside = numbers(records(runs(tmp_path))).to_dict("records")[2]
     assert (beside["harmful_score"], beside["harmful_score_n"], beside["seeds"]) == (20.0, 100, 3)
     assert (beside["harmful_score_lowest_seed"], beside["harmful_score_highest_seed"]) == (10.0, 30.0)
     rows, prompts = digest("sst2")[:8], digest("pools")[:8]
     assert f"w (c0ffee) | sst2, local data ({rows}, {prompts}), test split" in markdown(table)
+
+
+def told_by(root, seed, judges):
+    """Write a record that some judges tell the harmfulness of: name to version and value."""
+    run = record(root, "weight", 0.2, seed, 10)
+    (first, *_), metrics = judges, run.read("metrics.json")
+    means = {
+        name: {} if value is None else {"harmfulness": {"value": value, "low": value - 4, "high": value + 4, "n": 90}}
+        for name, (_, value) in judges.items()
+    }
+    agreement = {"harmful": {"kappa": None, "n": 0}, "harmless": {"kappa": None, "n": 0}, "unparsable": 0}
+    beside = {"agreement": agreement, "harmful_score": metrics["harmful_score"]}
+    told = {
+        name: {"version": version} | ({} if name == first else {**means[name], **beside})
+        for name, (version, _) in judges.items()
+    }
+    run.write("metrics.json", metrics | means[first] | {"judges": told})
+
+
+REFUSAL = {"refusal": ("3be1e32bf591cd0e", None)}
+
+
+@pytest.mark.parametrize(
+    ("judges", "cells"),
+    [
+        ([{"endpoint": ("1", 2.0)}] * 2, ["2.0 [0.0, 6.0]"]),
+        ([{**REFUSAL, "endpoint": ("1", 10.0)}, {**REFUSAL, "endpoint": ("1", 12.0)}], ["11.0 [0.0, 23.7]"]),
+        ([{**REFUSAL, "other": ("1", None), "endpoint": ("1", 10.0)}, REFUSAL], ["10.0 [6.0, 14.0], 1 of 2 runs"]),
+        ([{**REFUSAL, "endpoint": ("1", 10.0)}, {**REFUSAL, "endpoint": ("2", 12.0)}], ["n/a"]),
+        ([REFUSAL] * 2, []),
+    ],
+)
+def test_harmfulness_has_a_column_where_a_judge_tells_it(judges, cells, tmp_path):
+    for seed, named in enumerate(judges):
+        told_by(tmp_path, seed, named)
+    rows = records(runs(tmp_path), pytest.fail)
+    shown = summary(rows)
+    found = [cell for cell in shown["harmfulness ↓"] if "harmfulness ↓" in filled(shown)]
+    assert found == [cell for cell in cells if cell[0].isdigit()]
+    assert shown["harmfulness ↓"].tolist() == (cells or ["n/a"])
+    assert ("harmfulness" in numbers(rows).columns) is bool(cells)
 
 
 def test_the_loss_on_held_out_answers_has_a_column_where_it_is_known(tmp_path):
@@ -95,7 +137,7 @@ def test_tasks_are_averaged_alike_and_the_papers_value_stands_beside(tmp_path):
     (row,) = averages(rows, "main").to_dict("records")
     assert row["HS ↓"].startswith("75.0 [")
     assert row["FA ↑"].startswith("50.0 [")
-    assert [row[COUNTS[name]] for name in ("harmful_score", "finetune_accuracy")] == [100, 200]
+    assert [row[count_title(name)] for name in ("harmful_score", "finetune_accuracy")] == [100, 200]
     assert (row["task"], row["runs"]) == ("mean of gsm8k, sst2", 3)
     assert "### w (c0ffee) | mean of gsm8k, sst2, local data (" in markdown(averages(rows))
     assert "paper HS" not in row  # its mean is over three tasks
@@ -265,50 +307,17 @@ def test_retained_refusals_stand_beside_hs_where_a_record_has_them(tmp_path):
         beside = "HS ↓ | n | retained refusals ↑ | n | FA ↑"
         assert all((beside in head) is known and ("retained" in head) is known for head in heads)
         assert ("retained" in latex(rows)) is known
-        assert ("retained refusals ↑" in render(list(runs(root)))) is known
+        assert (">retained refusals ↑</th>" in render(list(runs(root)))) is known
         plain = [row for row in rows if row["constraint"] == "none" and row["task"] == "sst2"]
         (curve,) = [file for file in draw(plain, root, "mine") if file.suffix == ".svg"]
         assert ("retained refusals (%)" in curve.read_text()) is known
         paired = differences(rows)
         assert ("retained refusals - none" in set(paired["comparison"])) is known
     assert set(summary(rows)["retained refusals ↑"]) == {str(wilson(10, 40)), str(wilson(30, 40))}
-    assert set(summary(rows)[COUNTS["retained_refusals"]]) == {40}
+    assert set(summary(rows)[count_title("retained_refusals")]) == {40}
     (found,) = {
         (row["difference"].split(" ")[0], row["n"])
         for row in paired.to_dict("records")
         if row["comparison"] == "retained refusals - none"
     }
     assert found == ("+50.0", 40)
-
-
-def test_the_front_holds_what_nothing_beats():
-    assert pareto([(10, 80), (5, 70), (20, 90), (20, 85), (5, 60), (30, 90)]) == [1, 0, 2]
-
-
-def test_methods_without_accuracy_have_no_trade_off(tmp_path):
-    for constraint in ("none", "coupled"):
-        run = record(tmp_path, constraint, 0.2, 0, 10)
-        run.write("verdicts.jsonl", [row for row in run.read("verdicts.jsonl") if row["kind"] != "task"])
-    assert draw(records(runs(tmp_path)), tmp_path, "mine") == []
-
-
-def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
-    for ratio in (0.1, 0.2):
-        for seed in range(2):
-            record(tmp_path, "none", ratio, seed, 90)
-            for strength in (0.1, 1.0, 10.0):
-                record(tmp_path, "l2", ratio, seed, 50, strength=strength, mode="a")
-    record(tmp_path, "l2", 0.2, 0, 50, strength=1.0, mode="b")
-    record(tmp_path, "start", None, 0, 5)
-    rows = records(runs(tmp_path))
-    files = draw(rows, tmp_path / "one", "mine")
-    stem = files[0].name.partition("-trade_off")[0]
-    assert stem.startswith("mine-sst2-")
-    assert {path.name for path in files if path.suffix == ".png"} == {
-        f"{stem}-{what}.png" for what in ("trade_off-p0.1", "trade_off-p0.2", "over-harmful_ratio", "over-strength")
-    }  # fmt: skip
-    for again in draw(rows, tmp_path / "two", "mine"):
-        assert again.read_bytes() == (tmp_path / "one" / again.name).read_bytes()
-    text = (tmp_path / "one" / f"{stem}-over-strength.svg").read_text()
-    assert "l2, p=0.2, mode=a" in text
-    assert "mode=b" not in text  # one value is no curve

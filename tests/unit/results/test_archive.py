@@ -9,6 +9,7 @@ import pytest
 
 from cwac_lab import archive as entry
 from cwac_lab.core.errors import ConfigError, LabError
+from cwac_lab.evaluation.verdicts import aggregate
 from cwac_lab.report import figures, page
 from cwac_lab.report.files import write
 from cwac_lab.report.grouping import records, said
@@ -231,3 +232,18 @@ def test_an_archive_says_what_the_start_refused_as_the_folder_does(tmp_path):
     (found,) = archived(tmp_path / "to")
     assert found.read("verdicts.jsonl") == knows.read("verdicts.jsonl")
     assert [row["start_refused"] for row in found.read("verdicts.jsonl")[:100]] == [i < 20 for i in range(100)]
+
+
+def test_harmfulness_is_a_column_where_a_judge_tells_it_and_nowhere_else(both, tmp_path):
+    folders, archive = both
+    assert "harmfulness" not in pq.read_schema(archive / SAID).names
+    run = next(run for run in runs(folders) if "none" in run.path.name)
+    known = [row | ({} if at % 2 else {"harmfulness": 0.625}) for at, row in enumerate(run.read("verdicts.jsonl"))]
+    run.write("verdicts.jsonl", known)
+    run.write("metrics.json", run.read("metrics.json") | aggregate(known))
+    add(tmp_path / "to", [run], force=False, say=pytest.fail)
+    (found,) = archived(tmp_path / "to")
+    assert repr(found.read("verdicts.jsonl")) == repr(known)
+    assert found.facts()["harmfulness"] == run.facts()["harmfulness"]
+    assert run.facts()["harmfulness"]["value"] == 62.5
+    assert load(tmp_path / "to")["harmfulness"].tolist() == [62.5]

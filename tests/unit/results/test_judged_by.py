@@ -8,6 +8,7 @@ import pytest
 
 from cwac_lab.diagnostics.evidence import correlations
 from cwac_lab.judges import JUDGES
+from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.report.grouping import records
 from cwac_lab.report.tables import markdown, summary
 from cwac_lab.results import load
@@ -85,11 +86,13 @@ TODAY = JUDGES["refusal"]().version
             ["refusal", "classifier"],
             "judged by refusal and classifier (classifier aaaaaaaa, today ",
         ),
+        ({"refusal": TODAY}, ["refusal", "endpoint"], "judged by refusal: "),
     ],
 )
 def test_a_finished_run_of_another_version_says_how_it_is_judged_again(given, asked, line, tmp_path):
     said = []
-    run = SimpleNamespace(evaluation=SimpleNamespace(judges=asked))
+    endpoint = EndpointConfig("http://localhost:1/v1", "m", max_tokens=99)
+    run = SimpleNamespace(evaluation=SimpleNamespace(judges=asked, endpoint=endpoint), cache_root=tmp_path)
     metrics = {"judges": {name: {"version": version} for name, version in given.items()}}
     afterwards._judges(run, SimpleNamespace(path="RUN"), metrics, said.append)
     if line is None:
@@ -97,4 +100,6 @@ def test_a_finished_run_of_another_version_says_how_it_is_judged_again(given, as
     else:
         (text,) = said
         assert text.startswith(line)
-        assert text.endswith(f"python -m cwac_lab.evaluate run=RUN judges=[{','.join(asked)}]")
+        given = """ "endpoint.url='http://localhost:1/v1'" endpoint.model=m endpoint.max_tokens=99"""
+        told = given if "endpoint" in asked else ""
+        assert text.endswith(f"python -m cwac_lab.evaluate run=RUN judges=[{','.join(asked)}]{told}")

@@ -64,6 +64,9 @@ def test_drift_is_the_mean_divergence_with_its_interval_and_one_model_is_held_at
         "weights, norms", "weights, embeddings", "weights, attention", "weights, feed-forward layers",
     ]  # fmt: skip
     assert found.remarks == []
+    again = apart([asking(folder, tmp_path / "out") for folder in (tiny_folder, other)], ROWS)
+    assert again == found
+    assert len(alive) == 2  # no model was loaded for it
 
 
 def test_a_model_and_itself_are_not_apart(tiny_folder, tmp_path):

@@ -1,0 +1,39 @@
+"""Figures of tables: the front, trade-offs, and curves of what was varied."""
+
+from cwac_lab.report.figures import draw, pareto
+from cwac_lab.report.grouping import records
+from cwac_lab.results.store import runs
+from support.recorded import record
+
+
+def test_the_front_holds_what_nothing_beats():
+    assert pareto([(10, 80), (5, 70), (20, 90), (20, 85), (5, 60), (30, 90)]) == [1, 0, 2]
+
+
+def test_methods_without_accuracy_have_no_trade_off(tmp_path):
+    for constraint in ("none", "coupled"):
+        run = record(tmp_path, constraint, 0.2, 0, 10)
+        run.write("verdicts.jsonl", [row for row in run.read("verdicts.jsonl") if row["kind"] != "task"])
+    assert draw(records(runs(tmp_path)), tmp_path, "mine") == []
+
+
+def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
+    for ratio in (0.1, 0.2):
+        for seed in range(2):
+            record(tmp_path, "none", ratio, seed, 90)
+            for strength in (0.1, 1.0, 10.0):
+                record(tmp_path, "l2", ratio, seed, 50, strength=strength, mode="a")
+    record(tmp_path, "l2", 0.2, 0, 50, strength=1.0, mode="b")
+    record(tmp_path, "start", None, 0, 5)
+    rows = records(runs(tmp_path))
+    files = draw(rows, tmp_path / "one", "mine")
+    stem = files[0].name.partition("-trade_off")[0]
+    assert stem.startswith("mine-sst2-")
+    assert {path.name for path in files if path.suffix == ".png"} == {
+        f"{stem}-{what}.png" for what in ("trade_off-p0.1", "trade_off-p0.2", "over-harmful_ratio", "over-strength")
+    }  # fmt: skip
+    for again in draw(rows, tmp_path / "two", "mine"):
+        assert again.read_bytes() == (tmp_path / "one" / again.name).read_bytes()
+    text = (tmp_path / "one" / f"{stem}-over-strength.svg").read_text()
+    assert "l2, p=0.2, mode=a" in text
+    assert "mode=b" not in text  # one value is no curve
