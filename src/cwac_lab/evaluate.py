@@ -1,4 +1,7 @@
-"""Judge a run's saved answers again, without generating: ``python -m cwac_lab.evaluate run=outputs/runs/NAME``."""
+"""Judge a run's saved answers again, without generating: ``python -m cwac_lab.evaluate run=outputs/runs/NAME``.
+
+With ``against=OTHER_RUN`` a judge at an endpoint says which answers to the task's rows are better.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,19 @@ def main(config: DictConfig) -> None:
     if not folder.has(store.CONFIG):
         raise ConfigError("run", config.run, f"a folder that holds {store.CONFIG}, e.g. one under outputs/runs")
     asked = OmegaConf.create(folder.config())
+    if config.judges is not None and config.against is not None:
+        raise ConfigError("judges", list(config.judges), "null with against")
     if config.judges is not None:
         asked.evaluation.judges = config.judges
     given = {name: value for name, value in config.endpoint.items() if value is not None}
     asked.evaluation.endpoint = {**asked.evaluation.get("endpoint", {}), **given}
     run = read(asked, recorded=True)
-    installed(run.evaluation.judges)
+    installed(run.evaluation.judges if config.against is None else ())
+    if config.against is not None:
+        from cwac_lab.run.preference import prefer
+
+        prefer(run, folder, store.RunFolder(Path(config.against)), Screen())
+        return
     from cwac_lab.run.execution import rejudge
 
     rejudge(run, folder, Screen())

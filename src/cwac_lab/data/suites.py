@@ -150,7 +150,7 @@ def apart(
 
     Raises:
         MissingAsset: If a suite is not there.
-        ConfigError: If nothing is left of one.
+        ConfigError: If nothing is left of one, or of one of its kinds.
     """
     if not suites:
         return {}
@@ -167,10 +167,10 @@ def _kept(
     name: str, suite: SuiteConfig, rows: dict[str, list[PromptRow]], near: Collection[str], most: int | None
 ) -> Suite:
     free = {kind: [row for row in held if row.prompt not in near] for kind, held in rows.items()}
-    if not any(free.values()):
-        raise ConfigError(
-            "evaluation.suites", name, "a suite of which this run's pools do not hold, or nearly, all prompts"
-        )
+    for kind in rows:
+        if not free[kind]:
+            held = f"a suite of which this run has not seen all {kind} prompts, or near ones"
+            raise ConfigError("evaluation.suites", name, held)
     limit = min((n for n in (suite.n, most) if n is not None), default=None)
     dropped = sum(map(len, rows.values())) - sum(map(len, free.values()))
     if limit is not None:  # a draw of the list, which mostly stands by category: an id is a hash of the text

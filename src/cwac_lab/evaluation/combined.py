@@ -44,17 +44,26 @@ class Combined:
         return "↑" if self.higher_is_better else "↓"
 
     def rate(self, runs: Sequence[list[Judged]]) -> Rate:
-        """Return it over runs, by their verdicts, with a 95 % interval (see ``core.combined``)."""
-        return combined([matrix(runs, name) for name in self.weights], list(self.weights.values()))
+        """Return it over runs, by their verdicts, with a 95 % interval (see ``core.combined``).
+
+        A prompt that several suites have is one prompt.
+        """
+        parts = [_answered(runs, name) for name in self.weights]
+        names = [[(kind, suite_id.rpartition("/")[2]) for kind, suite_id in items] for items, _ in parts]
+        return combined([found for _, found in parts], list(self.weights.values()), names)
+
+
+def _answered(runs: Sequence[list[Judged]], rate: str) -> tuple[list[tuple[str, str]], Any]:
+    found = [outcomes(verdicts, rate) for verdicts in runs]
+    items = sorted(set().union(*found))
+    return items, np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
+        len(runs), len(items)
+    )
 
 
 def matrix(runs: Sequence[list[Judged]], rate: str) -> Any:
     """Return the outcomes of S runs, by their verdicts, on the N items that count in any; NaN where one does not."""
-    found = [outcomes(verdicts, rate) for verdicts in runs]
-    items = sorted(set().union(*found))
-    return np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
-        len(runs), len(items)
-    )
+    return _answered(runs, rate)[1]
 
 
 def described(name: str) -> Metric | Combined:

@@ -24,8 +24,9 @@ _AT_ONCE = 8
 # Resamples for the few metrics whose standard error has no formula.
 _RESAMPLES = 1000
 _NORMAL = 1.96
-# Metrics that are the share of documents that a model gets right; others are taken as they are.
-_SHARES = ("acc", "acc_norm", "exact_match", "em", "f1")
+# Metrics that are the share of documents that a model gets right; others are taken as they are (tasks differ in the
+# scale of F1).
+_SHARES = ("acc", "acc_norm", "exact_match", "em")
 _PERCENT = "%"
 
 
@@ -71,13 +72,17 @@ def lacks(config: EvaluationConfig, record: dict[str, Any]) -> bool:
     )
 
 
-def measured(config: EvaluationConfig, model: Any, chat: ChatFormat) -> dict[str, Any]:
+def measured(
+    config: EvaluationConfig, model: Any, chat: ChatFormat, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Return what the harness measures, as a record has it (``results.record.Harness``).
 
     Args:
         config: The tasks, and how many documents of each.
         model: A causal language model in evaluation mode.
         chat: Its chat format, of which the tokenizer with its template counts.
+        known: What the record has of the same model. Its tasks are kept; of another version of the harness, or with
+            another limit, they are asked again.
 
     Raises:
         LabError: If the harness cannot load a task's data or fails on it.
@@ -85,26 +90,27 @@ def measured(config: EvaluationConfig, model: Any, chat: ChatFormat) -> dict[str
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    stated = {"version": version("lm_eval"), "limit": config.lm_eval_limit}
+    before = known or {"asked": [], "tasks": {}, **stated}
+    same = all(before[name] == value for name, value in stated.items())
+    asked_for = list(dict.fromkeys([*before["asked"], *config.lm_eval]))
+    tasks = [task for task in asked_for if not same or task not in before["asked"]]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
     own = model.generation_config
     try:
         asked = HFLM(pretrained=model, tokenizer=copy.deepcopy(chat.tokenizer), batch_size=_AT_ONCE)
         found = simple_evaluate(
-            model=asked, tasks=list(config.lm_eval), task_manager=_manager(config.lm_eval_tasks),
+            model=asked, tasks=tasks, task_manager=_manager(config.lm_eval_tasks),
             limit=config.lm_eval_limit, apply_chat_template=True, bootstrap_iters=_RESAMPLES, log_samples=False,
         )  # fmt: skip
     except Exception as error:  # tasks are code of others, and raise what they raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise LabError(f"{KEY}={_listed(config.lm_eval)}: lm_eval failed ({reason[:300]})") from error
+        raise LabError(f"{KEY}={_listed(tasks)}: lm_eval failed ({reason[:300]})") from error
     finally:
         model.generation_config = own
     assert found is not None
-    return {
-        "version": version("lm_eval"),
-        "limit": config.lm_eval_limit,
-        "asked": list(config.lm_eval),
-        "tasks": {task: metrics for task in _whole(found) if (metrics := _metrics(found, task))},
-    }
+    new = {task: metrics for task in _whole(found) if (metrics := _metrics(found, task))}
+    return {**stated, "asked": asked_for, "tasks": (before["tasks"] if same else {}) | new}
 
 
 def _whole(found: dict[str, Any]) -> Iterator[str]:

@@ -144,6 +144,15 @@ class WinRate:
         """Return the fields as a JSON-able dict."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        """Return it in words: the rate, and what it is made of."""
+        if self.value is None:
+            return f"n/a, {self.unparsable} replies without a verdict"
+        rate = f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        ties = f"{self.ties} ties ({self.disagreed} as the two orders disagree)"
+        unknown = f", {self.unparsable} without a verdict" if self.unparsable else ""
+        return f"{rate}, n={self.n}: {self.wins} wins, {ties}, {self.losses} losses{unknown}"
+
 
 def win_rate(found: Iterable[Outcome]) -> WinRate:
     """Return the win rate over outcomes."""

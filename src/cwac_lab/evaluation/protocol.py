@@ -18,7 +18,7 @@ from cwac_lab.evaluation.engines import ENGINES
 from cwac_lab.evaluation.heldout import losses, mean_loss
 from cwac_lab.evaluation.metrics import METRICS, PROMPT_KINDS, Judged
 from cwac_lab.evaluation.settings import EvaluationConfig
-from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
+from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows, unparsable
 from cwac_lab.judges import all_made, made
 from cwac_lab.judges import told as told_of
 from cwac_lab.judges.base import Judge
@@ -145,7 +145,7 @@ def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
         first = _judged_by(first, generations, name, run.task, each)
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
-    told: dict[str, Any] = {judges[0].name: told_of(judges[0])}
+    told: dict[str, Any] = {judges[0].name: {**told_of(judges[0]), "unparsable": unparsable(first)}}
     for other, found in zip(judges[1:], others, strict=True):
         folder.write(store.verdicts_of(other.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}

@@ -91,8 +91,12 @@ def agreement(ours: list[Judged], other: list[Judged]) -> dict[str, Any]:
         pairs = [(a[field], b[field]) for a, b in zip(ours, other, strict=True) if a["kind"] in kinds]
         known = [(a, b) for a, b in pairs if a is not None and b is not None]
         found[words] = cohen_kappa(known)
-    unparsable = sum(row["complied"] is None for row in other if row["kind"] in PROMPT_KINDS)
-    return {**found, "unparsable": unparsable}
+    return {**found, "unparsable": unparsable(other)}
+
+
+def unparsable(verdicts: Iterable[Judged]) -> int:
+    """Return how many answers to prompts a judge could not judge: they count in no rate."""
+    return sum(row["complied"] is None for row in verdicts if row["kind"] in PROMPT_KINDS)
 
 
 def outcomes(verdicts: Iterable[Judged], rate: str) -> dict[tuple[str, str], bool]:

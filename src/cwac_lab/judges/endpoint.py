@@ -154,9 +154,32 @@ class Endpoint:
             ConfigError: If the server fails; replies that came until then stay in the cache.
         """
         pairs = list(dict.fromkeys((prompt, answer) for prompt, answer in asked if answer.strip()))
+        place = self._folder(*self._asked_by)
+        messages = {place / f"{digest(list(pair))}.json": self._rubric.messages(*pair) for pair in pairs}
+        said = dict(zip(pairs, self._replies(messages), strict=True))
+        empty = Verdict(0.0, 0.0, 1.0, "empty", 0.0 if "specific" in self._rubric.asks else math.nan)
+        return [self._rubric.verdict(*pair, said[pair]) if pair in said else empty for pair in asked]
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """Return what the model says to each question, without the rubric; from the cache where it was asked before.
+
+        Raises:
+            ConfigError: If the server fails; replies that came until then stay in the cache.
+        """
+        place = self._folder(self.settings.model, self.settings.max_tokens)
+        places = [place / f"{digest(question)}.json" for question in questions]
+        messages = {at: [{"role": "user", "content": text}] for at, text in zip(places, questions, strict=True)}
+        said = dict(zip(messages, self._replies(messages), strict=True))
+        return [said[at] for at in places]
+
+    def _folder(self, *asked_by: Any) -> Path:
+        return Path(self.cache_root, "judged", digest(list(asked_by))[:16])
+
+    def _replies(self, asked: dict[Path, list[dict[str, str]]]) -> list[str]:
+        """Return the replies to messages, in order; each is kept in the file that it is named by."""
         server, pool = self._server(), ThreadPoolExecutor(self.settings.concurrency)
         try:
-            replies = [pool.submit(self._reply, server, *pair) for pair in pairs]
+            replies = [pool.submit(self._reply, server, *each) for each in asked.items()]
             wait(replies, return_when=FIRST_EXCEPTION)
         finally:
             server.stop()
@@ -165,36 +188,35 @@ class Endpoint:
         errors = [each.exception() for each in replies if not each.cancelled()]
         failed = next(filter(None, errors), None)
         if isinstance(failed, ConfigError):
-            held = f"{errors.count(None)} of {len(pairs)} replies are in the cache"
+            held = f"{errors.count(None)} of {len(asked)} replies are in the cache"
             raise ConfigError(failed.key, failed.value, f"{failed.accepted}; {held}")
         if failed is not None:
             raise failed
-        said = dict(zip(pairs, (each.result() for each in replies), strict=True))
-        empty = Verdict(0.0, 0.0, 1.0, "empty", 0.0 if "specific" in self._rubric.asks else math.nan)
-        return [self._rubric.verdict(*pair, said[pair]) if pair in said else empty for pair in asked]
+        return [each.result() for each in replies]
 
     def _server(self) -> Server:
         from cwac_lab.judges.server import Server  # its library is slow to import, and most runs do without
 
         return Server(self.settings)
 
-    def _reply(self, server: Server, prompt: str, answer: str) -> str:
-        """Return what the model says of an answer, from the cache where it was asked before."""
-        place = Path(self.cache_root, "judged", digest(self._asked_by)[:16], f"{digest([prompt, answer])}.json")
+    def _reply(self, server: Server, place: Path, messages: list[dict[str, str]]) -> str:
+        """Return what the model says to messages, from the cache where it was asked before."""
         try:
             kept = str(read_json(place)["reply"])
         except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-            return self._new_reply(server, prompt, answer, place)
+            return self._new_reply(server, place, messages)
         with self._lock:
             self.cost.cached += 1
         return kept
 
-    def _new_reply(self, server: Server, prompt: str, answer: str, place: Path) -> str:
-        reply = server.ask(self._rubric.messages(prompt, answer))
+    def _new_reply(self, server: Server, place: Path, messages: list[dict[str, str]]) -> str:
+        reply = server.ask(messages)
         with self._lock:
             self.cost.requests += 1
             self.cost.tokens_read += reply.read
             self.cost.tokens_written += reply.written
+        if not reply.text.strip():  # held back: perhaps not the next time
+            return reply.text
         try:
             write_json(place, {"reply": reply.text})
         except OSError as error:

@@ -101,13 +101,13 @@ _COSTS = (
 
 
 COSTS = tuple(cost.name for cost in _COSTS)
-# What the names of tasks of the harness begin with.
-_TASK = "lm_eval_"
+# What the names of tasks of the harness begin with, and those of win rates.
+_TASK, _WIN = "lm_eval_", "win_rate_over_"
 
 
 def is_cost(name: str) -> bool:
     """Tell whether a column is a cost by its name, whether or not any record tells it."""
-    return name in COSTS or name.startswith(_TASK)
+    return name in COSTS or name.startswith((_TASK, _WIN))
 
 
 def _tasks(row: Row) -> Iterator[Cost]:
@@ -124,6 +124,23 @@ def _tasks(row: Row) -> Iterator[Cost]:
         yield Cost(f"{_TASK}{task}", heading, told["unit"], told["better"], digits, read, _harness, shown=True)
 
 
+def _wins(row: Row) -> Iterator[Cost]:
+    """Yield the win rate over each other method that a record tells."""
+    for method in row.get("win_rates", {}):
+
+        def told(row: Row, method: str = method) -> dict[str, Any]:
+            return dict(row.get("win_rates", {}).get(method, {}))
+
+        def read(row: Row, told: Callable[[Row], dict[str, Any]] = told) -> Rate | None:
+            return _rate(found) if (found := told(row)) else None
+
+        def by(row: Row, told: Callable[[Row], dict[str, Any]] = told) -> Any:
+            return told(row).get("judge")
+
+        name = f"{_WIN}{method.replace(' ', '_')}"
+        yield Cost(name, f"win rate over {method}", "%", "higher", 1, read, by, shown=True)
+
+
 def _harness(row: Row) -> Any:
     told = row.get("lm_eval", {})
     return told.get("version"), told.get("limit")
@@ -132,8 +149,8 @@ def _harness(row: Row) -> Any:
 def known(rows: list[Row]) -> list[Cost]:
     """Return the costs that any finished run of some tells, in the order of columns."""
     done = finished(rows)
-    tasks = {cost.name: cost for row in done for cost in _tasks(row)}
-    return [cost for cost in (*_COSTS, *tasks.values()) if any(cost.read(row) is not None for row in done)]
+    named = {cost.name: cost for row in done for cost in (*_wins(row), *_tasks(row))}
+    return [cost for cost in (*_COSTS, *named.values()) if any(cost.read(row) is not None for row in done)]
 
 
 def _told(group: list[Row], cost: Cost) -> list[Row]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.metrics import METRICS
 from cwac_lab.report.costs import COSTS, is_cost
-from cwac_lab.report.rates import MEANS, OF, checked
+from cwac_lab.report.rates import MEANS, OF, checked, means_of
 
 Row = dict[str, Any]
 LEAK = "leak"
@@ -75,12 +75,16 @@ class Layout:
         """Return the columns; none where none are chosen.
 
         Raises:
-            ConfigError: If one, or the one that is sorted by, is of a suite that no record has.
+            ConfigError: If one, or the one that is sorted by, is of a suite that no record has, or is a mean over suites
+                that differ.
         """
         there = sorted({name for row in rows for name in row if OF in name})
         for key, name in [*(("columns", name) for name in self.columns), ("sort", self.key)]:
             if OF in name and name not in there:
                 raise ConfigError(key, name, f"of these records: {' | '.join(there) or 'no rate of a suite'}")
+            if OF in name and len(made := means_of(rows, name)) > 1:
+                told = " and over ".join(sorted(", ".join(each.partition(OF)[2] for each in parts) for parts in made))
+                raise ConfigError(key, name, f"a rate of one suite: these records have means over {told}")
         return self.columns
 
 

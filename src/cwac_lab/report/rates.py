@@ -90,12 +90,24 @@ def suites(verdicts: Iterable[Judged], kinds: Iterable[str]) -> list[str]:
 def known(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Return the names of the rates that tables of some records show: each of the own pool, then those of its suites.
 
+    A mean over suites is there where all records that have one were asked the same suites.
+
     Args:
         rows: Records (``grouping.records``), whose metrics have the rates of suites by name.
     """
-    found = dict.fromkeys(key for row in rows for key in row if OF in key and described(key).shown)
+    rows = list(rows)
+    there = dict.fromkeys(key for row in rows for key in row if OF in key and described(key).shown)
+    found = [name for name in there if len(means_of(rows, name)) < 2]
     own = [name for base in SHOWN for name in (base, *(key for key in found if key.partition(OF)[0] == base))]
     return [*own, *(key for key in found if key not in own)]
+
+
+def means_of(rows: Iterable[dict[str, Any]], name: str) -> set[tuple[str, ...]]:
+    """Return the rates that a figure made of several is made of in records that have it; they may differ."""
+    if is_share(name):
+        return set()
+    made = (combined_of(row["verdicts"]).get(name) for row in rows if name in row and "verdicts" in row)
+    return {tuple(each.weights) for each in made if each is not None}
 
 
 def higher_is_better(name: str) -> bool:

@@ -48,7 +48,7 @@ class Found:
         entry: Setting and harmful ratio.
         rate: Name of the rate.
         variants: In which settings each method differs from others of its name.
-        sides: The rate of each method, over the runs that are compared.
+        sides: The rate of each method, over the runs that are compared; pairs with a broken model are left out.
         difference: The first less the second, in points; None where no item counts on both sides.
         p: Of the exact sign-flip test; with one seed that is McNemar's.
         only: Answers that count towards the rate with the first method only, and with the second only, over all seeds.
@@ -247,14 +247,13 @@ def _rates(pairs: Pairs, rate: str) -> list[str]:
 
 def _compare(entry: Row, pairs: Pairs, rate: str) -> Found:
     variants = (str(pairs[0][0]["variant"]), str(pairs[0][1]["variant"]))
-    first, second = (rate_of(list({id(pair[at]): pair[at] for pair in pairs}.values()), rate) for at in (0, 1))
-    found = outcomes_of_pairs(pairs, rate)
+    sound = [pair for pair in pairs if is_sound(pair, rate)]
+    first, second = (rate_of(list({id(pair[at]): pair[at] for pair in sound}.values()), rate) for at in (0, 1))
+    found = outcomes_of_pairs(sound, rate)
     if found is None:
-        broken = not any(is_sound(pair, rate) for pair in pairs)
-        why = "a model is broken" if broken else "no prompt counts with both"
+        why = "no prompt counts with both" if sound else "a model is broken"
         return Found(entry, rate, variants, (first, second), None, None, (0, 0), [], f"n/a ({why})")
     items, ours, other = found
-    sound = [pair for pair in pairs if is_sound(pair, rate)]
     apart = [
         told
         for pair, mine, theirs in zip(sound, ours, other, strict=True)

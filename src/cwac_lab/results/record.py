@@ -91,6 +91,22 @@ class TaskMetric(TypedDict):
     better: Annotated[str, Says("lower or higher; empty where the harness does not say")]
 
 
+class WinRate(TypedDict):
+    """How often answers to the task's rows are preferred to another run's (``evaluation.pairwise``)."""
+
+    value: Annotated[float | None, Says("wins and half of the ties", "%", "higher")]
+    low: Annotated[float | None, Says("lower end of the 95 % interval", "%")]
+    high: Annotated[float | None, Says("upper end of the 95 % interval", "%")]
+    n: Annotated[int, Says("rows that count")]
+    wins: Annotated[int, Says("rows on which it is preferred in both orders")]
+    ties: Annotated[int, Says("rows on which neither is")]
+    losses: Annotated[int, Says("rows on which the other is preferred in both orders")]
+    disagreed: Annotated[int, Says("ties that are one because the orders disagree")]
+    unparsable: Annotated[int, Says("rows that do not count, as a reply has no verdict", better="lower")]
+    against: Annotated[str, Says("name of the other run")]
+    judge: Annotated[str, Says("model of the endpoint, and hash of the question")]
+
+
 class Harness(TypedDict):
     """What lm-evaluation-harness measured."""
 
@@ -114,7 +130,7 @@ class Agreement(TypedDict):
 
     harmful: Annotated[Kappa, Says("on harmful prompts: does the answer go along")]
     harmless: Annotated[Kappa, Says("on harmless prompts: does the answer refuse")]
-    unparsable: Annotated[int, Says("answers that this judge could not judge", better="lower")]
+    unparsable: Annotated[int, Says("answers to prompts that this judge could not judge", better="lower")]
 
 
 class Cost(TypedDict):
@@ -130,6 +146,7 @@ class Judged(TypedDict):
     """One judge; of those beside the first also rates, as in ``Metrics``."""
 
     version: Annotated[str, Says("hash of what the judge goes by")]
+    unparsable: NotRequired[Annotated[int, Says("answers to prompts that it could not judge", better="lower")]]
     model: NotRequired[Annotated[str, Says("of an endpoint: the model behind it")]]
     rubric: NotRequired[Annotated[str, Says("of an endpoint: what that was asked, by name or path")]]
     cost: NotRequired[Annotated[Cost, Says("of an endpoint: what that took")]]
@@ -161,6 +178,7 @@ class Metrics(Facts):
     forgetting: NotRequired[Annotated[Forgetting, Says("the rise of the loss on that text")]]
     plain_text: NotRequired[Annotated[str, Says("hash of that text", "SHA-256")]]
     lm_eval: NotRequired[Annotated[Harness, Says("tasks of lm-evaluation-harness")]]
+    win_rates: NotRequired[Annotated[dict[str, WinRate], Says("answers preferred to another run's, by its method")]]
     held_share: NotRequired[Annotated[float, Says("||V^T x||^2 / ||x||^2 on unseen harmful prompts", "of 1", "higher")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]
@@ -258,9 +276,10 @@ def made_under(facts: dict[str, Any]) -> int:
 
 
 def judged_by(metrics: dict[str, Any]) -> str:
-    """Return whose verdicts the rates of METRICS are, by name and version."""
+    """Return whose verdicts the rates of METRICS are, by name and version; of suites with a judge of their own too."""
     name, told = next(iter(metrics["judges"].items()))
-    return f"{name} {told['version'][:8]}"
+    own = (f"{suite}: {judge}" for suite, judge in sorted(metrics.get("suite_judges", {}).items()))
+    return "; ".join((f"{name} {told['version'][:8]}", *own))
 
 
 def verdicts_of(judge: str) -> str:

@@ -123,5 +123,5 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:
         record |= on_plain_text(run, model, chat, begun)
         folder.write(store.METRICS, record)
     if tasks:
-        folder.write(store.METRICS, record | {"lm_eval": harness.measured(asked, model, chat)})
+        folder.write(store.METRICS, record | {"lm_eval": harness.measured(asked, model, chat, record.get("lm_eval"))})
     return []

@@ -46,6 +46,38 @@ def test_the_interval_of_a_mean_covers():
     assert inside >= 370  # 95 % is 380; three standard errors below it are 367
 
 
+def test_lists_with_the_same_items_tell_no_more_than_one():
+    alone = combined([said(12, 40)], [1.0])
+    names = list(range(40))
+    twice = combined([said(12, 40)] * 2, [0.5, 0.5], [names, names])
+    assert (twice.value, twice.low, twice.high) == pytest.approx((alone.value, alone.low, alone.high))
+    apart = combined([said(12, 40)] * 2, [0.5, 0.5])
+    assert apart.high - apart.low < 0.75 * (twice.high - twice.low)
+    assert combined([said(12, 40)] * 2, [0.5, 0.5], [names, [-1 - name for name in names]]) == apart
+
+
+def test_items_of_two_lists_are_drawn_once():
+    """Two runs that answer alike: only the bootstrap over items, and what one run has, say how wide it is."""
+    runs = np.vstack([np.r_[np.ones(150), np.zeros(150)]] * 2)
+    names = list(range(300))
+    once, twice = combined([runs], [1.0]), combined([runs, runs], [0.5, 0.5], [names, names])
+    assert twice.high - twice.low == pytest.approx(once.high - once.low, rel=0.05)
+
+
+def test_the_interval_of_a_mean_covers_where_lists_share_items():
+    """Of 60 items the first list has 0 to 39, the second 20 to 59; all vary alike."""
+    source, truth, inside = np.random.default_rng(5), 0.4, {True: 0, False: 0}
+    names = [list(range(40)), list(range(20, 60))]
+    for _ in range(300):
+        items = (source.random((1, 60)) < truth).astype(float)
+        lists = [items[:, held] for held in names]
+        for told in inside:
+            found = combined(lists, [0.5, 0.5], names if told else None)
+            inside[told] += found.low <= 100 * truth <= found.high
+    assert inside[True] >= 273  # 95 % is 285; three standard errors below it are 274
+    assert inside[False] < inside[True]
+
+
 def test_runs_that_differ_widen_the_interval_as_students_does():
     runs = np.repeat([[0.0], [0.5], [1.0]], 40, axis=1)
     runs[1, :20], runs[1, 20:] = 0.0, 1.0

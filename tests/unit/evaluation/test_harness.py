@@ -75,6 +75,18 @@ def test_the_model_is_asked_through_its_template_and_left_as_it_was(monkeypatch)
     assert model.generation_config is own
 
 
+@pytest.mark.parametrize(
+    ("limit", "other", "asked"), [(5, {}, ["new"]), (7, {}, ["old", "new"]), (5, {"version": "0.1"}, ["old", "new"])]
+)
+def test_tasks_that_a_record_has_are_kept_and_not_asked_again(limit, other, asked, monkeypatch):
+    calls = stand_in(monkeypatch)
+    known = {"version": harness.version("lm_eval"), "limit": 5, "asked": ["old"], "tasks": {"old": {}}, **other}
+    config = EvaluationConfig(lm_eval=["new"], lm_eval_limit=limit)
+    found = harness.measured(config, tiny.model(), tiny.chat(), known)
+    assert (calls[0]["tasks"], found["asked"], found["limit"]) == (asked, ["old", "new"], limit)
+    assert ("old" in found["tasks"]) == (asked == ["new"])
+
+
 def test_a_failing_task_is_one_line(monkeypatch):
     stand_in(monkeypatch, ConnectionError("no hub\nhere"))
     with pytest.raises(LabError) as raised:

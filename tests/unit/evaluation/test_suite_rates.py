@@ -11,7 +11,7 @@ from cwac_lab.evaluation.verdicts import aggregate, agreement, outcomes
 
 
 def said(kind, number, *, refused, suite=None, incoherent=False, start=None):
-    row = {"kind": kind, "id": f"{suite}/{kind}/{number}", "refused": refused, "incoherent": incoherent}
+    row = {"kind": kind, "id": f"{suite}/{kind} {number} of {suite}", "refused": refused, "incoherent": incoherent}
     row |= {"complied": not refused and not incoherent}
     row |= {"start_refused": start} if start is not None else {}
     return row | ({"suite": suite} if suite else {})
@@ -58,6 +58,15 @@ def test_a_mean_over_suites_leaves_contrasts_out_and_weighs_suites_alike():
     assert found[f"{CONTRAST}/x"].rate([verdicts]).value == pytest.approx(90 - 25)
     assert not {f"harmful_score/{POOLED}"} & set(combined_of(OWN + A + PAIRS))
     assert combined_of(OWN) == {}
+
+
+def test_a_prompt_of_two_suites_is_one_prompt():
+    other = [{**row, "suite": "c", "id": row["id"].replace("a/", "c/", 1)} for row in A]
+    found = combined_of(A + other)[f"harmful_score/{POOLED}"].rate([A + other])
+    once = wilson(4, 5)
+    assert (found.value, found.low, found.high) == pytest.approx((once.value, once.low, once.high))
+    apart = combined_of(A + B)[f"harmful_score/{POOLED}"]
+    assert apart.rate([A + B]) == combined([matrix([A + B], f"harmful_score/{name}") for name in "ab"], [0.5, 0.5])
 
 
 def test_runs_of_one_table_are_told_together():

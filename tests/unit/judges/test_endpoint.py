@@ -95,6 +95,13 @@ def test_a_reply_without_grades_is_unknown_and_counted(text, stand, tmp_path):
     assert (aggregate(found)["harmful_score"]["n"], aggregate(found)["harmfulness"]["n"]) == (1, 1)
 
 
+def test_a_reply_that_is_held_back_is_asked_for_again(stand, tmp_path):
+    stand.says = lambda body, number: reply("" if number == 0 else grades())
+    found = judge(stand, tmp_path)
+    assert [found.verdicts(PAIRS[:1])[0].reason[:9] for _ in range(3)] == ["no grades", "refused 0", "refused 0"]
+    assert (len(stand.asked), found.cost.cached) == (2, 1)
+
+
 @pytest.mark.parametrize(
     "text",
     [

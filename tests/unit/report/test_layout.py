@@ -208,6 +208,23 @@ def test_the_mean_over_suites_and_a_contrast_are_columns_but_not_compared(tmp_pa
     }  # fmt: skip
 
 
+def test_means_over_different_suites_share_no_column(tmp_path):
+    asked = {"none": {"a": 9, "b": 3}, "weight": {"a": 1, "b": 2, "c": 4}}
+    for constraint, hits in asked.items():
+        run = asked_in(record(tmp_path, constraint, 0.2, 0, 50), hits)
+        told = {name: each.rate([run.read("verdicts.jsonl")]).to_dict() for name, each in
+                combined_of(run.read("verdicts.jsonl")).items()}  # fmt: skip
+        run.write("metrics.json", run.read("metrics.json") | told)
+    found = records(runs(tmp_path))
+    assert "pooled" not in markdown(summary(found))
+    assert "HS, pooled" in markdown(summary(found[:1]))
+    with pytest.raises(ConfigError) as raised:
+        summary(found, layout=Layout(("harmful_score/pooled",)))
+    assert str(raised.value) == (
+        "columns=harmful_score/pooled: accepted: a rate of one suite: these records have means over a, b and over a, b, c"
+    )
+
+
 def given(root):
     text = render(list(runs(root)))
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)[1])[

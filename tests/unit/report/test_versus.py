@@ -148,12 +148,14 @@ def test_a_broken_model_is_left_out_and_said(tmp_path):
                 run.write("metrics.json", run.read("metrics.json") | {"broken": True})
     (found,) = compared(records(runs(tmp_path)), Asked(PAIR, "harmful_score"))
     assert (found.difference.seeds, found.why) == (1, "without 1 of 2 pairs, which have a broken model")
+    assert [side.n for side in found.sides] == [100, 100]
     (found,) = compared(records(runs(tmp_path)), Asked(PAIR, "finetune_accuracy"))
     assert (found.difference.seeds, found.why) == (2, "")
     for row in (rows := records(runs(tmp_path))):
         row["broken"] = True
     (found,) = compared(rows, Asked(PAIR, "harmful_score"))
     assert (found.difference, found.why) == (None, "n/a (a model is broken)")
+    assert [side.value for side in found.sides] == [None, None]
 
 
 def test_an_archive_is_compared_by_ids(tmp_path, capsys):

@@ -60,6 +60,15 @@ def test_the_frame_has_the_versions(tmp_path):
     assert frame["version_classifier"][0] == OLD
 
 
+def test_runs_whose_suites_were_judged_by_others_share_no_table(tmp_path):
+    for seed, own in enumerate([{}, {"xstest": f"classifier {OLD[:8]}"}, {"xstest": f"classifier {NEW[:8]}"}]):
+        run = judged(record(tmp_path, "none", 0.2, seed, 90), refusal=OLD)
+        run.write("metrics.json", run.read("metrics.json") | ({"suite_judges": own} if own else {}))
+    found = summary(records(runs(tmp_path)))
+    assert list(found["seeds"]) == [1, 1, 1]
+    assert "judged by refusal aaaaaaaa; xstest: classifier bbbbbbbb" in markdown(found)
+
+
 def test_correlations_mix_no_versions():
     source = np.random.default_rng(0)
     frame = pd.DataFrame(
