@@ -240,14 +240,28 @@ def parts(option: str) -> dict[str, dict[str, Any]]:
 
 
 def sections() -> Iterator[tuple[str, list[Key]]]:
-    """Yield the keys of the page under their headings: the top level, every group, every defence."""
+    """Yield the keys of the page under their headings: the top level, every group, further ones of options, defences."""
     yield "top level", list(top_level())
     for group, cls in GROUPS.items():
         node = _composed()[group]
-        yield group, list(keys_of(cls or get_class(node["_target_"]), group, node))
+        keys = list(keys_of(cls or get_class(node["_target_"]), group, node))
+        yield group, keys
+        names = {key.name for key in keys}
+        for option in options(group) if "_target_" in node else ():
+            other = _composed(f"{group}={option}")[group]
+            more = [key for key in keys_of(get_class(other["_target_"]), group, other) if key.name not in names]
+            if more:
+                yield f"{group}={option}", more
     for option in options("constraint"):
         for name, node in parts(option).items():
             yield f"constraint={option}", list(keys_of(get_class(node["_target_"]), f"constraint.{name}", node))
+
+
+# It is no field: each of the names is an option of a group.
+_ASKED_SUITES = Key(
+    "evaluation.suites", "list of text", "[]", "names of suites, see below",
+    "Named suites of prompts that are asked beside the run's own ones.",
+)  # fmt: skip
 
 
 def _suites() -> list[str]:
@@ -284,7 +298,7 @@ def page() -> str:
             ]
             lines += _options("constraint", differ=False)
         lines.append(f"### {heading}\n" if option else f"## {heading}\n")
-        lines += _table(iter(keys))
+        lines += _table(iter([*keys, _ASKED_SUITES] if heading == "evaluation" else keys))
         if not option and (conf_dir() / group).is_dir():
             lines += _options(group, differ=True)
     lines += _suites()

@@ -60,7 +60,9 @@ class TuningConfig:
         in_range("alpha", self.alpha, 0, open_low=True)
         one_of("modules", self.modules, TARGETS)
         one_of("base", self.base, BASES)
-        one_of("save", self.save, SAVED if self.method == "lora" else SAVED[:1])
+        if self.method != "lora" and self.save != SAVED[0]:
+            raise ConfigError("save", self.save, f"{SAVED[0]}, or with tuning=lora {' | '.join(SAVED[1:])}")
+        one_of("save", self.save, SAVED)
         if self.base == "nf4" and find_spec("bitsandbytes") is None:
             raise ConfigError("base", "nf4", "float32 | bfloat16, or bitsandbytes: pip install 'cwac-lab[qlora]'")
 
