@@ -15,8 +15,8 @@ from torch.nn.functional import silu
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import collate
-from cwac_lab.defenses.cwac.subspace import basis
-from cwac_lab.defenses.cwac.subspace.basis import Subspace, SubspaceSpec
+from cwac_lab.defenses.cwac.subspace import basis, coverage
+from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.models.adapters import attach
 from cwac_lab.models.answers import answer_loss
@@ -95,7 +95,7 @@ def test_an_expert_that_reads_no_token_is_free_and_counted(rank):
     subspace = Subspace({n: each.basis for n, each in found.items()}, {n: each.kept for n, each in found.items()})
     assert basis.unread(subspace) == (len(free) / 2, 32)
     within = [each.kept for name, each in found.items() if name in expected]
-    assert basis.covered(model, prompts, subspace, spec, 0) == pytest.approx(sum(within) / len(within), rel=1e-4)
+    assert coverage.covered(model, prompts, subspace, spec, 0) == pytest.approx(sum(within) / len(within), rel=1e-4)
     dense = Subspace({"layers.0.ffn_in": torch.zeros(4, 1)}, {"layers.0.ffn_in": 0.9})
     assert basis.unread(dense) == (0, 0)
 

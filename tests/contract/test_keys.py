@@ -15,7 +15,7 @@ from cwac_lab.core.errors import LabError
 from cwac_lab.core.recipes import RECIPES
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
-from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.models import folder, loading, lora, packaged
 from cwac_lab.models.loading import ModelFolder
 from cwac_lab.models.sources import Source

@@ -9,7 +9,8 @@ import torch
 
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
-from cwac_lab.defenses.cwac.subspace.basis import Subspace, leading
+from cwac_lab.defenses.cwac.subspace.basis import leading
+from cwac_lab.defenses.cwac.subspace.spec import Subspace
 from cwac_lab.defenses.interface import Context
 from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.training.loop import fit

@@ -12,9 +12,7 @@ from scipy import stats
 from cwac_lab.core.stats import RESAMPLES, Rate, wilson
 
 
-def _mover(
-    parts: Sequence[Rate], weights: Sequence[float], shared: Float[np.ndarray, "K K"]
-) -> tuple[float, float]:
+def _mover(parts: Sequence[Rate], weights: Sequence[float], shared: Float[np.ndarray, "K K"]) -> tuple[float, float]:
     """Return the 95 % interval of a weighted sum of proportions from the intervals of each, in percent.
 
     The method of variance estimates recovery (Zou and Donner 2008, with correlations Zou 2008); with Wilson's intervals

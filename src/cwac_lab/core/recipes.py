@@ -115,7 +115,7 @@ SUBSPACE = Recipe(
     2,
     ("model", "dtype", "prompts", "spec"),
     (
-        *_of("defenses.cwac.subspace.basis", "leading", "build", "_fill", "_batched"),
+        *_of("defenses.cwac.subspace.basis", "leading", "build", "_Weighed", "_beside"),
         *("defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
         *_of("models.sites", "linears", "_of_experts", "SCOPES", "PROJECTIONS", "JOINED", "OF_EXPERTS", "paths_in"),
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
@@ -127,7 +127,7 @@ HELD_SHARE = Recipe(
     "held_share",
     1,
     ("subspace", "prompts"),
-    (*_of("defenses.cwac.subspace.basis", "covered", "_fill", "_batched", "_Share"), "models.capture"),
+    ("defenses.cwac.subspace.coverage", "defenses.cwac.subspace.reading", "models.capture"),
 )
 # ``library`` is the version of sae-lens, which trains it.
 AUTOENCODER = Recipe(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
-from cwac_lab.defenses.cwac.subspace.basis import Subspace, SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.models.answers import Batch
 from cwac_lab.models.chat import ChatFormat, Encoded
 

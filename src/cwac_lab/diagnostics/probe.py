@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cwac_lab.core.errors import Diverged
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
-from cwac_lab.defenses.cwac.subspace.basis import Subspace
+from cwac_lab.defenses.cwac.subspace.spec import Subspace
 from cwac_lab.diagnostics.linear import Drift, LinearProbe
 from cwac_lab.diagnostics.seen import Reader
 from cwac_lab.diagnostics.stream import Explains, divergence, stream_drift

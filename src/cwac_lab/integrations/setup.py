@@ -11,7 +11,8 @@ from torch import Tensor
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
-from cwac_lab.defenses.cwac.subspace.basis import Subspace, leading
+from cwac_lab.defenses.cwac.subspace.basis import leading
+from cwac_lab.defenses.cwac.subspace.spec import Subspace
 from cwac_lab.defenses.interface import Composite, Context, Defense
 from cwac_lab.integrations.callback import DefenseCallback
 from cwac_lab.integrations.checks import check_given, check_model, check_trainer, read_features

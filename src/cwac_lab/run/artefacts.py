@@ -23,7 +23,9 @@ from cwac_lab.defenses.cwac.sae import activations, latents
 from cwac_lab.defenses.cwac.sae import train as sae_train
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace import basis
-from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.coverage import covered
+from cwac_lab.defenses.cwac.subspace.parts import Parts, parts_of
+from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.interface import Context
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
@@ -81,13 +83,14 @@ class _Workshop:
 
     def subspace(self, spec: SubspaceSpec) -> Path:
         """Return the folder with the bases of the weight constraint."""
-        prompts = self.held.harmful_ids + (self.held.benign_ids if spec.held_on == "both" else [])
+        texts, parts = held_texts(self.held, spec)
 
         def build(folder: Path) -> None:
-            self.say(f"building the safety subspace: {spec.modules}, {len(prompts)} reference prompts")
-            basis.build(self.model, prompts, spec, self.chat.pad_id, folder)
+            self.say(f"building the safety subspace: {spec.modules}, {len(texts)} reference prompts")
+            basis.build(self.model, texts, parts, spec, self.chat.pad_id, folder)
 
-        return self.cached(recipes.SUBSPACE, build, prompts=digest(prompts), spec=asdict(spec))
+        made_of = digest([texts, [list(each) for each in parts]])
+        return self.cached(recipes.SUBSPACE, build, prompts=made_of, spec=asdict(spec))
 
     def texts(self) -> list[Sequence[int]]:
         """Return what an autoencoder is trained on: refused harmful prompts and benign text, at the set shares."""
@@ -169,6 +172,20 @@ class _Workshop:
             "quality": read_json(autoencoder / sae_train.REPORT),
         }
         latents.export(folder, layer, encoder, chosen, scores, scale, facts, latents.signature(model, layer))
+
+
+def held_texts(held: References, spec: SubspaceSpec) -> tuple[list[list[int]], list[Parts]]:
+    """Return the reference prompts that a subspace is built from, with answers where they count, and their parts."""
+    forms = [size for size in held.forms.values() if size]
+    texts, groups = list(held.harmful_ids), [len(held.harmful), *forms]
+    if spec.held_on == "both":
+        texts += held.benign_ids
+        groups += [len(held.benign)] * (1 + len(forms))
+    parts = parts_of(texts, groups)
+    for at, refusal in enumerate(held.refusals[: len(held.harmful)] if spec.answers == "own" else ()):
+        if refusal[: len(texts[at])] == texts[at]:  # not where the prompt had to be cut for the answer
+            texts[at] = refusal
+    return texts, parts
 
 
 def autoencoders(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> dict[int, Path]:
@@ -261,13 +278,13 @@ def _covered(
     for name, n in {"as they stand": facts["reference"]["kept"], **facts["reference"].get("forms", {})}.items():
         if n:
             ids = context.reference[at : at + n]
-            yield f"harmful reference prompts, {name}", basis.covered(context.model, ids, subspace, spec, chat.pad_id)
+            yield f"harmful reference prompts, {name}", covered(context.model, ids, subspace, spec, chat.pad_id)
         at += n
     for kind in ("harmful", "harmless"):
         ids = _to_come(run, begin, chat, kind)
         name = f"{kind} prompts of {run.evaluation.split} as attack={run.attack.name} asks"
         if ids:
-            yield name, basis.covered(context.model, ids, subspace, spec, chat.pad_id)
+            yield name, covered(context.model, ids, subspace, spec, chat.pad_id)
 
 
 def _to_come(run: Run, begin: Start, chat: ChatFormat, kind: str) -> list[list[int]]:
@@ -280,7 +297,7 @@ def _to_come(run: Run, begin: Start, chat: ChatFormat, kind: str) -> list[list[i
 def held_share(run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat) -> float | None:
     """Return how much of the start's inputs the weight constraint holds on the harmful prompts of the evaluation.
 
-    Nothing was built from these; the first ``_UNSEEN`` are read. It is ``basis.covered``, of 1; cached, so that the
+    Nothing was built from these; the first ``_UNSEEN`` are read. It is ``coverage.covered``, of 1; cached, so that the
     runs of a sweep read them once. None where nothing is held, or no prompt is asked.
 
     Args:
@@ -296,7 +313,7 @@ def held_share(run: Run, begin: Start, context: Context, facts: dict[str, Any], 
         return None
 
     def build(folder: Path) -> None:
-        write_json(folder / SHARE, basis.covered(context.model, ids, subspace, spec, chat.pad_id))
+        write_json(folder / SHARE, covered(context.model, ids, subspace, spec, chat.pad_id))
 
     key = recipes.HELD_SHARE.key(subspace=facts["subspace"]["folder"], prompts=digest(ids))
     folder = together(Path(run.cache_root), recipes.HELD_SHARE.kind, key, build)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwac_lab.core import linalg
-from cwac_lab.defenses.cwac.subspace import basis
-from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace import basis, coverage
+from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.cwac.subspace.solvers import Covariance, Gram, Randomized, cheapest
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.models.sites import linears
@@ -166,7 +166,7 @@ def test_what_lies_in_the_directions_is_their_energy_on_their_own_prompts_and_le
     found = dict(basis.leading(model, prompts, spec, chat.pad_id))
     subspace = basis.Subspace({k: v.basis for k, v in found.items()}, {k: v.kept for k, v in found.items()})
     mean = sum(subspace.energy.values()) / len(subspace.energy)
-    assert basis.covered(model, prompts, subspace, spec, chat.pad_id) == pytest.approx(mean, rel=1e-5)
+    assert coverage.covered(model, prompts, subspace, spec, chat.pad_id) == pytest.approx(mean, rel=1e-5)
     shares = []
     for layer, site in zip(model.get_decoder().layers, found, strict=True):
         seen = []
@@ -176,7 +176,7 @@ def test_what_lies_in_the_directions_is_their_energy_on_their_own_prompts_and_le
         handle.remove()
         x = torch.nn.functional.normalize(seen[0]) if normalize else seen[0]
         shares.append(float((x @ found[site].basis).square().sum() / x.square().sum()))
-    assert basis.covered(model, others, subspace, spec, chat.pad_id) == pytest.approx(sum(shares) / 2, rel=1e-5)
+    assert coverage.covered(model, others, subspace, spec, chat.pad_id) == pytest.approx(sum(shares) / 2, rel=1e-5)
     assert sum(shares) / 2 < mean
 
 

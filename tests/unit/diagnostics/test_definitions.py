@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
-from cwac_lab.defenses.cwac.subspace.basis import Subspace
+from cwac_lab.defenses.cwac.subspace.spec import Subspace
 from cwac_lab.diagnostics import seen
 from cwac_lab.diagnostics.evidence import correlations
 from cwac_lab.diagnostics.linear import EXACT, bound, decompose, leading, overlap

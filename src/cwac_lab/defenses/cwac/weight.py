@@ -39,13 +39,14 @@ from cwac_lab.defenses.cwac.projected import (
     release,
     release_factor,
 )
-from cwac_lab.defenses.cwac.subspace.basis import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.interface import HELD_ON, Context, Defense, Requirements
 from cwac_lab.models.adapters import when_merged
 from cwac_lab.models.shards import is_sharded, local, rows, total
 from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 
 PROJECTIONS = ("gradient", "update", "both")
+OPENINGS, ANSWERS = ("counted", "held"), ("none", "own")
 
 
 @dataclass
@@ -86,6 +87,11 @@ class WeightConstraint(Defense):
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
+        opening: The tokens that all reference prompts of a form begin with: ``counted`` as the others are (the
+            paper's), or ``held`` to rounding, so that ``energy`` is of a prompt's own tokens.
+        answers: Whether tokens of the start's own refusals count in C: ``none`` (the paper's), or ``own``.
+        closing_weight: What a token weighs in C that all prompts of a form end with; the first token of an answer is
+            decided there.
         gradient_share: With ``both``, the share of the protected directions, the leading ones, that gradients are
             projected off; what the optimizer moves along the others is taken out where weights are restored. A step's
             projections cost in proportion to it. With LoRA all directions count.
@@ -102,6 +108,9 @@ class WeightConstraint(Defense):
     held_on: str = "harmful"
     tokens: str = "all"
     normalize: bool = True
+    opening: str = "counted"
+    answers: str = "none"
+    closing_weight: float = 1.0
     gradient_share: float = 1.0
     restore_every_n_steps: int = 12
     leak_every_n_steps: int = 10
@@ -115,6 +124,9 @@ class WeightConstraint(Defense):
         one_of("projection", self.projection, PROJECTIONS)
         one_of("held_on", self.held_on, HELD_ON)
         one_of("tokens", self.tokens, ("all", "no_sinks"))
+        one_of("opening", self.opening, OPENINGS)
+        one_of("answers", self.answers, ANSWERS)
+        in_range("closing_weight", self.closing_weight, 0)
         in_range("gradient_share", self.gradient_share, 0, 1, open_low=True)
         in_range("restore_every_n_steps", self.restore_every_n_steps, 1)
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
@@ -122,6 +134,8 @@ class WeightConstraint(Defense):
             raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
         if self.gradient_share != 1 and self.projection != "both":
             raise ConfigError("gradient_share", self.gradient_share, "1 with a projection other than both")
+        if self.energy is None and self.opening == "held":
+            raise ConfigError("opening", self.opening, "counted with a fixed rank")
         if self.energy is not None:
             in_range("energy", self.energy, 0, 1, open_low=True)
         if self.rank is not None:
@@ -133,7 +147,10 @@ class WeightConstraint(Defense):
     @property
     def requirements(self) -> Requirements:
         """Reference prompts and the subspace of the chosen scope."""
-        spec = SubspaceSpec(self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on)
+        spec = SubspaceSpec(
+            self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on,
+            self.opening, self.answers, self.closing_weight,
+        )  # fmt: skip
         return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 
     def prepare(self, context: Context) -> None:

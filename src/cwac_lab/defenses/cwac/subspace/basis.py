@@ -5,52 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cwac_lab.core import distributed
+from cwac_lab.core import distributed, linalg
 from cwac_lab.core.cache import read_json, reading, write_json
-from cwac_lab.core.progress import track
-from cwac_lab.data.batches import pad
+from cwac_lab.defenses.cwac.subspace.parts import Parts
+from cwac_lab.defenses.cwac.subspace.reading import Text, batched, fill
 from cwac_lab.defenses.cwac.subspace.solvers import Routed, Solver, cheapest
-from cwac_lab.models.capture import site_inputs, truncated, without_sinks
-from cwac_lab.models.sites import Site, decoder, linears
+from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
+from cwac_lab.models.sites import Site, linears
 
 # Bytes that accumulate at once, at most.
 MEMORY = 8 * 2**30
-
-
-@dataclass(frozen=True)
-class SubspaceSpec:
-    """What a defence asks of the safety subspace; also its cache key.
-
-    Attributes:
-        modules: Scope of linear layers, a key of ``SCOPES``.
-        energy: Share of the trace that the protected directions hold, in (0, 1]; exclusive with ``rank``.
-        rank: Fixed number of protected directions per site.
-        tokens: ``all`` tokens of the reference prompts, or ``no_sinks``.
-        normalize: Scale each token's activation to unit norm, so that energy is not owned by outlier tokens.
-        held_on: ``harmful`` reference prompts, or ``both`` kinds.
-    """
-
-    modules: str
-    energy: float | None
-    rank: int | None
-    tokens: str
-    normalize: bool
-    held_on: str = "harmful"
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """Per site name the protected directions V of shape (d_in, k), and the share of the trace they hold."""
-
-    bases: dict[str, Float[Tensor, "d k"]]
-    energy: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -73,46 +44,72 @@ def _passes(sizes: dict[Site, int]) -> Iterator[list[Site]]:
     yield group
 
 
-def _batched(prompts: Sequence[Sequence[int]], size: int) -> list[list[Sequence[int]]]:
-    """Divide prompts, by their length, into batches."""
-    ordered = sorted(prompts, key=len)
-    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+class _Weighed:
+    """Gives a solver the rows that count, times the root of what they weigh, without what lies in directions Q (d, q).
+
+    What is held beside the solver's directions is known in the end: Q, and the share of the trace in it.
+    """
+
+    def __init__(self, solver: Solver, weights: Float[Tensor, " P"], beside: Float[Tensor, "d q"]) -> None:
+        self.solver, self.weights, self.beside = solver, weights.to(beside.device), beside
+        self.sums = torch.zeros(2, dtype=torch.float64, device=beside.device)  # in Q, and in all
+
+    def add(self, rows: Float[Tensor, "N d"], labels: Int[Tensor, " N"]) -> None:
+        weights = self.weights[labels]
+        rows = rows[weights > 0] * weights[weights > 0].sqrt()[:, None]
+        if self.beside.shape[1]:
+            within = rows @ self.beside
+            self.sums += torch.stack([within.square().sum(), rows.square().sum()])
+            rows = rows - within @ self.beside.T
+        self.solver.add(rows)
+
+    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
+        """Return the directions, Q first, and the share of the trace that they hold."""
+        if not self.beside.shape[1]:
+            return self.solver.solve(energy, rank)
+        assert energy is not None
+        within, whole = distributed.summed(self.sums).tolist()
+        rest = whole - within
+        wanted = (energy * whole - within) / rest if rest > 0 else 0.0
+        if wanted <= 0:
+            return self.beside, within / whole if whole else 0.0
+        basis, kept = self.solver.solve(min(wanted, 1.0), None)
+        basis = torch.linalg.qr(torch.cat([self.beside, basis], 1)).Q
+        return basis, (within + kept * rest) / whole
 
 
-class _Receiver(Protocol):
-    """Takes the inputs of a site, rows of shape (N, d), batch by batch."""
+class _Kept:
+    """Keeps the rows of the opening."""
 
-    def add(self, rows: Float[Tensor, "N d"]) -> None: ...
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.rows = [torch.zeros(0, width, dtype=torch.float64, device=device)]
+
+    def add(self, rows: Float[Tensor, "N d"], labels: Int[Tensor, " N"]) -> None:
+        self.rows.append(rows)
 
 
-def _fill(
-    held: Mapping[Site, _Receiver],
-    model: Any,
-    batches: Sequence[Sequence[Sequence[int]]],
-    spec: SubspaceSpec,
-    pad_id: int,
-) -> None:
-    counted: Int[Tensor, "B T"]
-
-    def receive(site: Site, x: Float[Tensor, "B T d"], read: Bool[Tensor, "B T"] | None = None) -> None:
-        real = counted if read is None else counted * read
-        rows = x[without_sinks(x, real) if spec.tokens == "no_sinks" else real.bool()].double()
-        if spec.normalize:
-            rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-        held[site].add(rows)
-
-    names, last = {site.name for site in held}, max(site.layer for site in held)
-    with site_inputs(model, spec.modules, receive, names), truncated(model, last + 1):
-        for batch in track(batches, "reading the inputs of reference prompts, batches"):
-            ids, mask = pad(batch, pad_id)
-            counted = mask.to(model.device)
-            decoder(model)(input_ids=ids.to(model.device), attention_mask=counted, use_cache=False)
+def _beside(
+    sites: Mapping[Site, int], model: Any, texts: Sequence[Text], spec: SubspaceSpec, pad_id: int
+) -> dict[Site, Float[Tensor, "d q"]]:
+    """Return, by site, the directions of the openings; without columns where these count as other tokens do."""
+    none = {site: torch.zeros(width, 0, dtype=torch.float64, device=model.device) for site, width in sites.items()}
+    openings = dict.fromkeys(tuple(ids[: parts.opening]) for ids, parts in texts if parts.opening)
+    if spec.opening == "counted" or not openings:
+        return none
+    held = {site: _Kept(width, model.device) for site, width in sites.items()}
+    fill(held, model, [[(ids, Parts(len(ids), len(ids), len(ids)))] for ids in openings], spec, pad_id)
+    rows = {site: torch.cat(kept.rows) for site, kept in held.items()}
+    return {
+        site: linalg.leading_directions(found, energy=1.0)[0] if len(found) else none[site]
+        for site, found in rows.items()
+    }
 
 
 @torch.no_grad()
 def leading(
-    model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_id: int, batch_size: int = 16
-) -> Iterator[tuple[str, Directions]]:
+    model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_id: int, batch_size: int = 16,
+    parts: Sequence[Parts] | None = None,
+) -> Iterator[tuple[str, Directions]]:  # fmt: skip
     """Yield the leading directions of every site's input over the tokens of some prompts, streamed by batch.
 
     The processes of a run take a part of the prompts each. Where all sites at once would hold too much, the prompts are
@@ -124,6 +121,7 @@ def leading(
         spec: Scope of sites, tokens that count, whether they are scaled to unit norm, and how many directions.
         pad_id: Id to pad with.
         batch_size: Prompts per forward.
+        parts: The parts of each prompt; by default as of prompts in one form (``parts_of``).
     """
     matrices = {matrix.site: matrix for matrix in linears(model, spec.modules)}
     widths = {site: matrix.width for site, matrix in matrices.items()}
@@ -133,64 +131,30 @@ def leading(
         site: cheapest(n, width, ranks[site]) if site.expert is None else Routed for site, width in widths.items()
     }
     read = {site: round(n * matrix.share) for site, matrix in matrices.items()}
-    batches = _batched(prompts, batch_size)
+    batches = batched(prompts, parts, batch_size)
+    texts = [text for batch in batches for text in batch]
     for group in _passes({site: kinds[site].size(read[site], width) for site, width in widths.items()}):
-        held: dict[Site, Solver] = {site: kinds[site](widths[site], model.device) for site in group}
-        _fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
+        beside = _beside({site: widths[site] for site in group}, model, texts, spec, pad_id)
+        held = {
+            site: _Weighed(kinds[site](widths[site], model.device), spec.weights, beside.pop(site)) for site in group
+        }
+        fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
         for site in group:
             basis, kept = held.pop(site).solve(spec.energy, ranks[site])
             yield site.name, Directions(basis.float().contiguous(), kept, kinds[site].name)
 
 
-def build(model: Any, prompts: Sequence[Sequence[int]], spec: SubspaceSpec, pad_id: int, folder: Path) -> None:
+def build(
+    model: Any, prompts: Sequence[Sequence[int]], parts: Sequence[Parts], spec: SubspaceSpec, pad_id: int, folder: Path
+) -> None:
     """Compute the bases of all sites and save them with a report of rank, share of variance kept and solver."""
-    found = dict(leading(model, prompts, spec, pad_id))
+    found = dict(leading(model, prompts, spec, pad_id, parts=parts))
     save_file({name: each.basis.cpu() for name, each in found.items()}, folder / "bases.safetensors")
     report = {
         name: {"rank": each.basis.shape[1], "width": each.basis.shape[0], "kept": each.kept, "solver": each.solver}
         for name, each in found.items()
     }
     write_json(folder / "report.json", report)
-
-
-class _Share:
-    """Adds up what of the inputs of a site lies in directions V of shape (d, k), and all of it."""
-
-    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
-        self.basis, self.within, self.whole = basis.double(), 0.0, 0.0
-
-    def add(self, rows: Float[Tensor, "N d"]) -> None:
-        self.within += float((rows @ self.basis).square().sum())
-        self.whole += float(rows.square().sum())
-
-
-@torch.no_grad()
-def covered(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    subspace: Subspace,
-    spec: SubspaceSpec,
-    pad_id: int,
-    batch_size: int = 16,
-) -> float:
-    """Return how much of the inputs of some prompts lies in the protected directions: ``||V^T x||^2 / ||x||^2``.
-
-    Squares are summed over tokens, counted and scaled as for the subspace itself; the mean is over the sites that read
-    any. Of the prompts that it was built from it is the mean of ``Subspace.energy`` over these.
-
-    Args:
-        model: The aligned model, in evaluation mode.
-        prompts: Token ids.
-        subspace: The directions.
-        spec: How they were built.
-        pad_id: Id to pad with.
-        batch_size: Prompts per forward.
-    """
-    sites = dict.fromkeys(matrix.site for matrix in linears(model, spec.modules))
-    shares = {site: _Share(subspace.bases[site.name].to(model.device)) for site in sites}
-    _fill(shares, model, _batched(prompts, batch_size), spec, pad_id)
-    found = [share.within / share.whole for share in shares.values() if share.whole]
-    return sum(found) / len(found) if found else 0.0
 
 
 def unread(subspace: Subspace) -> tuple[int, int]:

@@ -1,0 +1,50 @@
+"""What a defence asks of the safety subspace, and what it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SubspaceSpec:
+    """What a defence asks of the safety subspace; also its cache key.
+
+    Attributes:
+        modules: Scope of linear layers, a key of ``SCOPES``.
+        energy: Share of the trace that the protected directions hold, in (0, 1]; exclusive with ``rank``.
+        rank: Fixed number of protected directions per site.
+        tokens: ``all`` tokens of the reference prompts, or ``no_sinks``.
+        normalize: Scale each token's activation to unit norm, so that energy is not owned by outlier tokens.
+        held_on: ``harmful`` reference prompts, or ``both`` kinds.
+        opening: ``counted``: the tokens that all prompts of a form begin with count as the others do, in every prompt;
+            ``held``: their directions are protected to rounding, and ``energy`` is of the other tokens.
+        answers: ``none``, or ``own``: tokens of the start's own refusals count as well.
+        closing_weight: Weight of the tokens that all prompts of a form end with, where the answer is decided.
+    """
+
+    modules: str
+    energy: float | None
+    rank: int | None
+    tokens: str
+    normalize: bool
+    held_on: str = "harmful"
+    opening: str = "counted"
+    answers: str = "none"
+    closing_weight: float = 1.0
+
+    @property
+    def weights(self) -> Float[Tensor, " P"]:
+        """What a token of each part weighs in C (``parts.NAMES``); the opening nothing where it is held apart."""
+        return torch.tensor([float(self.opening == "counted"), 1.0, self.closing_weight, 1.0], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Per site name the protected directions V of shape (d_in, k), and the share of the trace they hold."""
+
+    bases: dict[str, Float[Tensor, "d k"]]
+    energy: dict[str, float]
