@@ -44,8 +44,8 @@ def _drawn(
 ) -> tuple[float, float]:  # fmt: skip
     """Return the percentile bootstrap interval of the sum, as shares: runs are drawn once for all lists, items by list.
 
-    With ``names`` items are drawn once for all lists, of which some share them. Runs and items are drawn independently, with replacement (the pigeonhole bootstrap, Owen 2007). All runs answer all
-    lists, so a run that is drawn is drawn in each of them.
+    Runs and items are drawn independently, with replacement (the pigeonhole bootstrap, Owen 2007). All runs answer all
+    lists, so a run that is drawn is drawn in each of them. With ``names`` so are items, of which lists share some.
     """
     source = np.random.default_rng(0)
     n_runs = rates.shape[1]

@@ -240,7 +240,7 @@ def parts(option: str) -> dict[str, dict[str, Any]]:
 
 
 def sections() -> Iterator[tuple[str, list[Key]]]:
-    """Yield the keys of the page under their headings: the top level, every group, further ones of options, defences."""
+    """Yield the keys of the page under their headings: the top level, groups, further ones of options, defences."""
     yield "top level", list(top_level())
     for group, cls in GROUPS.items():
         node = _composed()[group]

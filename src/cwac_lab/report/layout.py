@@ -75,7 +75,7 @@ class Layout:
         """Return the columns; none where none are chosen.
 
         Raises:
-            ConfigError: If one, or the one that is sorted by, is of a suite that no record has, or is a mean over suites
+            ConfigError: If one, or the one that is sorted by, is of a suite that no record has, or a mean over suites
                 that differ.
         """
         there = sorted({name for row in rows for name in row if OF in name})

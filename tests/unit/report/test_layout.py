@@ -221,7 +221,8 @@ def test_means_over_different_suites_share_no_column(tmp_path):
     with pytest.raises(ConfigError) as raised:
         summary(found, layout=Layout(("harmful_score/pooled",)))
     assert str(raised.value) == (
-        "columns=harmful_score/pooled: accepted: a rate of one suite: these records have means over a, b and over a, b, c"
+        "columns=harmful_score/pooled: accepted: a rate of one suite: "
+        "these records have means over a, b and over a, b, c"
     )
 
 

@@ -31,8 +31,8 @@ class Chat(Task):
     Attributes:
         train: File of rows, folder of such files, or id of a data set of the hub.
         test: The same for rows to test on; null: a tenth of the others is held out.
-        columns: Names of columns by what they hold: ``messages``, or ``prompt``, ``response``, ``input``, ``system``; empty:
-            those that people use are found.
+        columns: Names of columns by what they hold: ``messages``, or ``prompt``, ``response``, ``input``, ``system``;
+            empty: those that people use are found.
         skip_bad: Leave out rows that cannot be read; else they stop the run.
         metric: Scores answers to test rows: a name of ``scoring.SCORES``, ``regex``, or the path of a class.
         gold: Column with the right answer; null: the response is that.
