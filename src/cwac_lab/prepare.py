@@ -14,6 +14,7 @@ def main(config: DictConfig) -> None:
     run = read(config)
     from cwac_lab.report.console import Screen
     from cwac_lab.run.artefacts import artefacts, described
+    from cwac_lab.run.protected import by_part
     from cwac_lab.run.start import start
 
     screen = Screen()
@@ -23,6 +24,8 @@ def main(config: DictConfig) -> None:
     screen.say(f"start: {begin.folder.description}")
     for line in described(run, begin, context, facts, chat):
         screen.say(line)
+    if (found := by_part(run, begin, context, chat)) is not None:
+        screen.held(found)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from cwac_lab.models import folder, loading, lora, packaged
 from cwac_lab.models.loading import ModelFolder
 from cwac_lab.models.sources import Source
 from cwac_lab.results.store import flat
-from cwac_lab.run import ability, alignment, apart, artefacts, references, start_answers
+from cwac_lab.run import ability, alignment, apart, artefacts, protected, references, start_answers
 from cwac_lab.run.artefacts import _Workshop
 from cwac_lab.run.references import References
 from cwac_lab.run.start import Start
@@ -82,7 +82,7 @@ def key_of(kind, parts):
     with pytest.MonkeyPatch.context() as patch:
         for module in (packaged, references, alignment, loading, apart):
             patch.setattr(module, "cached_folder", ask)
-        for module in (ability, artefacts, start_answers):
+        for module in (ability, artefacts, protected, start_answers):
             patch.setattr(module, "together", keep)
         patch.setattr(ability, "read_jsonl", lambda _: [])
         patch.setattr(start_answers, "read_jsonl", lambda _: [])
@@ -128,7 +128,7 @@ def key_of(kind, parts):
             named = {"subspace": {"folder": shop.subspace(parts["subspace"]).name}}
             context = SimpleNamespace(model=model, subspace="bases")
             with pytest.raises(LabError, match="share"):
-                artefacts.held_share(run, Start(start, parts["pools"]), context, named, chat)
+                protected.held_share(run, Start(start, parts["pools"]), context, named, chat)
         elif kind == "subspace":
             shop.subspace(parts["subspace"])
         else:

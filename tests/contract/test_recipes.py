@@ -75,8 +75,8 @@ def test_a_digest_is_of_what_is_computed(code, same):
 
 
 def test_a_digest_is_of_what_is_named():
-    (found,) = recipes.parts("defenses.cwac.subspace.basis:_batched")
-    assert found.name == "_batched"
+    (found,) = recipes.parts("defenses.cwac.subspace.reading:batched")
+    assert found.name == "batched"
     (found,) = recipes.parts("run.artefacts:_Workshop._choose")
     assert found.name == "_choose"
     assert len(recipes.parts("defenses.cwac.subspace.solvers")) > 4

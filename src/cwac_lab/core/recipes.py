@@ -116,7 +116,8 @@ SUBSPACE = Recipe(
     ("model", "dtype", "prompts", "spec"),
     (
         *_of("defenses.cwac.subspace.basis", "leading", "build", "_Weighed", "_beside"),
-        *("defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
+        *("defenses.cwac.subspace.reading", "defenses.cwac.subspace.spec", "run.protected:texts"),
+        *("defenses.cwac.subspace.parts", "defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
         *_of("models.sites", "linears", "_of_experts", "SCOPES", "PROJECTIONS", "JOINED", "OF_EXPERTS", "paths_in"),
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
         *_of("core.linalg", "_rank", "_support", "_share"),
@@ -127,7 +128,10 @@ HELD_SHARE = Recipe(
     "held_share",
     1,
     ("subspace", "prompts"),
-    ("defenses.cwac.subspace.coverage", "defenses.cwac.subspace.reading", "models.capture"),
+    (
+        *("defenses.cwac.subspace.reading", "defenses.cwac.subspace.parts", "models.capture"),
+        *_of("defenses.cwac.subspace.coverage", "covered", "_shares", "_Share"),
+    ),
 )
 # ``library`` is the version of sae-lens, which trains it.
 AUTOENCODER = Recipe(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
@@ -85,6 +86,8 @@ def protect(
     check_model(needs, model)
     given = {"harmful": harmful, "benign": benign, "features": features, "base_weight": base_weight}
     check_given(needs, {name for name, value in given.items() if value})
+    if needs.subspace is not None and needs.subspace.answers != "none":
+        raise ConfigError("answers", needs.subspace.answers, "none with protect, which asks the model nothing")
     chat = ChatFormat(tokenizer, getattr(trainer.args, "max_length", None) or 512)
     rows = [PromptRow(str(i), prompt) for i, prompt in enumerate(harmful)]
     reference = [chat.prompt_ids(prompt) for prompt in harmful]

@@ -125,6 +125,16 @@ class Screen:
             if any(rate.get("broken") for rate in model["sets"].values()):
                 self.console.print(f"[bold red]broken model:[/bold red] {escape(name)}: {_BROKEN}")
 
+    def held(self, found: dict[str, dict[str, tuple[float, float]]]) -> None:
+        """Print what the weight constraint holds of unseen harmful prompts, by kind of site and part of the text."""
+        parts = list(dict.fromkeys(part for told in found.values() for part in told))
+        title = "held of unseen harmful prompts, %: mean over layers (least)"
+        table = Table("", *parts, title=title, title_justify="left")
+        for kind, told in found.items():
+            shares = (told.get(part) for part in parts)
+            table.add_row(kind, *(f"{100 * each[0]:.2f} ({100 * each[1]:.2f})" if each else "" for each in shares))
+        self.console.print(table)
+
     def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print texts in columns."""
         table = Table(*heads, title=escape(title), title_justify="left")

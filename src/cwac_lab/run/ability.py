@@ -17,7 +17,7 @@ from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import load_model
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run.artefacts import together
+from cwac_lab.run.cached import together
 from cwac_lab.run.start import Start
 
 Say = Callable[[str], None]

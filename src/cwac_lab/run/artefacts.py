@@ -6,14 +6,13 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from cwac_lab.config.run import Run
 from cwac_lab.core import distributed, recipes
-from cwac_lab.core.cache import cached_folder, digest, read_json, reading, write_json
+from cwac_lab.core.cache import digest, read_json, reading
 from cwac_lab.core.errors import QualityError
 from cwac_lab.core.recipes import Recipe
 from cwac_lab.data.mixing import TrainRow
@@ -23,42 +22,16 @@ from cwac_lab.defenses.cwac.sae import activations, latents
 from cwac_lab.defenses.cwac.sae import train as sae_train
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace import basis
-from cwac_lab.defenses.cwac.subspace.coverage import covered
-from cwac_lab.defenses.cwac.subspace.parts import Parts, parts_of
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.interface import Context
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
+from cwac_lab.run import protected
+from cwac_lab.run.cached import together
 from cwac_lab.run.references import References, references
 from cwac_lab.run.start import Start, base, start_weights
 
 Say = Callable[[str], None]
-SHARE = "share.json"
-# Harmful prompts of the evaluation on which it is measured how much is held: seconds for the packaged weights.
-_UNSEEN = 32
-
-
-def together(root: Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """Return ``cached_folder``, where all processes of the run build if the first one finds that it must.
-
-    The others do their part of the work and keep nothing of it.
-    """
-    if distributed.rank():
-        if distributed.told(False):
-            with TemporaryDirectory() as scratch:
-                build(Path(scratch))
-        return distributed.told(Path())
-    announced = False
-
-    def led(folder: Path) -> None:
-        nonlocal announced
-        announced = distributed.told(True)
-        build(folder)
-
-    found = cached_folder(root, kind, key, led)
-    if not announced:
-        distributed.told(False)
-    return distributed.told(found)
 
 
 @dataclass
@@ -83,7 +56,7 @@ class _Workshop:
 
     def subspace(self, spec: SubspaceSpec) -> Path:
         """Return the folder with the bases of the weight constraint."""
-        texts, parts = held_texts(self.held, spec)
+        texts, parts = protected.texts(self.held, spec)
 
         def build(folder: Path) -> None:
             self.say(f"building the safety subspace: {spec.modules}, {len(texts)} reference prompts")
@@ -174,20 +147,6 @@ class _Workshop:
         latents.export(folder, layer, encoder, chosen, scores, scale, facts, latents.signature(model, layer))
 
 
-def held_texts(held: References, spec: SubspaceSpec) -> tuple[list[list[int]], list[Parts]]:
-    """Return the reference prompts that a subspace is built from, with answers where they count, and their parts."""
-    forms = [size for size in held.forms.values() if size]
-    texts, groups = list(held.harmful_ids), [len(held.harmful), *forms]
-    if spec.held_on == "both":
-        texts += held.benign_ids
-        groups += [len(held.benign)] * (1 + len(forms))
-    parts = parts_of(texts, groups)
-    for at, refusal in enumerate(held.refusals[: len(held.harmful)] if spec.answers == "own" else ()):
-        if refusal[: len(texts[at])] == texts[at]:  # not where the prompt had to be cut for the answer
-            texts[at] = refusal
-    return texts, parts
-
-
 def autoencoders(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> dict[int, Path]:
     """Return, by layer that the run's defence hooks, the folder of its autoencoder; none where it hooks no layer."""
     spec = run.constraint.requirements.features
@@ -256,7 +215,7 @@ def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], c
     if context.subspace is not None:
         ranks = sorted(held.shape[1] for held in context.subspace.bases.values())
         yield f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites"
-        for name, share in _covered(run, begin, context, facts, chat):
+        for name, share in protected.shares(run, begin, context, facts, chat):
             yield f"inputs within the subspace, {name}: {share:.4f}"
     for features in context.features:
         quality = facts["features"][f"layer{features.layer}"]["quality"]
@@ -265,57 +224,3 @@ def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], c
             f"explained, L0 {quality['l0']:.0f}, {quality['dead_share']:.0%} dead; "
             f"{len(features.latents)} safety latents chosen"
         )
-
-
-def _covered(
-    run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat
-) -> Iterator[tuple[str, float]]:
-    """Yield how much of the inputs is held: of the reference prompts, form by form, and of the prompts to come."""
-    spec, subspace = run.constraint.requirements.subspace, context.subspace
-    assert spec is not None
-    assert subspace is not None
-    at = 0
-    for name, n in {"as they stand": facts["reference"]["kept"], **facts["reference"].get("forms", {})}.items():
-        if n:
-            ids = context.reference[at : at + n]
-            yield f"harmful reference prompts, {name}", covered(context.model, ids, subspace, spec, chat.pad_id)
-        at += n
-    for kind in ("harmful", "harmless"):
-        ids = _to_come(run, begin, chat, kind)
-        name = f"{kind} prompts of {run.evaluation.split} as attack={run.attack.name} asks"
-        if ids:
-            yield name, covered(context.model, ids, subspace, spec, chat.pad_id)
-
-
-def _to_come(run: Run, begin: Start, chat: ChatFormat, kind: str) -> list[list[int]]:
-    """Return the token ids of the prompts of a kind that the run is evaluated on, as its attack asks them."""
-    asking = chat.with_template(run.attack.template)
-    rows = begin.pools.get(kind, run.evaluation.split)
-    return [asking.prompt_ids(run.attack.asked(row.prompt)) for row in rows]
-
-
-def held_share(run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat) -> float | None:
-    """Return how much of the start's inputs the weight constraint holds on the harmful prompts of the evaluation.
-
-    Nothing was built from these; the first ``_UNSEEN`` are read. It is ``coverage.covered``, of 1; cached, so that the
-    runs of a sweep read them once. None where nothing is held, or no prompt is asked.
-
-    Args:
-        run: The run.
-        begin: Its start.
-        context: What ``artefacts`` returned, with the start model.
-        facts: The same.
-        chat: The chat format.
-    """
-    spec, subspace = run.constraint.requirements.subspace, context.subspace
-    ids = _to_come(run, begin, chat, "harmful")[: run.evaluation.n_prompts][:_UNSEEN]
-    if spec is None or subspace is None or not ids:
-        return None
-
-    def build(folder: Path) -> None:
-        write_json(folder / SHARE, covered(context.model, ids, subspace, spec, chat.pad_id))
-
-    key = recipes.HELD_SHARE.key(subspace=facts["subspace"]["folder"], prompts=digest(ids))
-    folder = together(Path(run.cache_root), recipes.HELD_SHARE.kind, key, build)
-    with reading(folder):
-        return float(read_json(folder / SHARE))

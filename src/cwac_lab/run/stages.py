@@ -31,8 +31,9 @@ from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import ability
-from cwac_lab.run.artefacts import artefacts, held_share
+from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
+from cwac_lab.run.protected import held_share
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
 from cwac_lab.run.suite_answers import own_answers, with_start

@@ -15,7 +15,7 @@ from cwac_lab.core import recipes
 from cwac_lab.core.cache import digest, read_jsonl, reading, write_jsonl
 from cwac_lab.evaluation.protocol import answered, prompt_of
 from cwac_lab.models.chat import ChatFormat
-from cwac_lab.run.artefacts import together
+from cwac_lab.run.cached import together
 
 ANSWERS = "answers.jsonl"
 Rows = list[dict[str, Any]]

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwac_lab.core import linalg
 from cwac_lab.defenses.cwac.subspace import basis, coverage
-from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.cwac.subspace.solvers import Covariance, Gram, Randomized, cheapest
+from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.models.sites import linears
 from support import tiny

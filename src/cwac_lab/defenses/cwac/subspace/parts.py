@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are what: the opening that all prompts of a form share, its own words, the closing, an answer.
+"""Which tokens of a text are what: the opening that all prompts of a form share, own words, the closing, an answer.
 
 A prompt is 60 tokens, of which a template's opening may be 35: it weighs as much as it is long, once a prompt. The
 refusal is decided at the closing, the last tokens before the answer.
