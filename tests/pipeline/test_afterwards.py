@@ -19,6 +19,7 @@ DRIFT = "diagnostics.enabled=true"
 # What may be asked for without another key; each is tried below, that of general ability in test_ability.py, or nothing
 # is made of it after training.
 ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prompts", "evaluation.judges"}
+ASKED |= {"evaluation.every_n_steps", "evaluation.watched"}
 ASKED |= {"trainer.export", "logger.wandb", "export.push", "export.private"}
 ASKED |= {f"evaluation.{name}" for name in ("perplexity", "plain_text", "lm_eval", "lm_eval_limit", "lm_eval_tasks")}
 ASKED |= {f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)}

@@ -46,7 +46,7 @@ INCIDENTAL = (
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
     *("evaluation.judges", "evaluation.endpoint", "suites", "align.rebuild", "align.export"),
     *(f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)),
-    *("evaluation.perplexity", "evaluation.plain_text"),
+    *("evaluation.perplexity", "evaluation.plain_text", "evaluation.every_n_steps", "evaluation.watched"),
     *("evaluation.lm_eval", "evaluation.lm_eval_limit", "evaluation.lm_eval_tasks"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),
 )
@@ -274,6 +274,9 @@ def _check_devices(run: Run) -> None:
         return
     if run.diagnostics.enabled:
         raise ConfigError("diagnostics.enabled", True, "false with trainer.strategy=fsdp, or ddp")
+    if run.evaluation.every_n_steps:
+        every = run.evaluation.every_n_steps
+        raise ConfigError("evaluation.every_n_steps", every, "0 with trainer.strategy=fsdp, or ddp")
     if run.tuning.base == "nf4":
         raise ConfigError("trainer.strategy", "fsdp", "ddp with tuning.base=nf4: its blocks are not sharded")
     whole = [name for name, part in run.constraint.parts.items() if not part.shardable]

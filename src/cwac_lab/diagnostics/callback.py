@@ -1,4 +1,4 @@
-"""Sample drift while a model is trained."""
+"""Measure a model every so many steps while it is trained."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ from typing import Any
 
 import lightning as L
 
-from cwac_lab.diagnostics.probe import Probe
+from cwac_lab.results.record import flat
+
+Sample = dict[str, Any]
 
 
-class DriftSampler(L.Callback):
-    """Measures every so many optimizer steps; a sample is the step and the means over layers, by kind of prompts.
+class Sampler(L.Callback):
+    """Measures every so many optimizer steps; a sample is the step and what is measured there.
 
     The last step is left to who measures the trained model, by ``end``.
     """
 
     def __init__(
-        self, probe: Probe, every_n_steps: int, earlier: Sequence[dict[str, Any]],
-        record: Callable[[list[dict[str, Any]]], None],
+        self, name: str, measure: Callable[[Any], Sample], every_n_steps: int, earlier: Sequence[Sample],
+        record: Callable[[list[Sample]], None],
     ) -> None:  # fmt: skip
-        """Take a probe of the start, the samples of a run that is resumed, and what writes all samples down."""
-        self._probe, self._every, self._record = probe, every_n_steps, record
+        """Take what is measured, the samples of a run that is resumed, and what writes all samples down.
+
+        Args:
+            name: Of what is measured; numbers are logged as ``NAME/FIELD``.
+            measure: Returns figures of a model, which it leaves as it is.
+            every_n_steps: At multiples of it.
+            earlier: Samples that there are.
+            record: Writes samples down.
+        """
+        self._name, self._measure, self._every, self._record = name, measure, every_n_steps, record
         self._samples = list(earlier)
         self._seen = 0
 
@@ -31,22 +41,23 @@ class DriftSampler(L.Callback):
         self._samples = [sample for sample in self._samples if sample["step"] <= self._seen]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Measure, where the step that just ended is one to measure at; figures are logged as ``drift/KIND/NAME``."""
+        """Measure, where the step that just ended is one to measure at."""
         step = pl_module.step
         if step == self._seen:
             return
         self._seen = step
         if step % self._every or step == pl_module.total_steps:
-            pl_module.log_figures("drift", {})
+            pl_module.log_figures(self._name, {})
             return
-        summary = self._probe.measure(pl_module.model)["summary"]
-        self._samples.append({"step": step, **summary})
+        found = self._measure(pl_module.model)
+        self._samples.append({"step": step, **found})
         self._record(self._samples)
-        figures = {f"drift/{kind}/{k}": v for kind, means in summary.items() for k, v in means.items()}
-        pl_module.log_figures("drift", figures)
+        figures = flat(found, self._name)
+        numbers = {key.replace(".", "/"): value for key, value in figures.items() if isinstance(value, float)}
+        pl_module.log_figures(self._name, numbers)
 
-    def end(self, step: int, summary: dict[str, dict[str, float]]) -> None:
-        """Take the trained model's means over layers as the sample of the last step."""
+    def end(self, step: int, found: Sample) -> None:
+        """Take what is measured of the trained model as the sample of the last step."""
         self._samples = [sample for sample in self._samples if sample["step"] < step]
-        self._samples.append({"step": step, **summary})
+        self._samples.append({"step": step, **found})
         self._record(self._samples)

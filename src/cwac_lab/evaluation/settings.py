@@ -22,6 +22,9 @@ class EvaluationConfig:
         engine: Who generates: ``hf`` (transformers) or ``vllm``.
         judges: Who judges answers; rates are those of the first, the others' stand beside them with their agreement.
         endpoint: Settings of the judge ``endpoint``.
+        every_n_steps: Ask the first harmful prompts every so many optimizer steps while the model is trained; 0 means
+            not. It changes nothing that is trained.
+        watched: How many harmful prompts that are.
         perplexity: Whether the perplexity on plain text is measured, of the start too: what is forgotten of language.
             On the project's own text, 6,757 tokens, a model of 135M takes 27 s of one core, and as much once for its
             start.
@@ -40,6 +43,8 @@ class EvaluationConfig:
     engine: str = "hf"
     judges: list[str] = field(default_factory=lambda: ["refusal", "classifier"])
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    every_n_steps: int = 0
+    watched: int = 16
     perplexity: bool = False
     plain_text: str | None = None
     lm_eval: list[str] = field(default_factory=list)
@@ -58,6 +63,8 @@ class EvaluationConfig:
             self.endpoint.check()
         in_range("batch_size", self.batch_size, 1)
         in_range("max_new_tokens", self.max_new_tokens, 1)
+        in_range("every_n_steps", self.every_n_steps, 0)
+        in_range("watched", self.watched, 1)
         for name in ("n_prompts", "lm_eval_limit"):
             if (most := getattr(self, name)) is not None:
                 in_range(name, most, 1)

@@ -27,6 +27,7 @@ class Cost:
         read: Returns it from a record's ``Metrics``, with interval and n where it has them; None where it is not told.
         of: Returns what it was measured on: figures of different things are not averaged.
         shown: Whether tables and the screen have it unasked.
+        absent: What tables say where it was measured and has no value.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Cost:
     read: Callable[[Row], Rate | None]
     of: Callable[[Row], Any] = lambda row: None
     shown: bool = False
+    absent: str = "n/a"
 
     @property
     def title(self) -> str:
@@ -78,6 +80,15 @@ def _peak(name: str) -> Callable[[Row], Rate | None]:
     return read
 
 
+def _half_lost(row: Row) -> Rate | None:
+    """Return it with its interval, where both ends are within the run."""
+    if "half_lost" not in row:
+        return None
+    told = row["half_lost"]
+    ends = (told["low"], told["high"]) if None not in (told["low"], told["high"]) else (None, None)
+    return Rate(told["value"], *ends, told["n"])
+
+
 def _text(row: Row) -> Any:
     return row.get("plain_text")
 
@@ -86,6 +97,10 @@ _COSTS = (
     Cost("perplexity", "perplexity, plain text", "", "lower", 1, _interval("perplexity"), _text, shown=True),
     Cost("perplexity_start", "the start's perplexity, plain text", "", "", 1, _interval("perplexity_start"), _text),
     Cost("forgetting", "forgetting", "nats a token", "lower", 3, _interval("forgetting"), _text, shown=True),
+    Cost(
+        "half_lost", "steps to half of the refusals lost", "", "higher", 0, _half_lost,
+        lambda row: row["half_lost"]["steps"] if "half_lost" in row else None, shown=True, absent="not within the run",
+    ),
     Cost("seconds", "time", "s", "lower", 0, _seconds),
     Cost("train_seconds", "time of training", "s", "lower", 0, lambda row: _seconds(row, "train")),
     Cost("peak_memory_gb", "peak memory", "GB", "lower", 2, _peak("peak_memory_gb")),
@@ -160,13 +175,15 @@ def _told(group: list[Row], cost: Cost) -> list[Row]:
 def rate_of(group: list[Row], cost: Cost) -> Rate:
     """Return the mean of a cost over the runs of a row (see ``stats.mean_of``).
 
-    It has no value where no run tells it, or where runs were measured on different things. Only what has an interval
-    within a run has one here.
+    It has no value where no run tells it, where any says that there is none, or where runs were measured on different
+    things. Only what has an interval within a run has one here.
     """
     rows = _told(group, cost)
     if len({str(cost.of(row)) for row in rows}) != 1:
         return Rate(None, None, None, 0)
     found = [rate for row in rows if (rate := cost.read(row)) is not None]
+    if any(rate.value is None for rate in found):  # the mean of the others would be of some seeds only
+        return Rate(None, None, None, 0)
     mean = mean_of(found)
     if all(rate.low is None for rate in found):
         return Rate(mean.value, None, None, mean.n)
@@ -182,7 +199,8 @@ def text(group: list[Row], cost: Cost) -> str:
         return f"n/a (measured on {several} different things)"
     rate = rate_of(group, cost)
     if rate.value is None:
-        return "n/a" if rows else ""
+        having = sum(told is not None and told.value is not None for told in map(cost.read, rows))
+        return f"{cost.absent}{f', {len(rows) - having} of {len(rows)} runs' if having else ''}" if rows else ""
     shown = f"{rate.value:.{cost.digits}f}"
     if rate.low is not None and rate.high is not None:
         return f"{shown} [{rate.low:.{cost.digits}f}, {rate.high:.{cost.digits}f}]"

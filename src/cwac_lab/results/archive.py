@@ -23,6 +23,7 @@ from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.results.record import (
     CONFIG,
+    COURSE,
     DRIFT,
     FACTS,
     METRICS,
@@ -39,7 +40,7 @@ from cwac_lab.results.record import (
 
 RECORDS, SAID, LOCK = "records.parquet", "verdicts.parquet", ".archive.lock"
 # The files of a run that are a column of RECORDS each, as JSON.
-_JSON = {name: name.removesuffix(".json") for name in (CONFIG, METRICS, PROVENANCE, DRIFT, SAMPLES)}
+_JSON = {name: name.removesuffix(".json") for name in (CONFIG, METRICS, PROVENANCE, DRIFT, SAMPLES, COURSE)}
 _TEXT = pa.string()
 _RECORDS = pa.schema(
     [
@@ -57,7 +58,7 @@ _FIELDS: dict[str, pa.DataType] = {
     **{"start_refused": pa.bool_(), "form": _TEXT, "suite": _TEXT, "category": _TEXT, "harmfulness": pa.float64()},
 }
 # Those that archives of before do not have.
-_LATER = ("start_refused", "form", "suite", "category", "harmfulness")
+_LATER = ("start_refused", "form", "suite", "category", "harmfulness", "course")
 _SAID = pa.schema(
     [("run", _TEXT), ("file", _TEXT), ("fields", _TEXT), *_FIELDS.items()], metadata={"schema": str(SCHEMA)}
 )
@@ -236,7 +237,7 @@ def _row(run: Record) -> tuple[dict[str, Any], _Verdicts]:
     """Return what the two files hold of a run, as of a record of ``SCHEMA``; checked, as it is read."""
     told = run.told()
     started = run.has(PROVENANCE)
-    content: dict[str, Any] = {name: run.read(name) for name in (DRIFT, SAMPLES) if run.has(name)}
+    content: dict[str, Any] = {name: run.read(name) for name in (DRIFT, SAMPLES, COURSE) if run.has(name)}
     content |= {CONFIG: run.config()} if run.has(CONFIG) else {}
     content |= {PROVENANCE: run.provenance()} if started else {}
     content |= {METRICS: run.facts()} if told["status"] == "ok" else {}

@@ -11,7 +11,7 @@ from cwac_lab.results.fields import Misfit, Says, check
 
 STATUS, METRICS, GENERATIONS, VERDICTS = "status.json", "metrics.json", "generations.jsonl", "verdicts.jsonl"
 CONFIG, PROVENANCE, MANIFEST = "config.json", "provenance.json", "manifest.json"
-DRIFT, SAMPLES = "drift.json", "drift_samples.json"
+DRIFT, SAMPLES, COURSE = "drift.json", "drift_samples.json", "course.json"
 # Raised when fields change their meaning. Records of ``schema2`` are read, and no new run is taken for one of them.
 SCHEMA = 3
 # What ran, told in METRICS of a finished run and, from its beginning, in PROVENANCE.
@@ -107,6 +107,16 @@ class WinRate(TypedDict):
     judge: Annotated[str, Says("model of the endpoint, and hash of the question")]
 
 
+class HalfLost(TypedDict):
+    """After how many steps half of the start's refusals are lost (``evaluation.course``)."""
+
+    value: Annotated[float | None, Says("null where that is not within the run", "steps", "higher")]
+    low: Annotated[float | None, Says("lower end of the 95 % interval; null: beyond the run", "steps")]
+    high: Annotated[float | None, Says("upper end of the interval; null: beyond the run", "steps")]
+    n: Annotated[int, Says("watched prompts that the start refuses")]
+    steps: Annotated[int, Says("of the run")]
+
+
 class Harness(TypedDict):
     """What lm-evaluation-harness measured."""
 
@@ -179,6 +189,7 @@ class Metrics(Facts):
     plain_text: NotRequired[Annotated[str, Says("hash of that text", "SHA-256")]]
     lm_eval: NotRequired[Annotated[Harness, Says("tasks of lm-evaluation-harness")]]
     win_rates: NotRequired[Annotated[dict[str, WinRate], Says("answers preferred to another run's, by its method")]]
+    half_lost: NotRequired[Annotated[HalfLost, Says("when half of the start's refusals were lost")]]
     held_share: NotRequired[Annotated[float, Says("||V^T x||^2 / ||x||^2 on unseen harmful prompts", "of 1", "higher")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]

@@ -22,6 +22,7 @@ from cwac_lab.results.archive import ArchivedRun, archived, holds
 from cwac_lab.results.fields import Misfit, check
 from cwac_lab.results.record import (
     CONFIG,
+    COURSE,
     DRIFT,
     FACTS,
     GENERATIONS,
@@ -44,6 +45,7 @@ from cwac_lab.results.record import (
 
 __all__ = [
     "CONFIG",
+    "COURSE",
     "DRIFT",
     "FACTS",
     "GENERATIONS",

@@ -19,7 +19,7 @@ from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.suites import Suite
 from cwac_lab.defenses.interface import Context, settled
-from cwac_lab.diagnostics.callback import DriftSampler
+from cwac_lab.diagnostics.callback import Sampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks, suite_rows
 from cwac_lab.models import adapters, shipped
@@ -30,7 +30,7 @@ from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run import ability
+from cwac_lab.run import ability, course
 from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
@@ -38,7 +38,9 @@ from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
 from cwac_lab.run.suite_answers import own_answers, with_start
 from cwac_lab.run.survey import survey, told
-from cwac_lab.training.loop import check_finite, fit, loggers
+from cwac_lab.training.loop import check_finite, fit, loggers, n_steps
+
+Asked = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def carry_through(job: Job) -> None:
     with logged as made:
         asked = _asked(job, model, chat)
         begun = _start_on_text(job, model, chat)
-        tuned = _fine_tune(job, model, chat, made) if run.finetune else {}
+        tuned = _fine_tune(job, model, chat, made, asked) if run.finetune else {}
         if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
@@ -133,7 +135,7 @@ def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> dict[str, Any]:
+def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked: Asked) -> dict[str, Any]:
     """Prepare the constraint, mix the rows, train; returns facts for the record."""
     run, defense, say = job.run, job.run.constraint, job.screen.say
     with job.meter.stage("rows"):
@@ -143,6 +145,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
         context, prepared = artefacts(run, job.begin, model, chat, say)
         share = held_share(run, job.begin, context, prepared, chat)
     drift = _probe(job, model, chat, context)
+    watched = _course(job, model, chat, asked)
     with job.meter.stage("prepare"):
         merge = adapters.attach(model, run.tuning, run.seed)
         defense.prepare(context)
@@ -153,10 +156,12 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
     examples = encoded(rows, chat, run.task.train_on, say)
     seen = _survey(job, rows, examples)
     sampler = _sampler(job, drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
+    steps = n_steps(examples, run.trainer, run.seed)
+    follower = course.sampler(watched, run, job.folder, steps) if watched else None
     with job.meter.stage("train"):
         trained = fit(
-            model, examples, chat.pad_id, defense, run.trainer, run.seed,
-            loggers=loggers, checkpoint=job.folder.path / store.CHECKPOINT, callbacks=[sampler] if sampler else [],
+            model, examples, chat.pad_id, defense, run.trainer, run.seed, loggers=loggers,
+            checkpoint=job.folder.path / store.CHECKPOINT, callbacks=[each for each in (sampler, follower) if each],
         )  # fmt: skip
         _save_adapter(job, model)
         merge()
@@ -168,10 +173,25 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any]) -> di
             job.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **found})
             if sampler is not None:
                 sampler.end(int(trained["steps"]), found["summary"])
+    followed = {}
+    if watched is not None and follower is not None:
+        follower.end(steps, watched(model))
+        followed = course.told(job.folder, say)
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
     told = {} if share is None else {"held_share": share}
-    return {"training": trained | seen, "constraint_summary": defense.summary(), "prepared": prepared, **told}
+    return {
+        "training": trained | seen,
+        "constraint_summary": defense.summary(),
+        "prepared": prepared,
+        **told,
+    } | followed
+
+
+def _course(job: Job, model: Any, chat: ChatFormat, asked: Asked) -> course.Course | None:
+    """Return what follows refusals while the model is trained, where the run asks for it and has harmful prompts."""
+    rows = asked["harmful"]
+    return course.Course(job.run, rows, model, chat) if job.run.evaluation.every_n_steps and rows else None
 
 
 def _survey(job: Job, rows: list[TrainRow], examples: list[Encoded]) -> dict[str, Any]:
@@ -198,8 +218,8 @@ def _write_manifest(job: Job, rows: list[TrainRow]) -> None:
     job.folder.write(store.MANIFEST, told)
 
 
-def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> DriftSampler:
-    """Return what measures while the model is trained; a resumed run goes on with the samples that there are."""
+def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> Sampler:
+    """Return what measures drift while the model is trained; a resumed run goes on with the samples that there are."""
     folder = job.folder
     resumed = (folder.path / store.CHECKPOINT).is_dir() and folder.has(store.SAMPLES)
     earlier = folder.read(store.SAMPLES)["samples"] if resumed else []
@@ -207,10 +227,11 @@ def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> DriftSampler:
     def record(samples: list[dict[str, Any]]) -> None:
         folder.write(store.SAMPLES, {"measured_in": measured, **drift.facts, "samples": samples})
 
-    return DriftSampler(drift, job.run.diagnostics.every_n_steps, earlier, record)
+    every = job.run.diagnostics.every_n_steps
+    return Sampler("drift", lambda model: dict(drift.measure(model)["summary"]), every, earlier, record)
 
 
-def _asked(job: Job, start: Any, chat: ChatFormat) -> dict[str, list[dict[str, Any]]]:
+def _asked(job: Job, start: Any, chat: ChatFormat) -> Asked:
     """Return what is asked in the end; beside harmful prompts what the start answers, where it is to be fine-tuned."""
     run, begin = job.run, job.begin
     rows = evaluation_rows(run, begin.pools, job.data) | suite_rows(run, job.suites)
@@ -236,7 +257,7 @@ def _ask_harness(job: Job, model: Any, chat: ChatFormat, record: dict[str, Any])
         job.folder.write(store.METRICS, record)
 
 
-def _evaluate(job: Job, asked: dict[str, list[dict[str, Any]]], model: Any, chat: ChatFormat) -> dict[str, Any]:
+def _evaluate(job: Job, asked: Asked, model: Any, chat: ChatFormat) -> dict[str, Any]:
     """Answer, judge and aggregate; every stage is saved before the next."""
     run, folder = job.run, job.folder
     job.screen.say(f"evaluating on the {run.evaluation.split} split")

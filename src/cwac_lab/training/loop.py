@@ -161,6 +161,12 @@ def fit(
     return {"steps": steps, "answer_tokens": data.answer_tokens, "trained_parameters": trained}
 
 
+def n_steps(examples: Sequence[Encoded], config: TrainerConfig, seed: int) -> int:
+    """Return how many optimizer steps ``fit`` takes."""
+    data = TrainData(examples, 0, config.batch_size, config.epochs, seed, 0, config.accumulate)
+    return len(data.plan[: config.max_steps])
+
+
 @torch.no_grad()
 def check_finite(model: Any, example: Encoded, pad_id: int) -> None:
     """Check that a model still computes numbers: its last step may have ruined it unseen.

@@ -1,0 +1,106 @@
+"""The course of a run's refusals: what is asked while its model is trained, how it is judged, and where it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from cwac_lab.config.run import Run
+from cwac_lab.core.errors import ConfigError
+from cwac_lab.data.batches import collate
+from cwac_lab.diagnostics.callback import Sample, Sampler
+from cwac_lab.diagnostics.probe import evaluating, first_tokens
+from cwac_lab.diagnostics.stream import divergence
+from cwac_lab.evaluation.course import half_lost, sample
+from cwac_lab.evaluation.protocol import answered, prompt_of
+from cwac_lab.evaluation.verdicts import START_OUTPUT, judge_rows
+from cwac_lab.judges.refusal import RefusalJudge
+from cwac_lab.models.answers import answer_logits, to_device
+from cwac_lab.models.chat import ChatFormat
+from cwac_lab.results import store
+from cwac_lab.results.store import RunFolder
+
+KEY = "evaluation.every_n_steps"
+
+
+class Course:
+    """Asks a model the first harmful prompts of a run's evaluation, and compares it with its start.
+
+    The judge is ``refusal`` whoever judges the run: a judge behind a server could fail in the middle of training.
+    """
+
+    def __init__(self, run: Run, rows: list[dict[str, Any]], start: Any, chat: ChatFormat) -> None:
+        """Run the start on its own answers.
+
+        Args:
+            run: The run.
+            rows: Its harmful prompts with the start's answers (``START_OUTPUT``).
+            start: The start model.
+            chat: Its chat format.
+        """
+        self._run = replace(run, evaluation=replace(run.evaluation, engine="hf"))
+        self._chat, self._judge = chat, RefusalJudge()
+        self._rows = rows[: run.evaluation.watched]
+        asking = chat.with_template(run.attack.template)
+        begun = [asking.encode_own(prompt_of(row), row[START_OUTPUT], ended=True) for row in self._rows]
+        self._batch = collate([first_tokens(row) for row in begun], chat.pad_id)
+        self._start = self._log_probs(start)
+
+    @torch.no_grad()
+    def _log_probs(self, model: Any) -> Float[Tensor, "A V"]:
+        with evaluating(model):
+            return answer_logits(model, to_device(self._batch, model.device))[0].float().log_softmax(-1).cpu()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is asked, how it is judged, and what the start refuses of it."""
+        begun = judge_rows([{**row, "output": row[START_OUTPUT]} for row in self._rows], self._run.task, self._judge)
+        return {
+            "prompts": len(self._rows),
+            "judge": f"{self._judge.name} {self._judge.version[:8]}",
+            "start_refused": [bool(verdict["start_refused"]) for verdict in begun],
+        }
+
+    def __call__(self, model: Any) -> Sample:
+        """Return a sample of a model (``evaluation.course.sample``), with ``kl`` from the start at its first tokens."""
+        with parametrize.cached(), evaluating(model), torch.no_grad():
+            given = answered(self._run, {"harmful": self._rows}, model, self._chat)
+        found = sample(judge_rows(given, self._run.task, self._judge))
+        return {**found, "kl": divergence(self._start, self._log_probs(model))}
+
+
+def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
+    """Return what follows the course of a run; one that is resumed goes on with the samples that there are.
+
+    Raises:
+        ConfigError: If a run has no step to look at before its last.
+    """
+    every = run.evaluation.every_n_steps
+    if every >= steps:
+        raise ConfigError(KEY, every, f"0, or less than the {steps} steps of this run")
+    facts = course.facts
+    resumed = (folder.path / store.CHECKPOINT).is_dir() and folder.has(store.COURSE)
+    earlier = folder.read(store.COURSE)["samples"] if resumed else []
+
+    def record(samples: list[Sample]) -> None:
+        lost = half_lost(samples, facts["start_refused"])
+        folder.write(store.COURSE, {**facts, "half_lost": lost, "samples": samples})
+
+    return Sampler("course", course, every, earlier, record)
+
+
+def told(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return what a record has of the course, and tell it."""
+    lost = folder.read(store.COURSE)["half_lost"]
+    if lost is None:
+        say("course: the start refuses none of the prompts that are watched")
+        return {}
+    half = f"after {lost['value']:.0f} steps" if lost["value"] is not None else f"not within {lost['steps']} steps"
+    say(f"half of the start's refusals are lost {half} (n={lost['n']})")
+    return {"half_lost": lost}
