@@ -43,7 +43,7 @@ LOCAL = f"data.root={Path(__file__).parent}"
 
 def overrides(group, option):
     chosen = [f"{group}={option}"]
-    if option in ("local", "sst2_drift", "vendor_drift"):
+    if option in ("local", "sst2_drift", "vendor_drift", "hard_steps", "hard_rate", "field"):
         chosen.append(LOCAL)
     if option == "chat":
         chosen.append("task.train=rows.jsonl")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cwac_lab.core.cache import digest
 from cwac_lab.report.grouping import SETTING, Row, finished, grouped, has_rate
 from cwac_lab.report.tables import heading, rate_of
+from cwac_lab.results.store import COURSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,6 +106,32 @@ def curves(figure: Figure, lines: Lines, label: str) -> None:
         axes.set_ylim(-3, 103)
 
 
+# What is drawn of the course of a run: by field of its samples.
+_COURSE = {"retained_refusals": "retained refusals (%), higher is better", "kl": "KL to the start, first tokens (nats)"}
+
+
+def course(figure: Figure, cells: Cells) -> None:
+    """Draw refusals, and how far first tokens are from the start's, over steps: a line a run, a colour a method.
+
+    All begin at the start, which keeps all its refusals.
+    """
+    figure.set_size_inches(7.2, 3.6)
+    for axes, (field, title) in zip(figure.subplots(1, 2), _COURSE.items(), strict=True):
+        for number, (entry, group) in enumerate(cells):
+            colour = _COLOURS[number % len(_COLOURS)]
+            for at, row in enumerate(_followed(group)):
+                samples = [{"step": 0, "retained_refusals": 100.0, "kl": 0.0}, *row["run"].read(COURSE)["samples"]]
+                known = [(each["step"], each[field]) for each in samples if each[field] is not None]
+                axes.plot(*zip(*known, strict=True), marker=".", color=colour, label="" if at else _name(entry))
+        axes.set_xlabel("optimizer steps")
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(bottom=0)
+
+
+def _followed(group: list[Row]) -> list[Row]:
+    return [row for row in group if row["run"].has(COURSE)]
+
+
 # As many values as an axis names one by one, and the share of its length below which two names lie aslant.
 _NAMED, _NEAR = 8, 0.12
 
@@ -165,7 +192,7 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
 
     One setting (weights, task, data, split) is one set of figures: ``NAME-TASK-KEY-trade_off-pRATIO`` for every harmful
     ratio at which two methods or more have both rates, ``...-over-SETTING`` for whatever a method was run at several
-    values of.
+    values of, and ``...-course`` where runs were followed while they were trained.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -188,6 +215,10 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
                     trade_off(figure.subplots(), alike)
                     file = folder / f"{stem}-trade_off-p{ratio:g}"
                     written += _save(figure, f"{title}, harmful ratio {ratio:g}", file)
+            if followed := [cell for cell in cells if _followed(cell[1])]:
+                figure = Figure(layout="constrained")
+                course(figure, followed)
+                written += _save(figure, title, folder / f"{stem}-course")
             for label, lines in _lines(cells):
                 figure = Figure(layout="constrained")
                 curves(figure, lines, label)

@@ -1,7 +1,9 @@
 """Figures of tables: the front, trade-offs, and curves of what was varied."""
 
-from cwac_lab.report.figures import draw, pareto
-from cwac_lab.report.grouping import records
+from matplotlib.figure import Figure
+
+from cwac_lab.report.figures import course, draw, pareto
+from cwac_lab.report.grouping import grouped, records
 from cwac_lab.results.store import runs
 from support.recorded import record
 
@@ -37,3 +39,22 @@ def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
     text = (tmp_path / "one" / f"{stem}-over-strength.svg").read_text()
     assert "l2, p=0.2, mode=a" in text
     assert "mode=b" not in text  # one value is no curve
+
+
+def test_runs_that_were_followed_have_a_figure_over_steps(tmp_path):
+    samples = [{"step": 5, "retained_refusals": 50.0, "kl": 0.4}, {"step": 9, "retained_refusals": None, "kl": 0.9}]
+    for constraint in ("none", "weight"):
+        for seed in (0, 1):
+            run = record(tmp_path, constraint, 0.2, seed, 50)
+            if seed or constraint == "none":
+                run.write("course.json", {"samples": samples})
+    rows = records(runs(tmp_path))
+    (file,) = [file for file in draw(rows, tmp_path / "figures", "mine") if "-course.svg" in file.name]
+    text = file.read_text()
+    assert "optimizer steps" in text
+    assert text.count(">none<") == text.count(">weight<") == 1
+    figure = Figure()
+    course(figure, [(entry, group) for entry, group in grouped(rows)])
+    kept, apart = figure.axes
+    assert [line.get_xydata().tolist() for line in kept.lines] == [[[0, 100], [5, 50]]] * 3
+    assert [line.get_xydata().tolist() for line in apart.lines] == [[[0, 0], [5, 0.4], [9, 0.9]]] * 3
