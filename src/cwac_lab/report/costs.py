@@ -85,8 +85,8 @@ def _half_lost(row: Row) -> Rate | None:
     if "half_lost" not in row:
         return None
     told = row["half_lost"]
-    ends = (told["low"], told["high"]) if None not in (told["low"], told["high"]) else (None, None)
-    return Rate(told["value"], *ends, told["n"])
+    within = None not in (told["low"], told["high"])
+    return Rate(told["value"], told["low"] if within else None, told["high"] if within else None, told["n"])
 
 
 def _text(row: Row) -> Any:
