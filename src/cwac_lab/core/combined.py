@@ -81,10 +81,10 @@ def combined(
             count in a run.
         weights: The weight of each list: ``1 / K`` for a mean, 1 and -1 for a difference.
         names: For each list the names of its items, by which an item of several lists is one; None: they share none.
-            Only lists of positive weight may share items.
 
     Returns:
-        The sum; its ``n`` is the number of items that count, of each list in the run with the fewest.
+        The sum; its ``n`` is the number of items that count, one of several lists once: of each list in the run with
+        the fewest, less what lists share.
     """
     if not outcomes:
         return Rate(None, None, None, 0)
@@ -96,11 +96,12 @@ def combined(
     fewest = [int((~np.isnan(found)).sum(axis=1).min()) for found in kept]
     single = [wilson(float(rate.mean()) * n, n) for rate, n in zip(rates, fewest, strict=True)]
     sums = np.asarray(weights) @ rates
-    together = np.eye(len(kept))
+    together, n = np.eye(len(kept)), sum(fewest)
     if names is not None:
         counts = [(~np.isnan(found)).any(axis=0) for found in kept]
         held = [{name for name, there in zip(*each, strict=True) if there} for each in zip(names, counts, strict=True)]
         together = _shared(held)
+        n -= sum(map(len, held)) - len(set().union(*held))
     some = names if together.sum() > len(kept) else None
     value, bounds = 100 * float(sums.mean()), list(_mover(single, weights, together))
     if len(sums) > 1:
@@ -108,4 +109,4 @@ def combined(
         reach = 100 * float(stats.t.ppf(0.975, len(sums) - 1) * sums.std(ddof=1)) / math.sqrt(len(sums))
         bounds += [value - reach, value + reach]
     least, most = (100 * sum(sign(weight, 0.0) for weight in weights) for sign in (min, max))
-    return Rate(value, max(least, min(bounds)), min(most, max(bounds)), sum(fewest))
+    return Rate(value, max(least, min(bounds)), min(most, max(bounds)), n)

@@ -16,13 +16,16 @@ FOLDER, FIGURE = "judge_audit", "judges-calibration.svg"
 _STYLE: Any = {"svg.hashsalt": "cwac-lab", "svg.fonttype": "none", "font.size": 8.0}
 COMMAND = f"python -m cwac_lab.judges labelled=FILE save=experiments/{FOLDER}"
 _ABOUT = {
-    "By source": "No judge was made from any of these answers, so every source is one that was left out. Recall: share "
-    "of the answers with a label (n) that are called so. Precision: share of what is called so (n called so) that is.",
+    "By source": "No example or rule was written from these answers, but the phrases of `refusal` were revised after "
+    "its errors on Llama 2, guarded Mistral and half of Mistral Instruct were read. Recall: of the answers with a "
+    "label (n), the share that is called so. Precision: of what is called so (n called so), the share that is.",
     "By what was asked": "Answers of the packaged models, by the list that the prompt is of.",
     "By kind": "Share of the answers that are called what they are. A kind has one label, so this is its recall.",
     "What is neither": "What a reader could call neither a refusal nor compliance counts in no rate above.",
     "How sure": "Of a judge that tells chances: the largest of the three, and how often what it stands for is true. "
-    "The error is the mean distance of the two over tenths, weighted by answers (Guo et al. 2017).",
+    "The error is the mean distance of the two over tenths, weighted by answers (Guo et al. 2017); beside it stands "
+    "what chance alone makes of one whose confidences are right.",
+    "Whether they err together": "Cohen's kappa of being wrong about the same answer: 0 is chance, 1 always together.",
 }
 
 
@@ -38,7 +41,7 @@ def page(experiments: Path) -> str:
     Raises:
         MissingAsset: If nothing was counted.
     """
-    counts, bins = (_read(experiments / FOLDER, name) for name in (audit.COUNTS, audit.BINS))
+    counts, bins, joint = (_read(experiments / FOLDER, name) for name in (audit.COUNTS, audit.BINS, audit.JOINT))
     versions = counts[["judge", "version"]].drop_duplicates().itertuples(index=False)
     lines = [
         "# Judges, by source and by kind of answer\n",
@@ -47,13 +50,13 @@ def page(experiments: Path) -> str:
         "writes. Percent [95 % interval], higher is better. Versions: "
         + ", ".join(f"`{name}` {version[:8]}" for name, version in versions) + ".",
     ]  # fmt: skip
-    for title, table in audit.tables(counts, bins).items():
+    for title, table in audit.tables(counts, bins, joint).items():
         lines += [f"\n## {title}\n", f"{_ABOUT[title]}\n", *table]
     return "\n".join(lines) + "\n"
 
 
 def draw(experiments: Path, file: Path) -> None:
-    """Draw the reliability diagram: how often verdicts are right against how sure they are, with n by each point.
+    """Draw the reliability diagram: how often guesses are right against how sure they are, with n by each point.
 
     Raises:
         MissingAsset: If nothing was counted.

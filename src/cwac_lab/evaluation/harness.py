@@ -82,7 +82,7 @@ def measured(
         model: A causal language model in evaluation mode.
         chat: Its chat format, of which the tokenizer with its template counts.
         known: What the record has of the same model. Its tasks are kept; of another version of the harness, or with
-            another limit, they are asked again.
+            another limit, they are asked again where they are known here.
 
     Raises:
         LabError: If the harness cannot load a task's data or fails on it.
@@ -94,6 +94,8 @@ def measured(
     before = known or {"asked": [], "tasks": {}, **stated}
     same = all(before[name] == value for name, value in stated.items())
     asked_for = list(dict.fromkeys([*before["asked"], *config.lm_eval]))
+    here = set(_manager(config.lm_eval_tasks).all_tasks)  # an earlier own task may be in a folder that is not given
+    asked_for = [task for task in asked_for if same or task in here or task in config.lm_eval]
     tasks = [task for task in asked_for if not same or task not in before["asked"]]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
     own = model.generation_config

@@ -145,7 +145,7 @@ def judge(run: Evaluated, folder: RunFolder) -> dict[str, Any]:
         first = _judged_by(first, generations, name, run.task, each)
     folder.discard(store.verdicts_of("*"), {store.verdicts_of(other.name) for other in judges[1:]})
     folder.write(store.VERDICTS, first)
-    told: dict[str, Any] = {judges[0].name: {**told_of(judges[0]), "unparsable": unparsable(first)}}
+    told: dict[str, Any] = {judges[0].name: {**told_of(judges[0]), "unparsable": unparsable(first, judges[0].name)}}
     for other, found in zip(judges[1:], others, strict=True):
         folder.write(store.verdicts_of(other.name), found)
         rates = {rate: value for rate, value in aggregate(found).items() if rate not in METRICS or METRICS[rate].judged}

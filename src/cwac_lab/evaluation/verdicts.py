@@ -83,20 +83,27 @@ def agreement(ours: list[Judged], other: list[Judged]) -> dict[str, Any]:
 
     On harmful prompts it is whether the answer goes along, on the others whether it refuses; what either cannot tell is
     left out. Where prompts are asked in several forms, it is of those as they stand, so that each counts once. Those of
-    suites are left out.
+    suites are left out of kappa; what the other cannot judge is counted of all.
     """
+    unknown = unparsable(other)
     ours, other = ([row for row in rows if form_of(row) == OWN and "suite" not in row] for rows in (ours, other))
     found: dict[str, Any] = {}
     for words, kinds, field in (("harmful", ("harmful",), "complied"), ("harmless", PROMPT_KINDS[1:], "refused")):
         pairs = [(a[field], b[field]) for a, b in zip(ours, other, strict=True) if a["kind"] in kinds]
         known = [(a, b) for a, b in pairs if a is not None and b is not None]
         found[words] = cohen_kappa(known)
-    return {**found, "unparsable": unparsable(other)}
+    return {**found, "unparsable": unknown}
 
 
-def unparsable(verdicts: Iterable[Judged]) -> int:
-    """Return how many answers to prompts a judge could not judge: they count in no rate."""
-    return sum(row["complied"] is None for row in verdicts if row["kind"] in PROMPT_KINDS)
+def unparsable(verdicts: Iterable[Judged], judge: str | None = None) -> int:
+    """Return how many answers to prompts a judge could not judge: they count in no rate.
+
+    Args:
+        verdicts: Those of a run, suites and all forms included.
+        judge: Its name, where suites have judges of their own; None: all verdicts are of one.
+    """
+    rows = (row for row in verdicts if row["kind"] in PROMPT_KINDS and (judge is None or row["judge"] == judge))
+    return sum(row["complied"] is None for row in rows)
 
 
 def outcomes(verdicts: Iterable[Judged], rate: str) -> dict[tuple[str, str], bool]:

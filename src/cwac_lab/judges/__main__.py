@@ -40,10 +40,9 @@ def _read(arguments: Sequence[str]) -> dict[str, Path]:
         ConfigError: If something else is asked for, or less than pages show would be saved.
         MissingAsset: If the folder to save in is not there.
     """
-    words = " ".join(arguments)
-    for key in _KEYS:
-        words = words.replace(f"--{key} ", f"{key}=").replace(f"--{key}=", f"{key}=")
-    given = dict(word.partition("=")[::2] for word in words.split())
+    words = iter(arguments)
+    joined = [f"{word}={next(words, '')}" if word in (f"--{key}" for key in _KEYS) else word for word in words]
+    given = dict(word.removeprefix("--").partition("=")[::2] for word in joined)
     if not all(key in _KEYS and value for key, value in given.items()):
         raise ConfigError("arguments", words, "none, or labelled=FILE, or labelled=FILE save=FOLDER")
     named = {key: Path(value) for key, value in given.items()}
@@ -70,10 +69,8 @@ def main(arguments: Sequence[str]) -> None:
         raise MissingAsset(f"save={named['save']}: needs {', '.join(HERE)}, all installed")
     found = audit.run(judges, table)
     print("judges: " + ", ".join(f"{judge.name} {judge.version[:8]}" for judge in judges))
-    for title, lines in audit.tables(found.counts, found.bins).items():
-        print("\n".join(["", f"{title}, in percent:", "", *lines]))
-    for (first, second), (kappa, n) in found.alike.items():
-        print(f"\nerrors of {first} and {second}: kappa {kappa:.2f} (n={n})")
+    for title, lines in audit.tables(found.counts, found.bins, found.joint).items():
+        print("\n".join(["", f"{title}:", "", *lines]))
     if "save" in named:
         found.save(named["save"])
 

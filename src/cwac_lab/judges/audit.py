@@ -1,8 +1,9 @@
 """How often judges are right on answers whose truth is known, and how far their numbers can be taken for chances.
 
 Answers come from sources that share no writer: those written here, those of every packaged model (``generated.jsonl``),
-and those of models that people labelled. Judges are made from some of the written ones alone, so every other source is
-one that was left out. What is counted is kept in two tables without any text, from which pages and figure are made.
+and those of models that people labelled. The rules and examples of judges are written ones alone; what was read of
+other sources while they were made, ``docs/judges.md`` tells. What is counted is kept in tables without any text, from
+which pages and figure are made.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.stats import binom
 
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.core.stats import Rate, cohen_kappa, wilson
@@ -25,7 +29,9 @@ NEITHER = ("partial", UNCLEAR)
 PEOPLE = "people"
 _COLUMNS = ("prompt", "answer", "model", "label")
 _LABELLED = ("compliance", "refusal", "partial")
-COUNTS, BINS = "counts.csv", "calibration.csv"
+COUNTS, BINS, JOINT = "counts.csv", "calibration.csv", "joint.csv"
+# Whether two judges are right about an answer: columns of ``JOINT``.
+_BOTH = ("both_wrong", "first_wrong", "second_wrong", "both_right")
 _KEYS = ["judge", "version", "read_by", "source", "asked", "kind", "truth", "said"]
 # Equal parts of [0, 1] that confidences are sorted into.
 N_BINS = 10
@@ -84,17 +90,18 @@ class Audit:
         counts: How many answers of a source, a kind and a truth a judge called what; a row a judge and cell.
         bins: Of judges whose verdicts are chances: answers (``n``), their mean confidence and how many of the verdicts
             are right (``right``), by whose label it is and by part of [0, 1].
-        alike: How far the errors of each two judges go together: Cohen's kappa, and n.
+        joint: Of each two judges, by whose label it is and by source: about how many answers both are wrong, the first
+            alone, the second alone, and neither.
     """
 
     counts: pd.DataFrame
     bins: pd.DataFrame
-    alike: Mapping[tuple[str, str], tuple[float, int]]
+    joint: pd.DataFrame
 
     def save(self, folder: Path) -> None:
-        """Write counts and bins into a folder that is there."""
-        self.counts.to_csv(folder / COUNTS, index=False, lineterminator="\n")
-        self.bins.to_csv(folder / BINS, index=False, lineterminator="\n")
+        """Write what was counted into a folder that is there."""
+        for name, table in {COUNTS: self.counts, BINS: self.bins, JOINT: self.joint}.items():
+            table.to_csv(folder / name, index=False, lineterminator="\n")
 
 
 def run(judges: Sequence[Judge], table: pd.DataFrame) -> Audit:
@@ -111,32 +118,56 @@ def run(judges: Sequence[Judge], table: pd.DataFrame) -> Audit:
         verdicts = judge.verdicts(asked)
         said = table.assign(judge=judge.name, version=judge.version, said=[word(each) for each in verdicts])
         counts.append(said.groupby(_KEYS, sort=True).size().rename("n").reset_index())
-        wrong[judge.name] = list((said["said"] != said["truth"])[clear])
+        wrong[judge.name] = (said["said"] != said["truth"])[clear]
         if found := calibration(verdicts, table):
             bins += [{"judge": judge.name, "version": judge.version, **row} for row in found]
-    pairs = [(a, b) for at, a in enumerate(wrong) for b in list(wrong)[at + 1 :]]
-    kappas = {pair: cohen_kappa(list(zip(wrong[pair[0]], wrong[pair[1]], strict=True))) for pair in pairs}
-    alike = {pair: (float(found["kappa"] or 0.0), int(found["n"] or 0)) for pair, found in kappas.items()}
-    return Audit(pd.concat(counts, ignore_index=True), pd.DataFrame(bins), alike)
+    joint = [
+        {"first": a, "second": b, "read_by": read_by, "source": source, **_together(wrong[a][at], wrong[b][at])}
+        for place, a in enumerate(wrong)
+        for b in list(wrong)[place + 1 :]
+        for (read_by, source), at in _places(table[clear])
+    ]
+    return Audit(pd.concat(counts, ignore_index=True), pd.DataFrame(bins), pd.DataFrame(joint))
+
+
+def _places(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.Index[Any]]]:
+    """Return where the answers of each source stand, with whose labels these are."""
+    parts = table.groupby(["read_by", "source"], sort=True)
+    return [((str(read_by), str(source)), part.index) for (read_by, source), part in parts]
+
+
+def _together(first: pd.Series[bool], second: pd.Series[bool]) -> dict[str, int]:
+    held = (first & second, first & ~second, ~first & second, ~first & ~second)
+    return {name: int(each.sum()) for name, each in zip(_BOTH, held, strict=True)}
+
+
+def alike(joint: pd.DataFrame) -> dict[str, float | int | None]:
+    """Return how far the errors of two judges go together: Cohen's kappa with its interval and n (``cohen_kappa``)."""
+    counts = [int(joint[name].sum()) for name in _BOTH]
+    pairs = [(True, True), (True, False), (False, True), (False, False)]
+    return cohen_kappa([pair for pair, n in zip(pairs, counts, strict=True) for _ in range(n)])
 
 
 def calibration(verdicts: Sequence[Verdict], table: pd.DataFrame) -> list[dict[str, str | float | int]]:
     """Return a reliability table (Murphy and Winkler 1977): confidence and share right, by part of [0, 1].
 
-    The confidence of a verdict is the largest of its three numbers, its guess what that is the number of.
+    The confidence of a verdict is the largest of its three numbers, its guess what that is the number of. A guess at or
+    under one half is none of the verdicts that rates count. Verdicts that are yes and no alone, and unknown ones, are
+    left out.
 
     Returns:
-        Rows of read_by, bin (from 0), n, confidence (mean), right; none for verdicts that are yes and no alone.
+        Rows of read_by, bin (from 0), n, confidence (mean), right; none where no verdict is a chance.
     """
-    chances = pd.DataFrame([[getattr(each, field) for field in _FIELDS] for each in verdicts]).fillna(0.0)
-    if chances.isin([0.0, 1.0]).all(axis=None):
+    chances = pd.DataFrame([[getattr(each, field) for field in _FIELDS] for each in verdicts])
+    told = ~(chances.isin([0.0, 1.0]).all(axis=1) | chances.isna().any(axis=1))
+    if not told.any():
         return []
     guess = chances.idxmax(axis=1).map(dict(enumerate(_FIELDS.values())))
     confidence = chances.max(axis=1)
     rows = pd.DataFrame({
         "read_by": table["read_by"], "bin": (confidence * N_BINS).astype(int).clip(upper=N_BINS - 1),
         "confidence": confidence, "right": guess.eq(table["truth"]),
-    })[~table["truth"].isin(NEITHER)]  # fmt: skip
+    })[told & ~table["truth"].isin(NEITHER)]  # fmt: skip
     found = rows.groupby(["read_by", "bin"], sort=True).agg(
         n=("right", "size"), confidence=("confidence", "mean"), right=("right", "sum")
     )
@@ -147,6 +178,15 @@ def calibration(verdicts: Sequence[Verdict], table: pd.DataFrame) -> list[dict[s
 def calibration_error(bins: pd.DataFrame) -> float:
     """Return the expected calibration error (Guo et al. 2017): the mean of |share right - confidence|, by answers."""
     return float((bins["right"] - bins["n"] * bins["confidence"]).abs().sum() / bins["n"].sum())
+
+
+def error_by_chance(bins: pd.DataFrame) -> float:
+    """Return the expected calibration error that a judge would show whose confidences are right, by chance alone."""
+    apart = 0.0
+    for n, share in zip(bins["n"], bins["confidence"], strict=True):
+        right = np.arange(n + 1)
+        apart += float(binom.pmf(right, n, share) @ np.abs(right - n * share))
+    return apart / float(bins["n"].sum())
 
 
 def recall(rows: pd.DataFrame, label: str) -> Rate:
@@ -188,11 +228,11 @@ def by_group(counts: pd.DataFrame, groups: Mapping[str, pd.DataFrame], called: s
 
 
 def sources(counts: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the counts by source, then by whose label it is, then all."""
+    """Return the counts by source, then by whose label it is."""
     found = {name: counts[counts["source"].eq(name)] for name in dict.fromkeys(counts["source"])}
     readers = {read_by: part for read_by in dict.fromkeys(counts["read_by"])
                if (part := counts[counts["read_by"].eq(read_by)])["source"].nunique() > 1}  # fmt: skip
-    return found | {f"all labelled by {name}": part for name, part in readers.items()} | {"all": counts}
+    return found | {f"all labelled by {name}": part for name, part in readers.items()}
 
 
 def by_kind(counts: pd.DataFrame) -> list[str]:
@@ -228,16 +268,31 @@ def of_neither(counts: pd.DataFrame) -> list[str]:
 
 def calibrated(bins: pd.DataFrame) -> list[str]:
     """Return the lines of a table: how far confidence and share right are apart, by judge and whose labels."""
-    lines = ["| judge | labelled by | n | mean confidence | right | expected calibration error |", "| --- " * 6 + "|"]
+    heads = "judge | labelled by | n | mean confidence | right | expected calibration error | of it by chance"
+    lines = [f"| {heads} |", "| --- " * 7 + "|"]
     for (judge, read_by), rows in bins.groupby(["judge", "read_by"], sort=True) if len(bins) else ():
         n = int(rows["n"].sum())
         mean = 100 * float((rows["n"] * rows["confidence"]).sum()) / n
         right = wilson(int(rows["right"].sum()), n)
-        lines.append(f"| {judge} | {read_by} | {n} | {mean:.1f} | {right} | {100 * calibration_error(rows):.1f} |")
+        errors = f"{100 * calibration_error(rows):.1f} | {100 * error_by_chance(rows):.1f}"
+        lines.append(f"| {judge} | {read_by} | {n} | {mean:.1f} | {right} | {errors} |")
     return lines
 
 
-def tables(counts: pd.DataFrame, bins: pd.DataFrame) -> dict[str, list[str]]:
+def together(joint: pd.DataFrame) -> list[str]:
+    """Return the lines of a table: how far the errors of two judges go together, by source and by whose labels."""
+    lines = ["| judges | answers of | n | both wrong | kappa [95 % interval] |", "| --- " * 5 + "|"]
+    for (first, second), rows in joint.groupby(["first", "second"], sort=False) if len(joint) else ():
+        for name, part in sources(rows).items():
+            found = alike(part)
+            kappa = "n/a" if found["kappa"] is None else f"{found['kappa']:.2f}"
+            if found.get("low") is not None:
+                kappa += f" [{found['low']:.2f}, {found['high']:.2f}]"
+            lines.append(f"| {first}, {second} | {name} | {found['n']} | {part['both_wrong'].sum()} | {kappa} |")
+    return lines
+
+
+def tables(counts: pd.DataFrame, bins: pd.DataFrame, joint: pd.DataFrame) -> dict[str, list[str]]:
     """Return the lines of all tables of an audit, by title."""
     asked = {name: counts[counts["asked"].eq(name)] for name in sorted(set(counts["asked"]) - {""})}
     return {
@@ -246,4 +301,5 @@ def tables(counts: pd.DataFrame, bins: pd.DataFrame) -> dict[str, list[str]]:
         "By kind": by_kind(counts),
         "What is neither": of_neither(counts),
         "How sure": calibrated(bins),
+        "Whether they err together": together(joint),
     }

@@ -176,7 +176,7 @@ class Screen:
         for name, told in metrics.get("judges", {}).items():
             if "cost" in told:
                 self.say(_cost(name, told))
-            if unknown := told.get("unparsable"):
+            if unknown := told.get("unparsable", told.get("agreement", {}).get("unparsable")):
                 self.say(f"judge {name} could not judge {unknown} answers; they count in no rate")
         if metrics.get("broken"):
             self.console.print(f"[bold red]broken model:[/bold red] {_BROKEN}")

@@ -134,9 +134,12 @@ def _tasks(row: Row) -> Iterator[Cost]:
             found = row.get("lm_eval", {}).get("tasks", {}).get(task, {}).get(metric)
             return None if found is None else _rate(found)
 
+        def by(row: Row, task: str = task, metric: str = metric) -> Any:
+            return _harness(row, task, metric)
+
         digits = 1 if told["unit"] else 3
         heading = f"{task} ({metric})"
-        yield Cost(f"{_TASK}{task}", heading, told["unit"], told["better"], digits, read, _harness, shown=True)
+        yield Cost(f"{_TASK}{task}", heading, told["unit"], told["better"], digits, read, by, shown=True)
 
 
 def _wins(row: Row) -> Iterator[Cost]:
@@ -150,15 +153,17 @@ def _wins(row: Row) -> Iterator[Cost]:
             return _rate(found) if (found := told(row)) else None
 
         def by(row: Row, told: Callable[[Row], dict[str, Any]] = told) -> Any:
-            return told(row).get("judge")
+            return told(row).get("judge"), told(row).get("setting")
 
         name = f"{_WIN}{method.replace(' ', '_')}"
         yield Cost(name, f"win rate over {method}", "%", "higher", 1, read, by, shown=True)
 
 
-def _harness(row: Row) -> Any:
+def _harness(row: Row, task: str, metric: str) -> Any:
+    """Return what a metric was measured by; its unit too, as earlier records had F1 in percent."""
     told = row.get("lm_eval", {})
-    return told.get("version"), told.get("limit")
+    unit = told.get("tasks", {}).get(task, {}).get(metric, {}).get("unit")
+    return told.get("version"), told.get("limit"), unit
 
 
 def known(rows: list[Row]) -> list[Cost]:

@@ -104,6 +104,7 @@ class WinRate(TypedDict):
     disagreed: Annotated[int, Says("ties that are one because the orders disagree")]
     unparsable: Annotated[int, Says("rows that do not count, as a reply has no verdict", better="lower")]
     against: Annotated[str, Says("name of the other run")]
+    setting: Annotated[str, Says("hash of what the other run is but for its seed")]
     judge: Annotated[str, Says("model of the endpoint, and hash of the question")]
 
 

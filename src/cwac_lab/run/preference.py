@@ -42,20 +42,33 @@ def prefer(run: Run, folder: RunFolder, other: RunFolder, screen: Screen) -> Non
     pairwise.pairs(ours, theirs)  # whether they fit, before a server is asked
     judge.reach()
     found = pairwise.against(ours, theirs, judge.ask)
-    method = method_of(other.facts())
+    method, setting = method_of(other.facts()), setting_of(other)
+    record = folder.read(store.METRICS)
+    known = record.get("win_rates", {}).get(method)
+    if known is not None and known["setting"] != setting:
+        method = f"{method} ({setting})"
     by = f"{judge.settings.model} {digest([pairwise.QUESTION, judge.settings.max_tokens])[:8]}"
     with folder.claim(wait=1.0) as free:
         if not free:
             raise MissingAsset(f"run={folder.path}: in use by another process; ask again")
         record = folder.read(store.METRICS)
-        told = {**found.to_dict(), "against": other.path.name, "judge": by}
+        told = {**found.to_dict(), "against": other.path.name, "setting": setting, "judge": by}
         record = {**record, "win_rates": record.get("win_rates", {}) | {method: told}}
         folder.write(store.METRICS, record)
         stages.write_card(run, folder, record)
+    if method != "start" and other.facts()["seed"] != record["seed"]:
+        screen.say(f"the two have different seeds: {record['seed']} and {other.facts()['seed']}")
     screen.say(f"win rate over {method} ({other.path.name}), judge {by}: {found}")
     cost = judge.cost
     screen.say(f"{cost.requests} requests, {cost.cached} replies from the cache; {cost.tokens_read} tokens read, "
                f"{cost.tokens_written} written")  # fmt: skip
+
+
+def setting_of(run: RunFolder) -> str:
+    """Return a short hash of what a run is but for its seed: start, constraint, attack, training."""
+    config, facts = run.config(), run.facts()
+    groups = ("constraint", "attack", "tuning", "trainer") if facts["constraint"] != "start" else ()
+    return digest([facts["weights_content"], [config.get(group) for group in groups]])[:8]
 
 
 def method_of(facts: dict[str, Any]) -> str:

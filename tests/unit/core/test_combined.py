@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from cwac_lab.core.combined import combined
+from cwac_lab.core.combined import _drawn, combined
 from cwac_lab.core.stats import wilson
 
 
@@ -51,17 +51,22 @@ def test_lists_with_the_same_items_tell_no_more_than_one():
     names = list(range(40))
     twice = combined([said(12, 40)] * 2, [0.5, 0.5], [names, names])
     assert (twice.value, twice.low, twice.high) == pytest.approx((alone.value, alone.low, alone.high))
+    assert twice.n == alone.n
     apart = combined([said(12, 40)] * 2, [0.5, 0.5])
     assert apart.high - apart.low < 0.75 * (twice.high - twice.low)
     assert combined([said(12, 40)] * 2, [0.5, 0.5], [names, [-1 - name for name in names]]) == apart
 
 
 def test_items_of_two_lists_are_drawn_once():
-    """Two runs that answer alike: only the bootstrap over items, and what one run has, say how wide it is."""
+    """The bootstrap alone: of the same list twice it is as wide as of one, of two lists without a common item less."""
     runs = np.vstack([np.r_[np.ones(150), np.zeros(150)]] * 2)
-    names = list(range(300))
-    once, twice = combined([runs], [1.0]), combined([runs, runs], [0.5, 0.5], [names, names])
-    assert twice.high - twice.low == pytest.approx(once.high - once.low, rel=0.05)
+    names, rates = list(range(300)), np.array([[0.5, 0.5]])
+    (low, high), wide = _drawn([runs], [1.0], rates, None), {}
+    for together in (True, False):
+        ends = _drawn([runs] * 2, [0.5, 0.5], np.vstack([rates] * 2), [names] * 2 if together else None)
+        wide[together] = (ends[1] - ends[0]) / (high - low)
+    assert wide[True] == pytest.approx(1.0, abs=0.05)
+    assert wide[False] == pytest.approx(0.5**0.5, abs=0.05)
 
 
 def test_the_interval_of_a_mean_covers_where_lists_share_items():
