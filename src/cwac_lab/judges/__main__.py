@@ -40,11 +40,11 @@ def _read(arguments: Sequence[str]) -> dict[str, Path]:
         ConfigError: If something else is asked for, or less than pages show would be saved.
         MissingAsset: If the folder to save in is not there.
     """
-    words = iter(arguments)
-    joined = [f"{word}={next(words, '')}" if word in (f"--{key}" for key in _KEYS) else word for word in words]
+    rest = iter(arguments)
+    joined = [f"{word}={next(rest, '')}" if word in [f"--{key}" for key in _KEYS] else word for word in rest]
     given = dict(word.removeprefix("--").partition("=")[::2] for word in joined)
     if not all(key in _KEYS and value for key, value in given.items()):
-        raise ConfigError("arguments", words, "none, or labelled=FILE, or labelled=FILE save=FOLDER")
+        raise ConfigError("arguments", " ".join(arguments), "none, or labelled=FILE, or labelled=FILE save=FOLDER")
     named = {key: Path(value) for key, value in given.items()}
     if "save" in named and "labelled" not in named:
         raise ConfigError("save", named["save"], "with labelled=FILE, as the pages show what people labelled too")

@@ -76,15 +76,19 @@ def test_the_model_is_asked_through_its_template_and_left_as_it_was(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("limit", "other", "asked"), [(5, {}, ["new"]), (7, {}, ["old", "new"]), (5, {"version": "0.1"}, ["old", "new"])]
+    ("limit", "other", "asked"),
+    [(5, {}, ["ifeval"]), (7, {}, ["gsm8k", "ifeval"]), (5, {"version": "0.1"}, ["gsm8k", "ifeval"])],
 )
 def test_tasks_that_a_record_has_are_kept_and_not_asked_again(limit, other, asked, monkeypatch):
     calls = stand_in(monkeypatch)
-    known = {"version": harness.version("lm_eval"), "limit": 5, "asked": ["old"], "tasks": {"old": {}}, **other}
-    config = EvaluationConfig(lm_eval=["new"], lm_eval_limit=limit)
+    known = {"version": harness.version("lm_eval"), "limit": 5, "asked": ["gsm8k", "mine"], **other}
+    known |= {"tasks": {"gsm8k": {}, "mine": {}}}
+    config = EvaluationConfig(lm_eval=["ifeval"], lm_eval_limit=limit)
     found = harness.measured(config, tiny.model(), tiny.chat(), known)
-    assert (calls[0]["tasks"], found["asked"], found["limit"]) == (asked, ["old", "new"], limit)
-    assert ("old" in found["tasks"]) == (asked == ["new"])
+    same = asked == ["ifeval"]
+    assert (calls[0]["tasks"], found["limit"]) == (asked, limit)
+    assert found["asked"] == ["gsm8k", *(["mine"] if same else []), "ifeval"]  # an own task is not known here any more
+    assert ({"gsm8k", "mine"} <= found["tasks"].keys()) == same
 
 
 def test_a_failing_task_is_one_line(monkeypatch):

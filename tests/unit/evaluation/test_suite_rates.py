@@ -28,7 +28,8 @@ PAIRS = [said("harmful", i, refused=i < 9, suite="x", start=True) for i in range
 def test_the_rates_of_a_run_do_not_see_its_suites():
     alone, beside = aggregate(OWN), aggregate(OWN + A + B + PAIRS)
     assert {name: beside[name] for name in alone} == alone
-    assert agreement(OWN, OWN) == agreement(OWN + A, OWN + [row | {"refused": True, "complied": None} for row in A])
+    own, more = agreement(OWN, OWN), [row | {"refused": True, "complied": None} for row in A]
+    assert agreement(OWN + A, OWN + more) == own | {"unparsable": len(A)}
 
 
 def test_harmfulness_is_of_a_runs_own_prompts():
