@@ -80,7 +80,9 @@ def test_the_tuned_methods_ran_with_their_defaults():
         facts, settings = run.read("metrics.json"), run.config()["constraint"]
         if facts["constraint"] != "start":
             default = read(tiny.config(f"constraint={facts['constraint']}")).resolved["constraint"]
-            assert settings == default, run.path.name
+            assert settings.keys() == default.keys(), run.path.name
+            known = {name: {key: default[name].get(key) for key in part} for name, part in settings.items()}
+            assert settings == known, run.path.name  # later settings are not in it; their defaults change nothing
 
 
 @pytest.mark.parametrize(
