@@ -160,3 +160,14 @@ def test_a_suite_that_nobody_knows_is_one_line(tiny_folder, tmp_path, capsys):
     assert "evaluation.suites" in err
     assert "xstest" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_dry_run_counts_the_prompts_of_suites(lists, tiny_folder, tmp_path, capsys):
+    shared = [*lists, *tiny.small_run(tiny_folder, tmp_path), "constraint=none", "dry=true"]
+    tiny.launch(train.main, [*shared, "evaluation.suites=[alpha,pairs]"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "suite pairs: 1 harmful and 2 lookalike prompts" in told
+    tiny.launch(train.main, shared)
+    alone = " ".join(capsys.readouterr().out.split())
+    with_suites, without = (int(said.partition("evaluation: ")[2].split()[0]) for said in (told, alone))
+    assert with_suites == without + 6

@@ -18,10 +18,9 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.progress import duration
 from cwac_lab.data.batches import plan_batches
 from cwac_lab.data.forms import SYSTEM
-from cwac_lab.data.pools import Pools, build_pools
-from cwac_lab.data.sources import TaskData
+from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.metrics import form_of
-from cwac_lab.evaluation.protocol import evaluation_rows
+from cwac_lab.evaluation.protocol import evaluation_rows, suite_rows
 from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
@@ -31,6 +30,7 @@ from cwac_lab.results import store
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import use_of
+from cwac_lab.run.suite_answers import chosen
 from cwac_lab.run.survey import survey, told
 
 # Rows and columns of the matrices whose product tells how fast a device computes, and for how long it is taken.
@@ -184,7 +184,8 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     examples = encoded(rows, chat, run.task.train_on, say)
     lines = [*run.task.remarks, *told(survey(rows, examples, pools.harmful()))]
     found = estimate(run, skeleton(folder.path), examples)
-    lines = [folder.description, *lines, *found.lines(), _evaluated(run, pools, data)]
+    asked = evaluation_rows(run, pools, data) | suite_rows(run, chosen(run, pools, data, lines.append))
+    lines = [folder.description, *lines, *found.lines(), _evaluated(asked)]
     if run.export.push is not None:
         lines.append(listed(run.export, saved(run, found.parameters, found.trained)[run.tuning.saved[0]]))
     for line in lines:
@@ -192,9 +193,9 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     check_room(run, folder.path)
 
 
-def _evaluated(run: Run, pools: Pools, data: TaskData) -> str:
+def _evaluated(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return in words how many answers an evaluation asks for."""
-    asked = [row for rows in evaluation_rows(run, pools, data).values() for row in rows]
+    asked = [row for held in rows.values() for row in held]
     under = sum(form_of(row) == SYSTEM for row in asked)
     more = f", {under} of them under the system prompt (task.system_rates=false leaves these out)" if under else ""
     return f"evaluation: {len(asked)} answers{more}"
