@@ -274,8 +274,7 @@ def _check_devices(run: Run) -> None:
         return
     if run.diagnostics.enabled:
         raise ConfigError("diagnostics.enabled", True, "false with trainer.strategy=fsdp, or ddp")
-    if run.evaluation.every_n_steps:
-        every = run.evaluation.every_n_steps
+    if every := run.evaluation.every_n_steps:
         raise ConfigError("evaluation.every_n_steps", every, "0 with trainer.strategy=fsdp, or ddp")
     if run.tuning.base == "nf4":
         raise ConfigError("trainer.strategy", "fsdp", "ddp with tuning.base=nf4: its blocks are not sharded")
