@@ -29,6 +29,7 @@ ZERO = {
     "none": lambda: Composite(),
     "weight": lambda: WeightConstraint(**FREE),
     "weight_gradient": lambda: WeightConstraint(**FREE, projection="gradient"),
+    "weight_slowed": lambda: WeightConstraint(**FREE, tail="slowed", tail_strength=0),
     "activation": lambda: ActivationConstraint(strength=0),
     "coupled": lambda: coupled(WeightConstraint(**FREE), ActivationConstraint(strength=0)),
     "safe_instruct": lambda: SafeInstruct(share=0.0),
@@ -47,6 +48,8 @@ ACTIVE = {
     "weight": lambda: WeightConstraint(energy=0.9, trainable="all"),
     "weight_gradient": lambda: WeightConstraint(energy=0.9, projection="gradient", trainable="all"),
     "weight_both": lambda: WeightConstraint(energy=0.9, projection="both"),
+    "weight_slowed": lambda: WeightConstraint(energy=0.7, tail="slowed", restore_every_n_steps=2),
+    "weight_penalised": lambda: WeightConstraint(energy=0.7, tail="penalised", trainable="all"),
     "kl+weight_both": lambda: Composite(
         {"kl": KL(strength=2.0), "weight": WeightConstraint(energy=0.9, projection="both", restore_every_n_steps=2)}
     ),

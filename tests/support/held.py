@@ -9,8 +9,7 @@ import torch
 
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
-from cwac_lab.defenses.cwac.subspace.basis import leading
-from cwac_lab.defenses.cwac.subspace.spec import Subspace
+from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
 from cwac_lab.defenses.interface import Context
 from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.training.loop import fit
@@ -31,8 +30,7 @@ def context(model, defense, reference=None, **more):
     subspace = None
     if needs.subspace is not None:
         found = dict(leading(model, reference, needs.subspace, chat.pad_id))
-        bases, kept = ({name: getattr(each, what) for name, each in found.items()} for what in ("basis", "kept"))
-        subspace = Subspace(bases, kept)
+        subspace = subspace_of(found)
     features = ()
     if needs.features is not None:
         source = torch.Generator().manual_seed(1)

@@ -45,8 +45,8 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 def leading_eigenbasis(
     second_moment: Float[Tensor, "d d"], *, energy: float | None = None, rank: int | None = None
-) -> tuple[Float[Tensor, "d k"], float]:
-    """Return the leading eigenvectors V of a second-moment matrix ``C = X X^T`` and the share of the trace they hold.
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+    """Return the leading eigenvectors V of a second-moment matrix ``C = X X^T``, and each one's share of the trace.
 
     V spans the *complement* of the paper's safety subspace: the paper's ``U`` (small eigenvalues) satisfies
     ``U U^T = I - V V^T``, and V has far fewer columns.
@@ -57,7 +57,8 @@ def leading_eigenbasis(
         rank: Keep exactly this many; exactly one of ``energy`` and ``rank`` is given.
 
     Returns:
-        V of shape (d, k) with orthonormal columns in the dtype of the input, and the share of the trace kept.
+        V of shape (d, k) with orthonormal columns in the dtype of the input, and the share of the trace that each
+        column holds, shape (k,), falling.
 
     Raises:
         ValueError: If both or neither of ``energy`` and ``rank`` are given, or one is out of range.
@@ -65,7 +66,7 @@ def leading_eigenbasis(
     values, vectors = torch.linalg.eigh(second_moment.double())
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     rank = _rank(values, second_moment.shape[0], energy, rank)
-    return vectors[:, :rank].to(second_moment.dtype).contiguous(), _share(values, rank, values.sum())
+    return vectors[:, :rank].to(second_moment.dtype).contiguous(), _shares(values[:rank], values.sum())
 
 
 def _rank(values: Float[Tensor, " n"], width: int, energy: float | None, rank: int | None) -> int:
@@ -79,9 +80,13 @@ def _rank(values: Float[Tensor, " n"], width: int, energy: float | None, rank: i
     assert energy is not None
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy} must lie in (0, 1]")
-    reached = int((torch.cumsum(values, 0) < energy * values.sum() * (1 - 1e-12)).sum()) + 1
     # At energy 1 everything above rounding counts; a plain cumulative sum would keep noise directions too.
-    return min(_support(values, width), reached)
+    return min(_support(values, width), reaching(values, energy * float(values.sum())))
+
+
+def reaching(values: Float[Tensor, " n"], wanted: float) -> int:
+    """Return how many of some values, from the first on, it takes until they sum to what is wanted, up to rounding."""
+    return int((torch.cumsum(values, 0) < wanted * (1 - 1e-12)).sum()) + 1
 
 
 def _support(values: Float[Tensor, " n"], width: int) -> int:
@@ -89,13 +94,13 @@ def _support(values: Float[Tensor, " n"], width: int) -> int:
     return int((values > width * torch.finfo(torch.float64).eps * values[0]).sum()) if len(values) else 0
 
 
-def _share(values: Float[Tensor, " n"], rank: int, total: Float[Tensor, ""]) -> float:
-    return float(values[:rank].sum() / total) if total > 0 else 0.0
+def _shares(values: Float[Tensor, " k"], total: Float[Tensor, ""]) -> Float[Tensor, " k"]:
+    return values / total if total > 0 else torch.zeros_like(values)
 
 
 def leading_directions(
     x: Float[Tensor, "n d"], *, energy: float | None = None, rank: int | None = None
-) -> tuple[Float[Tensor, "d k"], float]:
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
     """Return what ``leading_eigenbasis`` does for ``C = X^T X``, by the Gram matrix ``X X^T``, small for n < d.
 
     With ``X X^T = Q L Q^T`` the directions are ``X^T Q L^(-1/2)``; they are orthonormalised once more, as division by a
@@ -114,10 +119,12 @@ def leading_directions(
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     rank = min(_rank(values, x.shape[1], energy, rank), _support(values, x.shape[1]))
     directions = rows.T @ (vectors[:, :rank] / values[:rank].sqrt())
-    return torch.linalg.qr(directions).Q.to(x.dtype).contiguous(), _share(values, rank, values.sum())
+    return torch.linalg.qr(directions).Q.to(x.dtype).contiguous(), _shares(values[:rank], values.sum())
 
 
-def range_finder(x: Float[Tensor, "n d"], rank: int, *, seed: int = 0) -> tuple[Float[Tensor, "d k"], float]:
+def range_finder(
+    x: Float[Tensor, "n d"], rank: int, *, seed: int = 0
+) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
     """Return about what ``leading_directions`` returns for a fixed rank, without any matrix of n x n or d x d.
 
     Randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) with ``OVERSAMPLING``
@@ -129,7 +136,7 @@ def range_finder(x: Float[Tensor, "n d"], rank: int, *, seed: int = 0) -> tuple[
         seed: Seed of the start.
 
     Returns:
-        Orthonormal directions of shape (d, k), and the share of ``||X||_F^2`` they hold.
+        Orthonormal directions of shape (d, k), and the share of ``||X||_F^2`` that each holds, shape (k,).
     """
     rows = x.double()
     width = min(rank + OVERSAMPLING, *x.shape)
@@ -140,13 +147,19 @@ def range_finder(x: Float[Tensor, "n d"], rank: int, *, seed: int = 0) -> tuple[
         basis = torch.linalg.qr(rows.T @ torch.linalg.qr(rows @ basis).Q).Q
     _, singular, right = torch.linalg.svd(rows @ basis, full_matrices=False)
     directions = basis @ right[:rank].T
-    return directions.to(x.dtype).contiguous(), _share(singular.square(), rank, rows.square().sum())
+    return directions.to(x.dtype).contiguous(), _shares(singular[:rank].square(), rows.square().sum())
 
 
-def remove_span(matrix: Float[Tensor, "m d"], basis: Float[Tensor, "d k"]) -> Float[Tensor, "m d"]:
-    """Return ``M (I - V V^T)``: each row of ``matrix`` without its part in the span of ``basis`` (orthonormal)."""
+def remove_span(
+    matrix: Float[Tensor, "m d"], basis: Float[Tensor, "d k"], shares: Float[Tensor, " k"] | None = None
+) -> Float[Tensor, "m d"]:
+    """Return ``M (I - V V^T)``: each row of ``matrix`` without its part in the span of ``basis`` (orthonormal).
+
+    With ``shares`` s of [0, 1] only these of the parts are taken out: ``M (I - V diag(s) V^T)``.
+    """
     with full_float32(matrix.device):
-        return matrix - (matrix @ basis) @ basis.T
+        along = matrix @ basis
+        return matrix - (along if shares is None else along * shares) @ basis.T
 
 
 def product(left: Float[Tensor, "m r"], right: Float[Tensor, "r d"]) -> Float[Tensor, "m d"]:

@@ -120,7 +120,7 @@ SUBSPACE = Recipe(
         *("defenses.cwac.subspace.parts", "defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
         *_of("models.sites", "linears", "_of_experts", "SCOPES", "PROJECTIONS", "JOINED", "OF_EXPERTS", "paths_in"),
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),
-        *_of("core.linalg", "_rank", "_support", "_share"),
+        *_of("core.linalg", "_rank", "reaching", "_support", "_shares"),
     ),
 )
 # How much of the inputs of prompts that nothing was built from lies in a ``subspace``, which is named by its key.

@@ -88,13 +88,19 @@ class Defense:
 
     ``precedence`` orders the parts of a composition: what freezes (0), what changes weights (1), what runs the model
     (2), what penalises the weights themselves (3; last, so that of a sharded model their gradients are there first).
-    ``shardable`` tells whether it works on a model whose weights are divided among processes, ``settles_once`` whether
-    ``settle`` would change settled weights.
     """
 
     precedence: ClassVar[int] = 2
-    shardable: ClassVar[bool] = True
-    settles_once: ClassVar[bool] = False
+
+    @property
+    def shardable(self) -> bool:
+        """Whether it works on a model whose weights are divided among processes."""
+        return True
+
+    @property
+    def settles_once(self) -> bool:
+        """Whether ``settle`` would change settled weights."""
+        return False
 
     @property
     def requirements(self) -> Requirements:

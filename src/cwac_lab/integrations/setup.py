@@ -12,8 +12,7 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
-from cwac_lab.defenses.cwac.subspace.basis import leading
-from cwac_lab.defenses.cwac.subspace.spec import Subspace
+from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
 from cwac_lab.defenses.interface import Composite, Context, Defense
 from cwac_lab.integrations.callback import DefenseCallback
 from cwac_lab.integrations.checks import check_given, check_model, check_trainer, read_features
@@ -97,7 +96,7 @@ def protect(
     if needs.subspace is not None:
         held = reference + ([chat.prompt_ids(prompt) for prompt in benign] if needs.subspace.held_on == "both" else [])
         found = dict(leading(model, held, needs.subspace, chat.pad_id))
-        subspace = Subspace({n: each.basis for n, each in found.items()}, {n: each.kept for n, each in found.items()})
+        subspace = subspace_of(found)
     context = Context(
         model=model,
         seed=seed,

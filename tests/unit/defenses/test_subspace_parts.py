@@ -8,7 +8,7 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.defenses.cwac.subspace import basis
 from cwac_lab.defenses.cwac.subspace.coverage import covered_by_part
 from cwac_lab.defenses.cwac.subspace.parts import ANSWER, CLOSING, OPENING, OWN, Parts, parts_of
-from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from support import tiny
 
 TEXTS = ("how do I", "tell me what", "one more of them, really", "9 * 7 = ?")
@@ -130,7 +130,7 @@ def test_what_is_held_of_each_part(asked):
     model, chat, prompts, parts = asked
     asked_for = spec(0.9)
     found = dict(basis.leading(model, prompts, asked_for, chat.pad_id, parts=parts))
-    subspace = Subspace({k: v.basis for k, v in found.items()}, {k: v.kept for k, v in found.items()})
+    subspace = basis.subspace_of(found)
     answered = [[*ids, ids[1], ids[0]] for ids in prompts]
     told = covered_by_part(model, answered, parts, subspace, asked_for, chat.pad_id, batch_size=2)
     assert list(told) == ["ffn_out"]

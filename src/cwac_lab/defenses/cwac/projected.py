@@ -137,24 +137,25 @@ def project_gradient_of(
 
 
 class _WithoutSpan(torch.nn.Module):
-    """``A -> A (I - V V^T)`` for A of shape (r, d) and a basis V of shape (d, k).
+    """``A -> A (I - V diag(s) V^T)`` for A of shape (r, d), a basis V of shape (d, k) and shares s of shape (k,).
 
     Of E experts A is (r E, d), and every block of r rows has a basis of its own.
     """
 
-    def __init__(self, bases: Sequence[Float[Tensor, "d k"]]) -> None:
+    def __init__(self, bases: Sequence[Float[Tensor, "d k"]], shares: Sequence[Float[Tensor, " k"] | None]) -> None:
         super().__init__()
-        for number, basis in enumerate(bases):
+        self.n = len(bases)
+        for number, (basis, share) in enumerate(zip(bases, shares, strict=True)):
             self.register_buffer(f"basis{number}", basis, persistent=False)
+            self.register_buffer(f"share{number}", share, persistent=False)
 
     def forward(self, factor: Float[Tensor, "R d"]) -> Float[Tensor, "R d"]:
         """Return the projected factor."""
-        bases = list(self.buffers())
-        if len(bases) == 1:
-            return linalg.remove_span(whole(factor), bases[0])
-        parts = whole(factor).chunk(len(bases))
-        kept = [linalg.remove_span(part, basis) for part, basis in zip(parts, bases, strict=True)]
-        return torch.cat(kept)
+        kept = [
+            linalg.remove_span(part, getattr(self, f"basis{number}"), getattr(self, f"share{number}"))
+            for number, part in enumerate(whole(factor).chunk(self.n))
+        ]
+        return kept[0] if self.n == 1 else torch.cat(kept)
 
 
 # What a parametrised factor is called among a model's parameters, and in a plain adapter.
@@ -173,10 +174,13 @@ def _loaded_as_used(module: Any, state: dict[str, Any], prefix: str, *_: Any) ->
         state[prefix + _AS_TRAINED] = state.pop(prefix + _AS_USED)
 
 
-def project_factor(adapter: Any, bases: Sequence[Float[Tensor, "d k"]]) -> None:
+def project_factor(
+    adapter: Any, bases: Sequence[Float[Tensor, "d k"]], shares: Sequence[Float[Tensor, " k"] | None] | None = None
+) -> None:
     """Project the factor A of a LoRA layer, in place and for good: ``B A (I - V V^T) x`` is what the layer adds to W x.
 
-    Experts that share the factor have a basis each, in their order, and a linear layer one.
+    Experts that share the factor have a basis each, in their order, and a linear layer one. With ``shares`` s only
+    these of the parts along V are taken out, ``I - V diag(s) V^T``.
 
     So the update has no part in the span of V under any optimizer, PEFT merges the projected factor, and a state that
     is saved at any time holds it under the name that a plain adapter gives it.
@@ -188,7 +192,7 @@ def project_factor(adapter: Any, bases: Sequence[Float[Tensor, "d k"]]) -> None:
     factor = adapter.lora_A[key]
     if is_parametrized(factor):
         raise LabError("an adapter is under a constraint already (accepted: a new one)")
-    register_parametrization(factor, "weight", _WithoutSpan(bases))
+    register_parametrization(factor, "weight", _WithoutSpan(bases, shares or [None] * len(bases)))
     factor.register_state_dict_post_hook(_saved_as_used)
     factor.register_load_state_dict_pre_hook(_loaded_as_used)
 

@@ -40,8 +40,10 @@ from cwac_lab.defenses.cwac.projected import (
     release_factor,
 )
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
+from cwac_lab.defenses.cwac.tail import TAILS, Tails
 from cwac_lab.defenses.interface import HELD_ON, Context, Defense, Requirements
 from cwac_lab.models.adapters import when_merged
+from cwac_lab.models.answers import Batch
 from cwac_lab.models.shards import is_sharded, local, rows, total
 from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 
@@ -92,6 +94,10 @@ class WeightConstraint(Defense):
         answers: Whether tokens of the start's own refusals count in C: ``none`` (the paper's), or ``own``.
         closing_weight: What a token weighs in C that all prompts of a form end with; the first token of an answer is
             decided there.
+        tail: What becomes of the directions behind the protected ones: ``free`` (the paper's), ``slowed``, or
+            ``penalised`` (``cwac/tail.py``).
+        tail_energy: Share of the trace up to which they count as the tail; what is behind it is free.
+        tail_strength: How strongly they are held, s; a direction of mean energy is slowed by ``1 + s``.
         gradient_share: With ``both``, the share of the protected directions, the leading ones, that gradients are
             projected off; what the optimizer moves along the others is taken out where weights are restored. A step's
             projections cost in proportion to it. With LoRA all directions count.
@@ -111,6 +117,9 @@ class WeightConstraint(Defense):
     opening: str = "counted"
     answers: str = "none"
     closing_weight: float = 1.0
+    tail: str = "free"
+    tail_energy: float = 0.9999
+    tail_strength: float = 100.0
     gradient_share: float = 1.0
     restore_every_n_steps: int = 12
     leak_every_n_steps: int = 10
@@ -127,6 +136,11 @@ class WeightConstraint(Defense):
         one_of("opening", self.opening, OPENINGS)
         one_of("answers", self.answers, ANSWERS)
         in_range("closing_weight", self.closing_weight, 0)
+        one_of("tail", self.tail, TAILS)
+        in_range("tail_strength", self.tail_strength, 0)
+        in_range("tail_energy", self.tail_energy, (self.energy or 0) if self.has_tail else 0, 1, open_low=True)
+        if self.tail == "slowed" and self.projection == "gradient":
+            raise ConfigError("tail", self.tail, "free or penalised with projection=gradient, which restores nothing")
         in_range("gradient_share", self.gradient_share, 0, 1, open_low=True)
         in_range("restore_every_n_steps", self.restore_every_n_steps, 1)
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
@@ -141,15 +155,31 @@ class WeightConstraint(Defense):
         if self.rank is not None:
             in_range("rank", self.rank, 0)
         self._held: list[_Constrained] = []
+        self._tails = Tails(self.tail, self.tail_strength)
         self._hooks: list[RemovableHandle] = []
         self._removed = 0.0
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether directions behind the protected ones are held at all."""
+        return self.tail != "free" and self.tail_strength > 0
+
+    @property
+    def shardable(self) -> bool:
+        """Where the tail is held, weights are read whole."""
+        return not self.has_tail
+
+    @property
+    def settles_once(self) -> bool:
+        """What moved along the tail is slowed, and would be slowed again."""
+        return self.has_tail and self.tail == "slowed"
 
     @property
     def requirements(self) -> Requirements:
         """Reference prompts and the subspace of the chosen scope."""
         spec = SubspaceSpec(
             self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on,
-            self.opening, self.answers, self.closing_weight,
+            self.opening, self.answers, self.closing_weight, self.tail_energy if self.has_tail else None,
         )  # fmt: skip
         return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 
@@ -179,6 +209,8 @@ class WeightConstraint(Defense):
             for parameter in trained:
                 parameter.requires_grad_(True)
         self._moving = [held for held in self._held if held.moves]
+        if self.has_tail:
+            self._tails.take((held.linear for held in self._held), context.subspace)
         self._project(groups)
 
     def _project(self, groups: dict[str, list[_Constrained]]) -> None:
@@ -188,8 +220,9 @@ class WeightConstraint(Defense):
             linear = group[0].linear
             if linear.adapter is not None:
                 when_merged(linear.adapter, partial(_note, group))
-                if any(held.basis.shape[1] for held in group):
-                    project_factor(linear.adapter, [held.basis for held in group])
+                beside = [self._tails.beside(held.linear.site.name, held.basis) for held in group]
+                if any(basis.shape[1] for basis, _ in beside):
+                    project_factor(linear.adapter, *zip(*beside, strict=True))
             elif self.projection == "update":
                 continue
             elif isinstance(linear.module, torch.nn.Linear):
@@ -205,16 +238,23 @@ class WeightConstraint(Defense):
         return basis[:, : math.ceil(self.gradient_share * basis.shape[1])]
 
     def _restores(self, step: int) -> bool:
-        if self.projection == "gradient" or not self._moving:
+        if self.projection == "gradient" or not (self._moving or self._tails.slows):
             return False
         return self.projection == "update" or (step + 1) % self.restore_every_n_steps == 0
 
     def after_optimizer_step(self, step: int) -> None:
-        """With ``projection=update`` or ``both``, take out of the weights what was moved along V."""
+        """With ``projection=update`` or ``both``, take out of the weights what was moved along V, and slow the tail."""
         if self._restores(step):
             self._restore()
+            self._tails.slow(keep=True)
+
+    def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
+        """Return the penalty on the tail, of shape (), where it is penalised."""
+        return self._tails.terms()
 
     def _restore(self) -> None:
+        if not self._moving:
+            return
         with torch.no_grad():
             squares = []
             for held in self._moving:
@@ -225,9 +265,10 @@ class WeightConstraint(Defense):
             self._removed = float(total(torch.stack(squares).sum(), sharded=is_sharded(weight)).sqrt())
 
     def settle(self, model: Any) -> None:
-        """Take out what was moved along V."""
-        if self.projection != "gradient" and self._moving:
+        """Take out what was moved along V, and slow the tail."""
+        if self.projection != "gradient":
             self._restore()
+            self._tails.slow(keep=False)
 
     def release(self, model: Any) -> None:
         """Leave plain linear layers, and plain factors."""
@@ -238,6 +279,14 @@ class WeightConstraint(Defense):
                 release_factor(held.linear.adapter)
             elif isinstance(held.linear.module, ProjectedLinear):
                 release(held.linear.module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights along slowed tails, as they were when these were slowed last."""
+        return self._tails.state()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state_dict`` returned."""
+        self._tails.load(state)
 
     def _start(self, linear: Matrix) -> Float[Tensor, "m d"]:
         name = linear.name

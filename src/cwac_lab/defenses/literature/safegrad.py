@@ -11,7 +11,6 @@ data. Surgery comes before clipping; with accumulation it acts on the summed use
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +39,10 @@ class SafeGrad(Defense):
     strength: float = 1.0
     batch_size: int = 4
 
-    shardable: ClassVar[bool] = False  # a gradient beside that of the backward pass is not gathered
+    @property
+    def shardable(self) -> bool:
+        """A gradient beside that of the backward pass is not gathered."""
+        return False
 
     def __post_init__(self) -> None:
         """Check the fields."""

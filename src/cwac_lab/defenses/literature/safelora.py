@@ -13,7 +13,7 @@ the same updates outright, which is the control for that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -44,7 +44,10 @@ class SafeLoRA(Defense):
     rank: int = 64
     control: str = "none"
 
-    settles_once: ClassVar[bool] = True
+    @property
+    def settles_once(self) -> bool:
+        """Projected factors would be projected again."""
+        return True
 
     def __post_init__(self) -> None:
         """Check the fields."""

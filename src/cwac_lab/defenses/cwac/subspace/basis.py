@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,38 @@ from cwac_lab.defenses.cwac.subspace.solvers import Routed, Solver, cheapest
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.models.sites import Site, linears
 
+BASES, TAILS, SHARES = "bases.safetensors", "tails.safetensors", "shares.safetensors"
 # Bytes that accumulate at once, at most.
 MEMORY = 8 * 2**30
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The protected directions V of a site's input, shape (d_in, k), their share of the trace, how they were found."""
+    """The protected directions of a site's input, those behind them where these are asked for, how they were found.
+
+    Attributes:
+        basis: V, shape (d_in, k), orthonormal.
+        kept: The share of the trace that it holds.
+        solver: Name of the way.
+        tail: T, shape (d_in, t), orthonormal and orthogonal to V.
+        shares: The share of the trace that each of T holds, shape (t,).
+    """
 
     basis: Float[Tensor, "d k"]
     kept: float
     solver: str
+    tail: Float[Tensor, "d t"]
+    shares: Float[Tensor, " t"]
+
+
+def subspace_of(found: Mapping[str, Directions]) -> Subspace:
+    """Return the directions of sites, by name, as a defence is given them."""
+    return Subspace(
+        {name: each.basis for name, each in found.items()},
+        {name: each.kept for name, each in found.items()},
+        {name: each.tail for name, each in found.items() if each.tail.shape[1]},
+        {name: each.shares for name, each in found.items() if each.tail.shape[1]},
+    )
 
 
 def _passes(sizes: dict[Site, int]) -> Iterator[list[Site]]:
@@ -63,19 +84,35 @@ class _Weighed:
             rows = rows - within @ self.beside.T
         self.solver.add(rows)
 
-    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
-        """Return the directions, Q first, and the share of the trace that they hold."""
-        if not self.beside.shape[1]:
-            return self.solver.solve(energy, rank)
-        assert energy is not None
-        within, whole = distributed.summed(self.sums).tolist()
+    def solve(self, energy: float | None, rank: int | None, reach: float | None) -> Directions:
+        """Return the directions, Q first, and as the tail those up to the share of the trace that ``reach`` is."""
+        within, whole = distributed.summed(self.sums).tolist() if self.beside.shape[1] else (0.0, 1.0)
         rest = whole - within
-        wanted = (energy * whole - within) / rest if rest > 0 else 0.0
-        if wanted <= 0:
-            return self.beside, within / whole if whole else 0.0
-        basis, kept = self.solver.solve(min(wanted, 1.0), None)
-        basis = torch.linalg.qr(torch.cat([self.beside, basis], 1)).Q
-        return basis, (within + kept * rest) / whole
+
+        def of_rest(share: float) -> float:
+            """Return the share of the other directions that makes up a share of all."""
+            return min((share * whole - within) / rest, 1.0) if rest > 0 else 0.0
+
+        if reach is None:
+            least = None if energy is None else of_rest(energy)
+            basis, shares = self._solved(least, rank)
+            n = len(shares)
+        else:
+            basis, shares = self._solved(of_rest(reach), None)
+            n = rank or 0
+            if energy is not None:
+                n = linalg.reaching(shares, of_rest(energy)) if of_rest(energy) > 0 else 0
+            n = min(n, len(shares))
+        shares = shares * (rest / whole if whole else 0.0)
+        q = self.beside.shape[1]
+        if q:
+            basis = torch.linalg.qr(torch.cat([self.beside, basis], 1)).Q
+        kept = float(shares[:n].sum()) + (within / whole if whole else 0.0)
+        return Directions(basis[:, : q + n], kept, self.solver.name, basis[:, q + n :], shares[n:])
+
+    def _solved(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+        """Return the solver's directions, none where none of the energy is left to them."""
+        return self.solver.solve(energy, rank) if energy is None or energy > 0 else self.solver.solve(None, 0)
 
 
 class _Kept:
@@ -127,8 +164,9 @@ def leading(
     widths = {site: matrix.width for site, matrix in matrices.items()}
     n = sum(map(len, prompts))
     ranks = {site: None if spec.rank is None else min(spec.rank, width) for site, width in widths.items()}
+    fixed = ranks if spec.reach is None else dict.fromkeys(widths)
     kinds: dict[Site, type[Solver]] = {
-        site: cheapest(n, width, ranks[site]) if site.expert is None else Routed for site, width in widths.items()
+        site: cheapest(n, width, fixed[site]) if site.expert is None else Routed for site, width in widths.items()
     }
     read = {site: round(n * matrix.share) for site, matrix in matrices.items()}
     batches = batched(prompts, parts, batch_size)
@@ -140,8 +178,9 @@ def leading(
         }
         fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
         for site in group:
-            basis, kept = held.pop(site).solve(spec.energy, ranks[site])
-            yield site.name, Directions(basis.float().contiguous(), kept, kinds[site].name)
+            found = held.pop(site).solve(spec.energy, ranks[site], spec.reach)
+            each = {name: getattr(found, name).float().contiguous() for name in ("basis", "tail", "shares")}
+            yield site.name, replace(found, **each)
 
 
 def build(
@@ -149,7 +188,11 @@ def build(
 ) -> None:
     """Compute the bases of all sites and save them with a report of rank, share of variance kept and solver."""
     found = dict(leading(model, prompts, spec, pad_id, parts=parts))
-    save_file({name: each.basis.cpu() for name, each in found.items()}, folder / "bases.safetensors")
+    save_file({name: each.basis.cpu() for name, each in found.items()}, folder / BASES)
+    subspace = subspace_of(found)
+    if subspace.tails:
+        for what, file in ((subspace.tails, TAILS), (subspace.shares, SHARES)):
+            save_file({name: value.cpu() for name, value in what.items()}, folder / file)
     report = {
         name: {"rank": each.basis.shape[1], "width": each.basis.shape[0], "kept": each.kept, "solver": each.solver}
         for name, each in found.items()
@@ -175,5 +218,6 @@ def load(folder: Path) -> Subspace:
     """
     with reading(folder):
         report = read_json(folder / "report.json")
-        bases = load_file(folder / "bases.safetensors")
-        return Subspace(bases, {name: report[name]["kept"] for name in bases})
+        bases = load_file(folder / BASES)
+        tails, shares = (load_file(folder / file) if (folder / file).is_file() else {} for file in (TAILS, SHARES))
+        return Subspace(bases, {name: report[name]["kept"] for name in bases}, tails, shares)

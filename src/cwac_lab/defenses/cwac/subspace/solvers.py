@@ -45,8 +45,8 @@ class Covariance:
         """Take some tokens."""
         self.moment += x.T @ x
 
-    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
-        """Return the directions and their share of the trace, over the tokens of all processes."""
+    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+        """Return the directions and each one's share of the trace, over the tokens of all processes."""
         return linalg.leading_eigenbasis(distributed.summed(self.moment), energy=energy, rank=rank)
 
 
@@ -73,8 +73,8 @@ class Gram:
         """Take some tokens."""
         self.tokens.append(x.cpu())
 
-    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
-        """Return the directions and their share of the trace, over the tokens of all processes."""
+    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+        """Return the directions and each one's share of the trace, over the tokens of all processes."""
         x = torch.cat(distributed.gathered(torch.cat(self.tokens))).to(self.device)
         return linalg.leading_directions(x, energy=energy, rank=rank)
 
@@ -89,8 +89,8 @@ class Randomized(Gram):
         """Return the number of operations; none will do for an unknown rank."""
         return float("inf") if rank is None else 12.0 * n * width * (rank + linalg.OVERSAMPLING)
 
-    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
-        """Return the directions and their share of the trace, over the tokens of all processes."""
+    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+        """Return the directions and each one's share of the trace, over the tokens of all processes."""
         assert rank is not None
         x = torch.cat(distributed.gathered(torch.cat(self.tokens))).to(self.device)
         return linalg.range_finder(x, rank)
@@ -101,8 +101,8 @@ class Routed(Gram):
 
     name: ClassVar[str] = "routed"
 
-    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], float]:
-        """Return the directions and their share of the trace, over the tokens of all processes; none without tokens."""
+    def solve(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
+        """Return the directions and each one's share of the trace, of all processes; none without tokens."""
         x = torch.cat(distributed.gathered(torch.cat(self.tokens))).to(self.device)
         if len(x) < x.shape[1]:
             return linalg.leading_directions(x, energy=energy, rank=rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,8 @@ class SubspaceSpec:
             ``held``: their directions are protected to rounding, and ``energy`` is of the other tokens.
         answers: ``none``, or ``own``: tokens of the start's own refusals count as well.
         closing_weight: Weight of the tokens that all prompts of a form end with, where the answer is decided.
+        reach: Share of the trace up to which further directions are looked up, the tail behind the protected ones;
+            None: none are.
     """
 
     modules: str
@@ -35,6 +37,7 @@ class SubspaceSpec:
     opening: str = "counted"
     answers: str = "none"
     closing_weight: float = 1.0
+    reach: float | None = None
 
     @property
     def weights(self) -> Float[Tensor, " P"]:
@@ -44,7 +47,16 @@ class SubspaceSpec:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Per site name the protected directions V of shape (d_in, k), and the share of the trace they hold."""
+    """What is held of the inputs of sites, each by its name.
+
+    Attributes:
+        bases: The protected directions V, shape (d_in, k).
+        energy: The share of the trace that they hold.
+        tails: The directions T behind them, shape (d_in, t), where a defence asks for them.
+        shares: The share of the trace that each of T holds, shape (t,), falling.
+    """
 
     bases: dict[str, Float[Tensor, "d k"]]
     energy: dict[str, float]
+    tails: dict[str, Float[Tensor, "d t"]] = field(default_factory=dict)
+    shares: dict[str, Float[Tensor, " t"]] = field(default_factory=dict)
