@@ -43,7 +43,17 @@ def context(model, defense, reference=None, **more):
     noise = torch.Generator().manual_seed(2)
     base = {name: value + 0.02 * torch.randn(value.shape, generator=noise) for name, value in start.items()}
     return Context(
-        model, 0, chat, start.__getitem__, reference, benign, refusals, base.__getitem__, subspace, features, **more
+        model,
+        0,
+        chat,
+        start.__getitem__,
+        reference,
+        benign,
+        refusals,
+        base_weight=base.__getitem__,
+        subspace=subspace,
+        features=features,
+        **more,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cwac_lab.models.answers import Batch, Piece
+from cwac_lab.models.answers import Batch, Piece, to_device
 from cwac_lab.models.chat import IGNORED, Encoded
 
 BUCKET_BATCHES = 16
@@ -57,6 +57,21 @@ def cyclic(n: int, size: int, turn: int, seed: str) -> list[int]:
         random.Random(f"{seed}/{position // n}").shuffle(order)
         rows.append(order[position % n])
     return rows
+
+
+def in_place_of(batch: Batch, examples: Sequence[Encoded], turn: int, seed: str, pad_id: int) -> Batch:
+    """Return the rows that turn ``turn`` takes of some, as many as a step's batch has, or its piece of them.
+
+    Args:
+        batch: The batch whose place they take, and whose device.
+        examples: Rows to take, ``cyclic``.
+        turn: Number of the turn.
+        seed: Of the order.
+        pad_id: Id to pad with.
+    """
+    size, *piece = (batch["piece"].rows, *batch["piece"][:2]) if "piece" in batch else (len(batch["input_ids"]),)
+    rows = cyclic(len(examples), size, turn, seed)
+    return to_device(collate([examples[row] for row in rows], pad_id, *piece), batch["input_ids"].device)
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:

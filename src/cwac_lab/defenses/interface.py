@@ -63,6 +63,8 @@ class Context:
         reference: Harmful reference prompts as token ids, up to where the answer starts, in all ``forms``.
         benign: Harmless reference prompts, likewise.
         refusals: The harmful reference prompts with refusals, as rows to train on: the one pool of refusal data.
+        own_refusals: The start's own refusals to the harmful reference prompts as they stand, in their order: token
+            ids, the prompt before.
         base_weight: Reader of a weight of the model before its alignment, where asked for.
         subspace: Bases of the weight constraint, where asked for.
         features: Encoders of the activation constraint, where asked for.
@@ -76,6 +78,7 @@ class Context:
     reference: list[list[int]] = field(default_factory=list)
     benign: list[list[int]] = field(default_factory=list)
     refusals: list[TrainRow] = field(default_factory=list)
+    own_refusals: list[list[int]] = field(default_factory=list)
     base_weight: Callable[[str], Tensor] | None = None
     subspace: Subspace | None = None
     features: tuple[LayerFeatures, ...] = ()

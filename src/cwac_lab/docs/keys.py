@@ -33,13 +33,13 @@ from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.loading import ModelConfig
 from cwac_lab.results.store import flat
-from cwac_lab.training.settings import LoggerConfig, TrainerConfig
+from cwac_lab.training.settings import GuardConfig, LoggerConfig, TrainerConfig
 
 # In the order of the page; the class of ``task`` and of every ``constraint`` is named by its ``_target_``.
 GROUPS: dict[str, type | None] = {
     "model": ModelConfig, "task": None, "data": DataConfig, "sae": SAEConfig, "tuning": TuningConfig,
     "trainer": TrainerConfig, "attack": AttackConfig, "forms": FormsConfig, "align": AlignConfig,
-    "export": ExportConfig,
+    "guard": GuardConfig, "export": ExportConfig,
     "evaluation": EvaluationConfig, "diagnostics": DiagnosticsConfig, "logger": LoggerConfig, "profile": ProfileConfig,
 }  # fmt: skip
 # Groups that set keys of others only.

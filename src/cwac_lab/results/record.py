@@ -173,6 +173,16 @@ class Stage(TypedDict):
     peak_gpu_memory_gb: NotRequired[Annotated[float, Says("most memory of the GPU in use at once", "GB", "lower")]]
 
 
+class Guard(TypedDict):
+    """What a guard saw and did."""
+
+    kl: Annotated[float | None, Says("divergence from the start at its last look", "nats", "lower")]
+    looks: Annotated[list[Any], Says("the step and the divergence of every look")]
+    replays: Annotated[int, Says("how often refusals were replayed")]
+    ended: Annotated[int | None, Says("optimizer step after which it ended training; null: it did not")]
+    rolled_back_to: Annotated[int | None, Says("the step whose weights were put back; null: none were")]
+
+
 class Metrics(Facts):
     """``metrics.json`` of a finished run. Every field that is not named here is a ``Rate``."""
 
@@ -191,6 +201,7 @@ class Metrics(Facts):
     lm_eval: NotRequired[Annotated[Harness, Says("tasks of lm-evaluation-harness")]]
     win_rates: NotRequired[Annotated[dict[str, WinRate], Says("answers preferred to another run's, by its method")]]
     half_lost: NotRequired[Annotated[HalfLost, Says("when half of the start's refusals were lost")]]
+    guard: NotRequired[Annotated[Guard, Says("what a guard saw and did while the model was trained")]]
     held_share: NotRequired[Annotated[float, Says("||V^T x||^2 / ||x||^2 on unseen harmful prompts", "of 1", "higher")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]

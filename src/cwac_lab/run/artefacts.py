@@ -178,13 +178,13 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
         before = base(run, begin)
         context = replace(context, base_weight=start_weights(before.path))
         facts["base"] = before.content
-    if not needs.reference_prompts:
+    if not needs.reference_prompts and run.guard.kl is None:
         return context, facts
     held = references(run, begin.pools, begin.folder.content, model, chat, say)
     shop = _Workshop(run, begin, model, chat, held, say)
     context = replace(context, reference=held.harmful_ids, benign=held.benign_ids)
     refusals = [TrainRow(row.id, row.prompt, refusal(row), harmful=False) for row in held.harmful]
-    context = replace(context, refusals=refusals)
+    context = replace(context, refusals=refusals, own_refusals=held.refusals[: len(held.harmful)])
     facts["reference"] = {"asked": held.asked, "kept": len(held.harmful), "benign": len(held.benign)}
     if held.forms:
         facts["reference"]["forms"] = held.forms

@@ -30,7 +30,7 @@ from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run import ability, course
+from cwac_lab.run import ability, course, guarded
 from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
@@ -146,6 +146,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         share = held_share(run, job.begin, context, prepared, chat)
     drift = _probe(job, model, chat, context)
     watched = _course(job, model, chat, asked)
+    guard = guarded.guard(run, model, chat, context, job.folder)
     with job.meter.stage("prepare"):
         merge = adapters.attach(model, run.tuning, run.seed)
         defense.prepare(context)
@@ -158,10 +159,11 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     sampler = _sampler(job, drift, measured_in(prepared)) if drift and run.diagnostics.every_n_steps else None
     steps = n_steps(examples, run.trainer, run.seed)
     follower = course.sampler(watched, run, job.folder, steps) if watched else None
+    called = [each for each in (sampler, follower, guard) if each]
     with job.meter.stage("train"):
         trained = fit(
             model, examples, chat.pad_id, defense, run.trainer, run.seed, loggers=loggers,
-            checkpoint=job.folder.path / store.CHECKPOINT, callbacks=[each for each in (sampler, follower) if each],
+            checkpoint=job.folder.path / store.CHECKPOINT, callbacks=called,
         )  # fmt: skip
         _save_adapter(job, model)
         merge()
@@ -175,11 +177,14 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
                 sampler.end(int(trained["steps"]), found["summary"])
     followed = {}
     if watched is not None and follower is not None:
-        follower.end(steps, watched(model))
+        follower.end(int(trained["steps"]), watched(model))
         followed = course.told(job.folder, say)
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
-    told = {} if share is None else {"held_share": share}
+    told: dict[str, Any] = {} if share is None else {"held_share": share}
+    if guard is not None:
+        told["guard"] = guard.end()
+        say(guarded.told(told["guard"]))
     return {
         "training": trained | seen,
         "constraint_summary": defense.summary(),

@@ -120,7 +120,7 @@ def fit(
         group: Where the settings stand in the configuration, for errors.
 
     Returns:
-        Optimizer steps, answer tokens trained on, and the number of trained parameters.
+        Optimizer steps, answer tokens trained on, and the number of trained parameters. A callback may end it early.
 
     Raises:
         Diverged: If loss or gradients are not finite, from the first such step on.
@@ -158,7 +158,8 @@ def fit(
     except Diverged as error:
         clip = f"gradient_clip={config.gradient_clip:g}"
         raise Diverged(f"{error} ({group}.learning_rate={config.learning_rate:g}, {clip})") from None
-    return {"steps": steps, "answer_tokens": data.answer_tokens, "trained_parameters": trained}
+    data.plan = data.plan[: module.step]
+    return {"steps": module.step, "answer_tokens": data.answer_tokens, "trained_parameters": trained}
 
 
 def n_steps(examples: Sequence[Encoded], config: TrainerConfig, seed: int) -> int:

@@ -68,6 +68,8 @@ class FineTuning(L.LightningModule):
         self._sharded: Sharded | None = None
         self._watch = Watch()
         self._norm: Float[Tensor, ""]
+        # What takes the place of the rows of a step, for callbacks to set.
+        self.rows: Callable[[int, Batch], Batch] = lambda step, batch: batch
         self.optimizer: torch.optim.Optimizer
         self.schedule: Any
 
@@ -89,7 +91,7 @@ class FineTuning(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Float[Tensor, ""]:
         """Return the task loss plus the defence's terms, shape ()."""
-        batch = self.defense.select_batch(self.step, batch)
+        batch = self.defense.select_batch(self.step, self.rows(self.step, batch))
         sharded = self._sharded
         task, terms = self._losses(batch) if sharded is None else sharded.root(self._losses, batch)
         self._micro.append({f"loss/{name}": term.detach() for name, term in {"task": task, **terms}.items()})

@@ -95,6 +95,38 @@ class TrainerConfig:
 
 
 @dataclass
+class GuardConfig:
+    """The ``guard`` group: acts while a model is trained, where its answers leave those of the start.
+
+    What is watched is the divergence ``KL(start || now)`` in nats at the first five tokens of refusals to reference
+    prompts: none of the prompts that a run is evaluated on.
+
+    Attributes:
+        kl: Largest mean divergence; null: no guard.
+        do: ``stop``: training ends where it is larger; ``rollback``: it ends with the weights of the last look where it
+            was not; ``replay``: the next steps train on refusals in the place of task rows, then it goes on.
+        every_n_steps: Optimizer steps between two looks; the last step is looked at too.
+        n_prompts: Reference prompts that are watched, at most.
+        replay_steps: Steps of one replay; at most as many as there are between two looks.
+    """
+
+    kl: float | None = None
+    do: str = "stop"
+    every_n_steps: int = 10
+    n_prompts: int = 16
+    replay_steps: int = 2
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.kl is not None:
+            in_range("kl", self.kl, 0, open_low=True)
+        one_of("do", self.do, ("stop", "rollback", "replay"))
+        for key in ("every_n_steps", "n_prompts"):
+            in_range(key, getattr(self, key), 1)
+        in_range("replay_steps", self.replay_steps, 1, self.every_n_steps)
+
+
+@dataclass
 class LoggerConfig:
     """The ``logger`` group: a CSV file is always written; Weights & Biases can be added.
 

@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.core.errors import in_range
-from cwac_lab.data.batches import collate, cyclic
+from cwac_lab.data.batches import in_place_of
 from cwac_lab.defenses.interface import Context, Defense, Requirements
 from cwac_lab.defenses.literature.l2 import squared_distance, start_copy
-from cwac_lab.models.answers import Batch, to_device
+from cwac_lab.models.answers import Batch
 from cwac_lab.models.chat import Encoded
 
 
@@ -78,11 +78,9 @@ class Lisa(Defense):
         """Return refusals in the safety state (the user batch is discarded), the user batch otherwise."""
         if self.state(step) == "user":
             return batch
-        size, *piece = (batch["piece"].rows, *batch["piece"][:2]) if "piece" in batch else (len(batch["input_ids"]),)
         cycles, place = divmod(step, self.safety_steps + self.user_steps)
-        rows = cyclic(len(self._refusals), size, cycles * self.safety_steps + place, f"lisa/{self._seed}")
-        chosen = collate([self._refusals[row] for row in rows], self._pad_id, *piece)
-        return to_device(chosen, batch["input_ids"].device)
+        turn = cycles * self.safety_steps + place
+        return in_place_of(batch, self._refusals, turn, f"lisa/{self._seed}", self._pad_id)
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return ``rho/2`` times the squared distance to the other state's anchor, of shape ()."""

@@ -1,0 +1,74 @@
+"""The guard of a run: which prompts it watches, and what a record says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from cwac_lab.config.run import Run
+from cwac_lab.data.batches import collate
+from cwac_lab.defenses.interface import Context
+from cwac_lab.diagnostics.probe import evaluating, first_tokens
+from cwac_lab.diagnostics.stream import divergence
+from cwac_lab.models.answers import answer_logits, to_device
+from cwac_lab.models.chat import IGNORED, ChatFormat, Encoded
+from cwac_lab.results.store import RunFolder
+from cwac_lab.training.guard import Guard
+
+
+class Divergence:
+    """The divergence of a model from the start, at the first tokens of the start's own refusals."""
+
+    def __init__(self, start: Any, refusals: list[Encoded], pad_id: int) -> None:
+        """Run the start on its refusals."""
+        self._batch = collate([first_tokens(row) for row in refusals], pad_id)
+        self._start = self._log_probs(start)
+
+    @torch.no_grad()
+    def _log_probs(self, model: Any) -> Float[Tensor, "A V"]:
+        with parametrize.cached(), evaluating(model):
+            return answer_logits(model, to_device(self._batch, model.device))[0].float().log_softmax(-1).cpu()
+
+    def __call__(self, model: Any) -> float:
+        """Return the mean of ``KL(start || model)`` in nats."""
+        return divergence(self._start, self._log_probs(model))
+
+
+def own_refusals(context: Context) -> list[Encoded]:
+    """Return the start's own refusals to the harmful reference prompts, as rows to train on."""
+    rows = zip(context.reference, context.own_refusals, strict=False)  # other forms of the prompts follow
+    whole = [(len(prompt), ids) for prompt, ids in rows if ids[: len(prompt)] == prompt]  # none that had to be cut
+    return [Encoded(ids, [IGNORED] * length + ids[length:]) for length, ids in whole]
+
+
+def guard(run: Run, start: Any, chat: ChatFormat, context: Context, folder: RunFolder) -> Guard | None:
+    """Return the guard of a run, where it has one.
+
+    Args:
+        run: The run.
+        start: The start model.
+        chat: Its chat format.
+        context: What ``artefacts`` returned.
+        folder: The run's folder, in which it keeps its state.
+    """
+    if run.guard.kl is None:
+        return None
+    rows = own_refusals(context)
+    look = Divergence(start, rows[: run.guard.n_prompts], chat.pad_id)
+    return Guard(run.guard, look, rows, chat.pad_id, run.seed, folder.path / "guard")
+
+
+def told(found: dict[str, Any]) -> str:
+    """Return a guard's facts in one line."""
+    did = "nothing was done"
+    if found["ended"] is not None:
+        did = f"training ended after {found['ended']} steps"
+        back = found["rolled_back_to"]
+        did += "" if back is None else f", with the weights after {back}"
+    elif found["replays"]:
+        did = f"refusals were replayed {found['replays']} times"
+    return f"guard: {did}; divergence at the last look {found['kl']:.3f} nats"
