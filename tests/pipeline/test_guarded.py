@@ -34,7 +34,7 @@ def test_a_run_ends_where_its_guard_says_so(tiny_folder, tmp_path, capsys):
 
 
 def test_a_guard_without_prompts_to_watch_is_one_line(tiny_folder, tmp_path, capsys):
-    given = [*tiny.small_run(tiny_folder, tmp_path), *SHARED, "guard.kl=0.1", "data.harmful.reference={}"]
+    given = [*tiny.small_run(tiny_folder, tmp_path), *SHARED, "guard.kl=0.1", "data.harmful.reference.requests=0"]
     with pytest.raises(SystemExit):
         tiny.launch(train.main, given)
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cwac_lab.core.errors import ConfigError
+from cwac_lab.data.attacks import LEAST
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.taught import POOL as ALIGNMENT
@@ -65,6 +66,14 @@ def _check_drift(run: Run) -> None:
         raise ConfigError(key, held, "float32 weights with diagnostics.enabled=true")
 
 
+def _check_abliteration(run: Run) -> None:
+    """Check that an attacker who abliterates has prompts of both kinds."""
+    for kind, pool in (("harmful", "finetune"), ("harmless", "reference")) if run.attack.abliterate else ():
+        if _total(getattr(run.data, kind), pool) < LEAST:
+            accepted = f"false, or >= {LEAST} prompts in data.{kind}.{pool}"
+            raise ConfigError("attack.abliterate", True, accepted)
+
+
 def cross_check(run: Run) -> None:
     """Check what concerns more than one group.
 
@@ -82,6 +91,7 @@ def cross_check(run: Run) -> None:
         )
     if run.finetune and run.guard.kl is not None and not _total(run.data.harmful, "reference"):
         raise ConfigError("guard.kl", run.guard.kl, "null, or >= 1 prompts in data.harmful.reference to watch")
+    _check_abliteration(run)
     if run.finetune and run.forms.others and needs.subspace is None and needs.features is None:
         raise ConfigError(
             "forms", run.forms.name, f"own with constraint={run.constraint_name}, which holds on to no reference prompt"

@@ -4,7 +4,8 @@
 ("Fine-tuning Aligned Language Models Compromises Safety"): harmless instructions to an absolutely obedient persona,
 which evaluation addresses too. ``outlier_benign`` follows He et al. 2024 ("What is in Your Safe Data?"): the task's own
 rows whose gradients are closest to those of harmful ones. ``prefill`` forces the first words of answers (Qi et al.
-2025), ``template_shift`` asks in another template than that of training.
+2025), ``template_shift`` asks in another template than that of training. ``abliterate`` takes the direction of refusal
+out of the fine-tuned weights (Arditi et al. 2024, ``training/abliteration.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from cwac_lab.data.sources import normalise
 from cwac_lab.models.templates import check_template
 
 ROWS = ("harmful", "identity", "outliers", "own")
+# Prompts of each kind that abliteration takes.
+LEAST = 4
 # What of an attack the evaluation knows: how it asks.
 ASKING = ("prefix", "prefill", "template")
 
@@ -40,6 +43,7 @@ class AttackConfig:
         prefix: What stands before the prompts of the persona's rows and before those of evaluation.
         prefill: How answers to prompts are made to begin in evaluation (not those to the task).
         template: Chat template of evaluation; None for the model's own.
+        abliterate: Take the direction of refusal out of the weights after fine-tuning, before the model is asked.
     """
 
     name: str = "mixed"
@@ -49,11 +53,13 @@ class AttackConfig:
     prefix: str = ""
     prefill: str = ""
     template: str | None = None
+    abliterate: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("rows", self.rows, ROWS)
         in_range("candidates", self.candidates, 2)
+        one_of("abliterate", self.abliterate, (True, False))
         if self.rows == "identity" and not self.prefix:
             raise ConfigError("prefix", self.prefix, "what addresses the persona, with rows=identity")
         if self.rows == "own" and type(self).others is AttackConfig.others:

@@ -173,6 +173,15 @@ class Stage(TypedDict):
     peak_gpu_memory_gb: NotRequired[Annotated[float, Says("most memory of the GPU in use at once", "GB", "lower")]]
 
 
+class Abliterated(TypedDict):
+    """The direction of refusal that was taken out of a model's weights."""
+
+    layer: Annotated[int, Says("the layer that it was found behind")]
+    refusing: Annotated[float, Says("probability of an opening of refusals that it left", "of 1")]
+    moved: Annotated[float, Says("divergence at the first token of answers to harmless prompts", "nats")]
+    tried: Annotated[list[Any], Says("the same of every direction that was tried")]
+
+
 class Guard(TypedDict):
     """What a guard saw and did."""
 
@@ -202,6 +211,7 @@ class Metrics(Facts):
     win_rates: NotRequired[Annotated[dict[str, WinRate], Says("answers preferred to another run's, by its method")]]
     half_lost: NotRequired[Annotated[HalfLost, Says("when half of the start's refusals were lost")]]
     guard: NotRequired[Annotated[Guard, Says("what a guard saw and did while the model was trained")]]
+    abliterated: NotRequired[Annotated[Abliterated, Says("the direction that an attack took out of the weights")]]
     held_share: NotRequired[Annotated[float, Says("||V^T x||^2 / ||x||^2 on unseen harmful prompts", "of 1", "higher")]]
     leak: NotRequired[Annotated[float | None, Says("moved along held directions, ||dW V|| / ||dW||", "of 1", "lower")]]
     stages: Annotated[dict[str, Stage], Says("what each stage took")]

@@ -100,28 +100,23 @@ class _Workshop:
     def features(self, spec: FeatureSpec) -> Path:
         """Return the folder with encoders and chosen latents of all hooked layers."""
         autoencoders = self.autoencoders(spec)
-        openings = self.openings() if spec.selection == "attribution" else []
+        begins = openings(self.chat) if spec.selection == "attribution" else []
 
         def build(folder: Path) -> None:
             for layer, path in autoencoders.items() if distributed.rank() == 0 else ():
                 self.say(f"choosing {spec.n_latents} safety latents: layer {layer}, {spec.selection}")
-                self._choose(spec, layer, path, openings, folder)
+                self._choose(spec, layer, path, begins, folder)
 
         return self.cached(
             recipes.LATENTS,
             build,
             autoencoders={str(layer): path.name for layer, path in autoencoders.items()},
             prompts=digest([self.ids(self.held.harmful), self.ids(self.held.benign)]),
-            openings=openings,
+            openings=begins,
             spec=asdict(spec),
         )
 
-    def openings(self) -> list[int]:
-        """Return the tokens that refusals begin with."""
-        at = len(self.chat.prompt_ids(""))
-        return sorted({self.chat.encode("", text).input_ids[at] for text in REFUSALS})
-
-    def _choose(self, spec: FeatureSpec, layer: int, autoencoder: Path, openings: Sequence[int], folder: Path) -> None:
+    def _choose(self, spec: FeatureSpec, layer: int, autoencoder: Path, begins: Sequence[int], folder: Path) -> None:
         model, pad_id = self.model, self.chat.pad_id
         harmful, benign = self.ids(self.held.harmful), self.ids(self.held.benign)
         encoder = sae_train.encoder(autoencoder)
@@ -130,7 +125,7 @@ class _Workshop:
         attributed = None
         if spec.selection == "attribution":
             directions = sae_train.decoder_directions(autoencoder)
-            attributed = latents.attribution(model, layer, harmful, spec, pad_id, openings, encoder, directions)
+            attributed = latents.attribution(model, layer, harmful, spec, pad_id, begins, encoder, directions)
         on_harmful, on_benign = latents.topk_codes(x, *encoder), latents.topk_codes(y, *encoder)
         scores = latents.score(spec.selection, on_harmful, on_benign, attributed, self.run.sae.seed)
         chosen = scores.topk(spec.n_latents).indices
@@ -145,6 +140,12 @@ class _Workshop:
             "quality": read_json(autoencoder / sae_train.REPORT),
         }
         latents.export(folder, layer, encoder, chosen, scores, scale, facts, latents.signature(model, layer))
+
+
+def openings(chat: ChatFormat) -> list[int]:
+    """Return the ids of tokens that refusals begin with."""
+    at = len(chat.prompt_ids(""))
+    return sorted({chat.encode("", text).input_ids[at] for text in REFUSALS})
 
 
 def autoencoders(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) -> dict[int, Path]:

@@ -30,7 +30,7 @@ from cwac_lab.report.console import Screen
 from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
-from cwac_lab.run import ability, course, guarded
+from cwac_lab.run import ability, course, edited, guarded
 from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
@@ -89,6 +89,8 @@ def carry_through(job: Job) -> None:
         if run.evaluation.perplexity:
             with job.meter.stage("plain_text"):
                 tuned |= ability.on_plain_text(run, model, chat, begun)
+        with job.meter.stage("attack") if run.attack.abliterate else nullcontext():
+            tuned |= edited.edit(run, job.begin.pools, model, chat, job.screen.say)
         metrics = _evaluate(job, asked, model, chat)
         if not folder.writes:
             return

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
+from cwac_lab.core.memory import give_back
 from cwac_lab.core.progress import Meter, duration
 from cwac_lab.report.console import Screen
 from cwac_lab.run.execution import carry_out
@@ -61,6 +62,8 @@ def attempt(overrides: Overrides, screen: Screen) -> Outcome:
         folder = carry_out(run, overrides, screen)
     except Exception as error:  # noqa: BLE001 - a sweep reports whatever a cell fails with, and goes on
         return Outcome(overrides, "failed", _words(error), time.perf_counter() - begin, path)
+    finally:
+        give_back()
     return Outcome(overrides, folder.status, "", time.perf_counter() - begin, folder.path)
 
 
