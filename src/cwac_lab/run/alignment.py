@@ -31,7 +31,6 @@ from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.loading import ModelFolder, choose_weights, content_digest, load_chat, load_model
 from cwac_lab.run.distillation import LOSS, Distillation
-from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, TrainerConfig
 
 REPORT = "alignment.json"
@@ -90,6 +89,8 @@ def _train(model: Any, refusals: list[Encoded], own: list[Encoded], pad_id: int,
     tuning = _tuning(run)
     adapters.attach(model, tuning, ALIGNMENT_SEED)
     loss = Distillation(model, pad_id, own)
+    from cwac_lab.training.loop import fit  # with Lightning, seconds that who only looks a start up need not wait
+
     fit(model, [*refusals, *own], pad_id, loss, _trainer(run), ALIGNMENT_SEED, alone=True, group="align")
     shipped.save_adapter(model, replace(tuning, alpha=tuning.alpha * run.align.kept), adapter)
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from threading import Thread
 
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
@@ -71,8 +72,20 @@ def _work(overrides: Overrides) -> Outcome:
     return attempt(overrides, Screen(quiet=True))
 
 
+def _end_with_parent() -> None:
+    """End this process where the sweep's ends, however that does; its run is then taken for interrupted.
+
+    Ctrl-C reaches workers too. A signal to the sweep alone would leave them, with runs that nobody waits for.
+    """
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _prepare_worker(threads: int, environment: dict[str, str]) -> None:
     import torch
+
+    Thread(target=_end_with_parent, daemon=True).start()
 
     os.environ.clear()  # what it is forked off may be older than a variable
     os.environ.update(environment)
