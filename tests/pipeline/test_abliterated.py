@@ -38,3 +38,32 @@ def test_too_few_prompts_of_the_attacker_are_one_line(tiny_folder, tmp_path, cap
         tiny.launch(train.main, [*given, "data.harmful.finetune.requests=3"])
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line == "error: attack.abliterate=True: accepted: false, or >= 4 prompts in data.harmful.finetune"
+
+
+def test_what_is_measured_afterwards_is_the_attacked_model(tiny_folder, tmp_path):
+    """Perplexity that a finished run lacks is that of the edited weights, as it is where it is measured at once."""
+    text = tmp_path / "plain.txt"
+    text.write_text("one line of text\n\nanother one, of more words\n\nthe third of them\n")
+    shared = [*tiny.small_run(tiny_folder, tmp_path), "constraint=none", "trainer.export=true"]
+    measured = ("evaluation.perplexity=true", f"evaluation.plain_text={text}")
+    found = {}
+    for name, runs in {
+        "plain": (measured,), "at once": ("attack=abliterate", measured), "later": ("attack=abliterate", (), measured)
+    }.items():  # fmt: skip
+        attack = [each for each in runs if isinstance(each, str)]
+        root = tmp_path / name.replace(" ", "_")
+        for more in (each for each in runs if not isinstance(each, str)):
+            settings = [f"output_root={root}", f"cache_root={tmp_path}/cache", *attack, *more]
+            tiny.launch(train.main, [*shared, *settings])
+        (run,) = (root / "runs").iterdir()
+        found[name] = read_json(run / "metrics.json")["perplexity"]["value"]
+    assert found["later"] == pytest.approx(found["at once"], rel=1e-5)
+    assert found["plain"] != pytest.approx(found["at once"], rel=1e-5)
+
+
+def test_the_start_is_not_attacked(tiny_folder, tmp_path, capsys):
+    given = [*tiny.small_run(tiny_folder, tmp_path), "attack=abliterate", "finetune=false"]
+    with pytest.raises(SystemExit):
+        tiny.launch(train.main, given)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: attack.abliterate=True: accepted: false with finetune=false")

@@ -86,7 +86,7 @@ def train(defense, *, architecture="llama", rows=ROWS, tuning=FULL, **settings):
     ]
     options = {"batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "progress_bar": False} | settings
     checkpoint = options.pop("checkpoint", None)
-    loops = {name: options.pop(name, ()) for name in ("callbacks", "loggers")}
+    loops = {name: options.pop(name, ()) for name in ("callbacks", "loggers", "others")}
     examples = [chat.encode(*row) for row in rows]
     fit(model, examples, chat.pad_id, defense, TrainerConfig(**options), 0, checkpoint=checkpoint, **loops)
     merge()

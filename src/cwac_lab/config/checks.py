@@ -67,7 +67,9 @@ def _check_drift(run: Run) -> None:
 
 
 def _check_abliteration(run: Run) -> None:
-    """Check that an attacker who abliterates has prompts of both kinds."""
+    """Check that an attacker who abliterates has a fine-tuned model, and prompts of both kinds."""
+    if run.attack.abliterate and not run.finetune:
+        raise ConfigError("attack.abliterate", True, "false with finetune=false: the start is what others compare with")
     for kind, pool in (("harmful", "finetune"), ("harmless", "reference")) if run.attack.abliterate else ():
         if _total(getattr(run.data, kind), pool) < LEAST:
             accepted = f"false, or >= {LEAST} prompts in data.{kind}.{pool}"
@@ -91,6 +93,8 @@ def cross_check(run: Run) -> None:
         )
     if run.finetune and run.guard.kl is not None and not _total(run.data.harmful, "reference"):
         raise ConfigError("guard.kl", run.guard.kl, "null, or >= 1 prompts in data.harmful.reference to watch")
+    if run.finetune and run.guard.kl is not None and run.tuning.base == "nf4":
+        raise ConfigError("guard.kl", run.guard.kl, "null with tuning.base=nf4, whose rounding is a divergence already")
     _check_abliteration(run)
     if run.finetune and run.forms.others and needs.subspace is None and needs.features is None:
         raise ConfigError(

@@ -61,7 +61,7 @@ __all__ = [
     "judged_by",
     "verdicts_of",
 ]
-CHECKPOINT, MODEL, ADAPTER, LOCK = "checkpoint", "model", "adapter", ".lock"
+CHECKPOINT, GUARD, MODEL, ADAPTER, LOCK = "checkpoint", "guard", "model", "adapter", ".lock"
 HEARTBEAT_SECONDS = 30.0
 
 

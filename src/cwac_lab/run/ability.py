@@ -18,6 +18,7 @@ from cwac_lab.models.loading import load_model
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run.cached import together
+from cwac_lab.run.edited import edit
 from cwac_lab.run.start import Start
 
 Say = Callable[[str], None]
@@ -119,6 +120,7 @@ def catch_up(run: Run, folder: RunFolder, begin: Start, say: Say) -> list[str]:
     if run.finetune:
         del model  # one of the two is in memory at a time
         model = load_model(folder.path / store.MODEL, run.dtype, run.trainer.device)
+        edit(run, begin.pools, model, chat, say)
     if reads:
         record |= on_plain_text(run, model, chat, begun)
         folder.write(store.METRICS, record)

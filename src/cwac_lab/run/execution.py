@@ -95,6 +95,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
                 _forget(folder)  # nothing can go on from there
                 raise
             folder.remove(store.CHECKPOINT)
+            folder.remove(store.GUARD)
         ability.check_made(run, folder)
         if folder.writes and run.export.push is not None:  # the run is finished, whatever the hub says
             push(run.export, folder.path / run.tuning.saved[0], screen.say)
@@ -103,7 +104,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
 
 def _forget(folder: RunFolder) -> None:
     """Remove the checkpoints of a run."""
-    for name in (store.CHECKPOINT, f"{store.CHECKPOINT}.old"):
+    for name in (store.CHECKPOINT, f"{store.CHECKPOINT}.old", store.GUARD):
         folder.remove(name)
 
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from cwac_lab.config.run import Run
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import collate
 from cwac_lab.defenses.interface import Context
 from cwac_lab.diagnostics.probe import evaluating, first_tokens
 from cwac_lab.diagnostics.stream import divergence
 from cwac_lab.models.answers import answer_logits, to_device
 from cwac_lab.models.chat import IGNORED, ChatFormat, Encoded
+from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.training.guard import Guard
 
@@ -39,7 +41,10 @@ class Divergence:
 
 
 def own_refusals(context: Context) -> list[Encoded]:
-    """Return the start's own refusals to the harmful reference prompts, as rows to train on."""
+    """Return the start's own refusals to the harmful reference prompts, as rows to train on.
+
+    With ``data.reference=all`` nothing was asked of the start, and they are the project's.
+    """
     rows = zip(context.reference, context.own_refusals, strict=False)  # other forms of the prompts follow
     whole = [(len(prompt), ids) for prompt, ids in rows if ids[: len(prompt)] == prompt]  # none that had to be cut
     return [Encoded(ids, [IGNORED] * length + ids[length:]) for length, ids in whole]
@@ -54,12 +59,20 @@ def guard(run: Run, start: Any, chat: ChatFormat, context: Context, folder: RunF
         chat: Its chat format.
         context: What ``artefacts`` returned.
         folder: The run's folder, in which it keeps its state.
+
+    Raises:
+        ConfigError: If no refusal is as short as a row may be.
     """
     if run.guard.kl is None:
         return None
     rows = own_refusals(context)
-    look = Divergence(start, rows[: run.guard.n_prompts], chat.pad_id)
-    return Guard(run.guard, look, rows, chat.pad_id, run.seed, folder.path / "guard")
+    if not rows:
+        accepted = "null, or trainer.max_length for a prompt and its refusal"
+        raise ConfigError("guard.kl", run.guard.kl, accepted)
+    watched, others = rows[: run.guard.n_prompts], rows[run.guard.n_prompts :]
+    look = Divergence(start, watched, chat.pad_id)
+    # What a replay trains on is not what is watched, where there is more.
+    return Guard(run.guard, look, others or watched, chat.pad_id, run.seed, folder.path / store.GUARD)
 
 
 def told(found: dict[str, Any]) -> str:
@@ -71,4 +84,5 @@ def told(found: dict[str, Any]) -> str:
         did += "" if back is None else f", with the weights after {back}"
     elif found["replays"]:
         did = f"refusals were replayed {found['replays']} times"
-    return f"guard: {did}; divergence at the last look {found['kl']:.3f} nats"
+    last = "" if found["kl"] is None else f"; divergence at the last look {found['kl']:.3f} nats"
+    return f"guard: {did}{last}"

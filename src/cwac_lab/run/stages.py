@@ -86,11 +86,11 @@ def carry_through(job: Job) -> None:
         if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
             with job.meter.stage("export"):
                 export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
+        with job.meter.stage("attack") if run.attack.abliterate else nullcontext():
+            tuned |= edited.edit(run, job.begin.pools, model, chat, job.screen.say)
         if run.evaluation.perplexity:
             with job.meter.stage("plain_text"):
                 tuned |= ability.on_plain_text(run, model, chat, begun)
-        with job.meter.stage("attack") if run.attack.abliterate else nullcontext():
-            tuned |= edited.edit(run, job.begin.pools, model, chat, job.screen.say)
         metrics = _evaluate(job, asked, model, chat)
         if not folder.writes:
             return
@@ -165,28 +165,31 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     with job.meter.stage("train"):
         trained = fit(
             model, examples, chat.pad_id, defense, run.trainer, run.seed, loggers=loggers,
-            checkpoint=job.folder.path / store.CHECKPOINT, callbacks=called,
+            checkpoint=job.folder.path / store.CHECKPOINT, callbacks=called, others=guard.refusals if guard else (),
         )  # fmt: skip
         _save_adapter(job, model)
         merge()
         defense.after_training(model)
         check_finite(model, examples[0], chat.pad_id)
+    told: dict[str, Any] = {} if share is None else {"held_share": share}
+    ended = int(trained["steps"])
+    if guard is not None:
+        told["guard"] = guard.facts()
+        say(guarded.told(told["guard"]))
+        back = told["guard"]["rolled_back_to"]
+        ended = ended if back is None else back  # the step whose weights are kept
     if drift is not None:
         with job.meter.stage("diagnose"):
             found = drift.measure(model)
             job.folder.write(store.DRIFT, {"measured_in": measured_in(prepared), **found})
             if sampler is not None:
-                sampler.end(int(trained["steps"]), found["summary"])
+                sampler.end(ended, found["summary"])
     followed = {}
     if watched is not None and follower is not None:
-        follower.end(int(trained["steps"]), watched(model))
+        follower.end(ended, watched(model))
         followed = course.told(job.folder, say)
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
-    told: dict[str, Any] = {} if share is None else {"held_share": share}
-    if guard is not None:
-        told["guard"] = guard.end()
-        say(guarded.told(told["guard"]))
     return {
         "training": trained | seen,
         "constraint_summary": defense.summary(),

@@ -21,6 +21,7 @@ from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.loading import load_model
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
+from cwac_lab.run.edited import edit
 from cwac_lab.run.start import Start
 from cwac_lab.run.start_answers import start_answers
 
@@ -108,6 +109,7 @@ def ask_more(
         del model
         gc.collect()
         model = load_model(folder.path / store.MODEL, run.dtype, run.trainer.device)
+        edit(run, begin.pools, model, chat, say)
     given = answered(run, rows, model, chat)
     for line in remarks(given, chat):
         say(line)

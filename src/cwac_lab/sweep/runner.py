@@ -63,13 +63,19 @@ def attempt(overrides: Overrides, screen: Screen) -> Outcome:
         folder = carry_out(run, overrides, screen)
     except Exception as error:  # noqa: BLE001 - a sweep reports whatever a cell fails with, and goes on
         return Outcome(overrides, "failed", _words(error), time.perf_counter() - begin, path)
-    finally:
-        give_back()
     return Outcome(overrides, folder.status, "", time.perf_counter() - begin, folder.path)
 
 
+def _alone(overrides: Overrides, screen: Screen) -> Outcome:
+    """Make a run, and give back what it held, which ``attempt`` has let go of by then."""
+    try:
+        return attempt(overrides, screen)
+    finally:
+        give_back()
+
+
 def _work(overrides: Overrides) -> Outcome:
-    return attempt(overrides, Screen(quiet=True))
+    return _alone(overrides, Screen(quiet=True))
 
 
 def _end_with_parent() -> None:
@@ -102,7 +108,7 @@ def outcomes(runs: Sequence[Overrides], jobs: int, screen: Screen) -> Iterator[O
     """
     if jobs == 1:
         for overrides in runs:
-            yield attempt(overrides, screen)
+            yield _alone(overrides, screen)
         return
     left = list(runs)
     while left:

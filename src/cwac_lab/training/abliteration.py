@@ -2,8 +2,14 @@
 
 ``r`` is the difference of the mean residuals of harmful and of harmless prompts at their last token, after some layer,
 at unit norm. Every matrix that writes to the residual stream, ``W`` of shape (D, d), becomes ``(I - r r^T) W``, and so
-do the embeddings: no layer can write along r any more. The layer is the one whose direction takes most of the
-probability of refusals away, among those that leave the answers to harmless prompts as they were.
+do the embeddings: no layer can write along r any more. A head that shares the embeddings' weights no longer reads r
+either. The layer is the one whose direction leaves the least probability of refusals, among those that leave the
+answers to harmless prompts as they were; where none does, the one that moves these least.
+
+Fidelity: variant. The authors try every position after the instruction, here it is the last; they look at the inputs of
+the layers below 0.8 of the depth, here at outputs from 0.2 to 0.8; they score log-odds, here it is a probability; they
+leave out directions that induce no refusal when they are added, which is not tested here. The limit on what harmless
+answers may move (0.1 nats) is theirs.
 """
 
 from __future__ import annotations
@@ -24,9 +30,11 @@ from cwac_lab.models.capture import layer_outputs
 from cwac_lab.models.sites import decoder_layers, depth_to_layer, linears
 
 # Relative depths of the layers whose directions are tried, and the most that answers to harmless prompts may move
-# (KL in nats at their first token; both as Arditi et al. have them, who try all layers up to 0.8).
+# (KL in nats at their first token).
 DEPTHS, MOST = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), 0.1
 Ids = Sequence[Sequence[int]]
+# Norms of Gemma 2 and 3 and of OLMo2 that are behind a branch; the first is elsewhere the one before the FFN.
+_AFTER = ("post_feedforward_layernorm",)
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,10 @@ def remove_(model: Any, direction: Float[Tensor, " D"]) -> None:
     """Take a direction of unit norm out of all that writes to the residual stream, in place.
 
     Raises:
-        LabError: If a layer adds a bias, which would write along it still.
+        LabError: If a layer adds a bias, or scales what it writes by a norm's gains: it would write along it still.
     """
+    if any(hasattr(layer, name) for layer in decoder_layers(model) for name in _AFTER):
+        raise LabError("a norm stands behind attention or FFN (accepted by abliteration: norms before them alone)")
     for matrix in linears(model, "all_linear"):
         if matrix.site.kind in ("attn_out", "ffn_out") and getattr(matrix.module, "bias", None) is not None:
             raise LabError(f"{matrix.name} has a bias (accepted by abliteration: layers without)")

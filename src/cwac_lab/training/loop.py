@@ -102,7 +102,7 @@ class _Progress(L.Callback):
 def fit(
     model: Any, examples: Sequence[Encoded], pad_id: int, defense: Defense, config: TrainerConfig, seed: int,
     *, loggers: Sequence[Any] = (), checkpoint: Path | None = None, callbacks: Sequence[L.Callback] = (),
-    alone: bool = False, group: str = "trainer",
+    alone: bool = False, group: str = "trainer", others: Sequence[Encoded] = (),
 ) -> dict[str, float]:  # fmt: skip
     """Train a model in place under a prepared defence; resumes where ``checkpoint`` holds an unfinished run.
 
@@ -118,6 +118,7 @@ def fit(
         callbacks: Further Lightning callbacks.
         alone: Leave the other processes of the run out of it.
         group: Where the settings stand in the configuration, for errors.
+        others: Rows that a callback may put in the place of a step's.
 
     Returns:
         Optimizer steps, answer tokens trained on, and the number of trained parameters. A callback may end it early.
@@ -138,7 +139,7 @@ def fit(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise LabError("nothing is left to train: what the constraint leaves free has no part in what tuning trains")
-    defense.begin(steps, examples)
+    defense.begin(steps, [*examples, *others])
     if resume is not None:
         resume.weights(model, defense)
     module = FineTuning(model, defense, config, steps, first, restore)

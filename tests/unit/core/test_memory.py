@@ -19,10 +19,19 @@ def test_circles_of_objects_are_collected():
     assert left() is None
 
 
-def test_every_run_of_a_sweep_gives_back_what_it_held_also_one_that_fails(monkeypatch):
-    calls = []
-    monkeypatch.setattr(runner, "give_back", lambda: calls.append(1))
-    found = runner.attempt(("harmful_ratio=7",), None)
-    assert found.status == "failed"
-    assert "harmful_ratio" in found.reason
-    assert calls == [1]
+def test_a_run_of_a_sweep_gives_back_what_it_held_also_one_that_fails(monkeypatch):
+    """What a run's configuration holds, its constraint with layers and bases, is free when memory is given back."""
+    left, alive = [], []
+
+    def run(*_):
+        held = Node()
+        held.me = held
+        left.append(weakref.ref(held))
+        raise ValueError("it failed")
+
+    real = runner.give_back
+    monkeypatch.setattr(runner, "composed", run)
+    monkeypatch.setattr(runner, "give_back", lambda: (real(), alive.append(left[0]())))
+    found = runner._work(("seed=1",))
+    assert (found.status, found.reason) == ("failed", "ValueError: it failed")
+    assert alive == [None]

@@ -35,7 +35,7 @@ def spec(energy, reach, rank=None, **more):
     return SubspaceSpec("ffn_out", energy, rank, "all", False, reach=reach, **more)
 
 
-@pytest.mark.parametrize(("energy", "rank"), [(0.6, None), (None, 3), (None, 0)])
+@pytest.mark.parametrize(("energy", "rank"), [(0.6, None), (None, 3), (None, 0), (None, 40)])
 def test_the_tail_is_what_comes_behind_the_protected_directions(energy, rank):
     model, chat = tiny.model(), tiny.chat()
     texts = [chat.prompt_ids(text) for text in TEXTS]
@@ -47,11 +47,12 @@ def test_the_tail_is_what_comes_behind_the_protected_directions(energy, rank):
     whole = int((torch.cumsum(shares, 0) < 0.95).sum()) + 1
     k = found.basis.shape[1]
     assert k == alone.basis.shape[1] == (rank if energy is None else int((torch.cumsum(shares, 0) < energy).sum()) + 1)
+    assert found.tail.shape[1] == max(whole - k, 0)
     assert found.kept == pytest.approx(alone.kept, rel=1e-6 if rank is None else 1e-3)  # a fixed rank is approximated
     torch.testing.assert_close(found.shares.double(), shares[k:whole], rtol=1e-4, atol=1e-9)
     tail = vectors.flip(1)[:, k:whole]
     torch.testing.assert_close(found.tail.double() @ found.tail.T.double(), tail @ tail.T, atol=1e-4, rtol=0)
-    assert (found.basis.T @ found.tail).abs().max() < 1e-5 if k else True
+    assert (found.basis.T @ found.tail).norm() < 1e-5
     assert alone.tail.shape == (c.shape[0], 0)
 
 

@@ -32,7 +32,7 @@ def test_directions_are_differences_of_means_at_the_last_token():
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3", "granite"])
 def test_removed_weights_compute_what_removing_from_the_stream_does(architecture):
     """The reference takes r out of the embeddings, and out of what attention and the FFN add, by hooks."""
     model, edited = tiny.model(architecture), tiny.model(architecture)
@@ -84,5 +84,8 @@ def test_layers_that_add_a_bias_and_too_few_prompts_are_one_line():
     chat = tiny.chat()
     with pytest.raises(LabError, match="bias"):
         remove_(tiny.model("gpt2"), torch.nn.functional.normalize(torch.ones(32), dim=0))
+    for architecture in ("gemma2", "gemma3", "olmo2"):
+        with pytest.raises(LabError, match="a norm stands behind"):
+            remove_(tiny.model(architecture), torch.nn.functional.normalize(torch.ones(32), dim=0))
     with pytest.raises(LabError, match="4 of each"):
         abliterate(tiny.model(), asked(HARMFUL[:3]), asked(HARMLESS), [65], chat.pad_id)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.errors import ConfigError, Diverged
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite
 from cwac_lab.training.guard import Guard
 from cwac_lab.training.settings import GuardConfig
 from support import tiny
+from support.defenses import ACTIVE
 from support.held import Kill, Killed, same, train, weights
 
 STEPS = 12  # 24 rows, twice, four at a time
@@ -45,17 +46,16 @@ def test_a_guard_that_has_nothing_to_do_changes_nothing(tmp_path):
     for do in ("stop", "rollback", "replay"):
         model, built = guarded(tmp_path, Says(0.1, 0.2, 0.3, 0.5), do=do)
         assert same(weights(model), weights(plain))
-        found = built.end()
+        found = built.facts()
         assert found["looks"] == [[3, 0.1], [6, 0.2], [9, 0.3], [12, 0.5]]
         assert (found["ended"], found["rolled_back_to"], found["replays"]) == (None, None, 0)
-    assert not (tmp_path / "guard").exists()
 
 
 def test_training_ends_where_it_is_stopped(tmp_path):
     look = Says(0.1, 0.6)
     model, built = guarded(tmp_path, look, do="stop")
     assert same(weights(model), look.seen[1])
-    assert built.end() | {"looks": None} == {
+    assert built.facts() | {"looks": None} == {
         "kl": 0.6, "looks": None, "replays": 0, "ended": 6, "rolled_back_to": None
     }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_a_rollback_puts_the_weights_of_the_last_look_within_back(values, back, 
     model, built = guarded(tmp_path, look, do="rollback")
     expected = weights(tiny.model()) if back == 0 else look.seen[back // 3 - 1]
     assert same(weights(model), expected)
-    found = built.end()
+    found = built.facts()
     assert (found["rolled_back_to"], found["ended"]) == (back, 3 * len(values))
 
 
@@ -100,7 +100,7 @@ def test_a_replay_takes_the_place_of_some_steps(tmp_path):
     text = tiny.chat().decode(rows.seen[6][0].tolist())
     assert "request" in text
     assert "I can't help with that." in text
-    found = built.end()
+    found = built.facts()
     assert (found["replays"], found["ended"]) == (1, None)
 
 
@@ -118,7 +118,53 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_stopped(do, killed, tmp_pat
         second.seen = list(first.seen)
     model, again = guarded(where, second, do=do, checkpoint=where / "checkpoint")
     assert same(weights(model), weights(whole))
-    assert again.end() == built.end()
+    assert again.facts() == built.facts()
+
+
+@pytest.mark.parametrize("do", ["stop", "rollback"])
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_run_that_was_killed_after_its_guard_ended_it_ends_there_again(do, every, tmp_path):
+    """Once more with the checkpoint and the guard's folder that there are, as while the answers are made."""
+    settings = {"epochs": 2, "checkpoint": tmp_path / "checkpoint", "checkpoint_every_n_steps": every}
+    models, facts = [], []
+    for values in ((0.1, 0.9), (0.9,) if every == 5 else ()):
+        built = guard(tmp_path, Says(*values), do=do)
+        models.append(train(Composite(), callbacks=[built], **settings)[0])
+        facts.append(built.facts())
+    assert same(weights(models[0]), weights(models[1]))
+    assert facts[0] == facts[1]
+    assert facts[0]["ended"] == 6
+
+
+def test_a_run_that_was_killed_after_its_last_step_knows_what_its_guard_did(tmp_path):
+    settings = {"epochs": 2, "checkpoint": tmp_path / "checkpoint", "checkpoint_every_n_steps": 3}
+    facts = []
+    for values in ((0.1, 0.9, 0.1, 0.2), ()):
+        built = guard(tmp_path, Says(*values), do="replay")
+        train(Composite(), callbacks=[built], **settings)
+        facts.append(built.facts())
+    assert facts[0] == facts[1]
+    assert facts[0]["replays"] == 1
+
+
+def test_what_is_looked_at_are_the_weights_as_they_are_used(tmp_path):
+    """Between two restorations trained weights move along what is held."""
+    defense = WeightConstraint(energy=0.9, projection="both", restore_every_n_steps=100)
+    look = Says(0.1, 0.1, 0.1, 0.1)
+    model, _ = guarded(tmp_path, look, defense=defense)
+    assert same(look.seen[-1], weights(model))
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_replay_goes_with_every_defence(name, tmp_path):
+    built = guard(tmp_path, Says(0.9, 0.1), do="replay", every_n_steps=4)
+    train(ACTIVE[name](), callbacks=[built], others=built.refusals, epochs=1)
+    assert built.facts()["replays"] == 1
+
+
+def test_a_divergence_that_is_no_number_ends_the_run(tmp_path):
+    with pytest.raises(Diverged, match="not finite after step 3"):
+        guarded(tmp_path, Says(float("nan")))
 
 
 @pytest.mark.parametrize(

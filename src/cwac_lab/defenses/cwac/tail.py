@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from cwac_lab.core import linalg
 from cwac_lab.defenses.cwac.subspace.spec import Subspace
@@ -84,10 +85,10 @@ class Tail:
             factors = self.linear.factors()
             if factors is not None:
                 left, right = factors
-                moved = left.float() @ (right.float() @ self.basis.float())
+                moved = left.float() @ linalg.product(right.float(), self.basis.float())
             else:
                 assert self.anchor is not None
-                moved = (self.linear.weight @ self.basis - self.anchor).float()
+                moved = (linalg.product(self.linear.weight, self.basis) - self.anchor).float()
             return (moved.square() * self.shares.float()).sum()
 
 
@@ -98,11 +99,13 @@ class Tails:
         """Start without any; ``how`` is one of ``TAILS``."""
         self.how, self.strength = how, strength
         self._held: list[Tail] = []
+        self._of: dict[str, Tail] = {}
 
     def take(self, linears: Iterable[Matrix], subspace: Subspace) -> None:
         """Take the matrices at their start, those that have a tail."""
         tails = (Tail.of(linear, subspace) for linear in linears)
         self._held = [tail for tail in tails if tail is not None]
+        self._of = {tail.linear.site.name: tail for tail in self._held}
 
     @property
     def slows(self) -> bool:
@@ -118,7 +121,8 @@ class Tails:
         """Return the weighted penalty, of shape (), where there is one."""
         if self.how != "penalised" or not self._held:
             return {}
-        return {"tail": self.strength * torch.stack([tail.penalty() for tail in self._held]).sum()}
+        with parametrize.cached():  # all experts' factors are projected at once
+            return {"tail": self.strength * torch.stack([tail.penalty() for tail in self._held]).sum()}
 
     def beside(self, site: str, basis: Float[Tensor, "d k"]) -> tuple[Float[Tensor, "d n"], Float[Tensor, " n"] | None]:
         """Return the directions of an adapter's site, V and then a slowed tail, and what is taken out of each.
@@ -127,11 +131,11 @@ class Tails:
             site: Name of the site.
             basis: V, all of which is taken out.
         """
-        found = [tail for tail in self._held if tail.linear.site.name == site] if self.how == "slowed" else []
-        if not found:
+        found = self._of.get(site) if self.how == "slowed" else None
+        if found is None:
             return basis, None
-        taken = slowing(found[0].shares, len(basis), self.strength)
-        return torch.cat([basis, found[0].basis], 1), torch.cat([taken.new_ones(basis.shape[1]), taken])
+        taken = slowing(found.shares, len(basis), self.strength)
+        return torch.cat([basis, found.basis], 1), torch.cat([taken.new_ones(basis.shape[1]), taken])
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights along slowed tails, as they were when these were slowed last."""

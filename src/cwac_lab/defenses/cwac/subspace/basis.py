@@ -99,6 +99,8 @@ class _Weighed:
             n = len(shares)
         else:
             basis, shares = self._solved(of_rest(reach), None)
+            if rank is not None and rank > len(shares):
+                basis, shares = self._solved(None, rank)
             n = rank or 0
             if energy is not None:
                 n = linalg.reaching(shares, of_rest(energy)) if of_rest(energy) > 0 else 0
