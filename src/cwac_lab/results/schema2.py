@@ -17,7 +17,7 @@ THEN: dict[str, Any] = {
     "data.near": "exact",
     "attack": {
         **{"name": "mixed", "rows": "harmful", "ratio": None, "candidates": 4, "prefix": "", "prefill": ""},
-        "template": None,
+        **{"template": None, "abliterate": False},
     },
     "forms": {"name": "own", "others": {}},
     "trainer.devices": 1,

@@ -84,7 +84,7 @@ def test_layers_that_add_a_bias_and_too_few_prompts_are_one_line():
     chat = tiny.chat()
     with pytest.raises(LabError, match="bias"):
         remove_(tiny.model("gpt2"), torch.nn.functional.normalize(torch.ones(32), dim=0))
-    for architecture in ("gemma2", "gemma3", "olmo2"):
+    for architecture in ("gemma2", "gemma3_text", "olmo2"):
         with pytest.raises(LabError, match="a norm stands behind"):
             remove_(tiny.model(architecture), torch.nn.functional.normalize(torch.ones(32), dim=0))
     with pytest.raises(LabError, match="4 of each"):
