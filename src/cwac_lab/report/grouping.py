@@ -86,12 +86,20 @@ def _row(run: Record, *, failed: bool) -> Row:
     return row
 
 
+# What an attack without these settings did, as in records of before them.
+_LATER = {"abliterate": False}
+
+
+def _without_later(attack: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attack.items() if name not in _LATER or value != _LATER[name]}
+
+
 def _attack(attack: dict[str, Any], constraint: str) -> str:
     """Return the name of a run's attack, with a hash where its settings are not those of a run without one.
 
     A start is not trained: of an attack it knows how it is asked.
     """
-    plain = THEN["attack"]
+    plain, attack = (_without_later(each) for each in (THEN["attack"], attack))
     if attack == plain or (constraint == "start" and all(attack[name] == plain[name] for name in ASKING)):
         return str(plain["name"])
     return f"{attack['name']} {digest(attack)[:8]}"
