@@ -66,6 +66,16 @@ def _check_drift(run: Run) -> None:
         raise ConfigError(key, held, "float32 weights with diagnostics.enabled=true")
 
 
+def _check_guard(run: Run) -> None:
+    """Check that a guard has prompts to watch, and a model that begins where the start is."""
+    if not run.finetune or run.guard.kl is None:
+        return
+    if not _total(run.data.harmful, "reference"):
+        raise ConfigError("guard.kl", run.guard.kl, "null, or >= 1 prompts in data.harmful.reference to watch")
+    if run.tuning.base == "nf4":
+        raise ConfigError("guard.kl", run.guard.kl, "null with tuning.base=nf4, whose rounding is a divergence already")
+
+
 def _check_abliteration(run: Run) -> None:
     """Check that an attacker who abliterates has a fine-tuned model, and prompts of both kinds."""
     if run.attack.abliterate and not run.finetune:
@@ -91,10 +101,7 @@ def cross_check(run: Run) -> None:
         raise ConfigError(
             "data.harmful.reference", 0, f">= 1 prompts: constraint={run.constraint_name} holds refusals on them"
         )
-    if run.finetune and run.guard.kl is not None and not _total(run.data.harmful, "reference"):
-        raise ConfigError("guard.kl", run.guard.kl, "null, or >= 1 prompts in data.harmful.reference to watch")
-    if run.finetune and run.guard.kl is not None and run.tuning.base == "nf4":
-        raise ConfigError("guard.kl", run.guard.kl, "null with tuning.base=nf4, whose rounding is a divergence already")
+    _check_guard(run)
     _check_abliteration(run)
     if run.finetune and run.forms.others and needs.subspace is None and needs.features is None:
         raise ConfigError(

@@ -128,8 +128,7 @@ def fit(
     """
     _calm()
     device = model.device
-    settings = {key: value for key, value in asdict(config).items() if key not in (*INCIDENTAL_TRAINER, "devices")}
-    identity = digest([seed, settings, [[e.input_ids, e.labels] for e in examples]])
+    identity = _identity(config, seed, examples)
     resume = Resume.find(checkpoint, identity) if checkpoint is not None else None
     first = resume.step if resume is not None else 0
     data = TrainData(examples, pad_id, config.batch_size, config.epochs, seed, first, config.accumulate)
@@ -159,8 +158,13 @@ def fit(
     except Diverged as error:
         clip = f"gradient_clip={config.gradient_clip:g}"
         raise Diverged(f"{error} ({group}.learning_rate={config.learning_rate:g}, {clip})") from None
-    data.plan = data.plan[: module.step]
-    return {"steps": module.step, "answer_tokens": data.answer_tokens, "trained_parameters": trained}
+    return {"steps": module.step, "answer_tokens": data.answer_tokens(module.step), "trained_parameters": trained}
+
+
+def _identity(config: TrainerConfig, seed: int, examples: Sequence[Encoded]) -> str:
+    """Return what a checkpoint must have been made of for a run to go on from it."""
+    settings = {key: value for key, value in asdict(config).items() if key not in (*INCIDENTAL_TRAINER, "devices")}
+    return digest([seed, settings, [[e.input_ids, e.labels] for e in examples]])
 
 
 def n_steps(examples: Sequence[Encoded], config: TrainerConfig, seed: int) -> int:

@@ -191,11 +191,10 @@ class TrainData(L.LightningDataModule):
         self.plan = plan_batches([len(e.input_ids) for e in examples], batch_size * accumulate, epochs, seed)
         self.first_step = first_step
 
-    @property
-    def answer_tokens(self) -> int:
-        """Answer tokens that the whole plan learns; a row counts as often as it is in it."""
+    def answer_tokens(self, steps: int) -> int:
+        """Return the answer tokens that the first steps learn; a row counts as often as it is in them."""
         learned = [sum(label >= 0 for label in example.labels) for example in self.examples]
-        return sum(learned[row] for rows in self.plan for row in rows)
+        return sum(learned[row] for rows in self.plan[:steps] for row in rows)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader over this process's pieces of the steps that are left."""
