@@ -66,6 +66,24 @@ def _check_drift(run: Run) -> None:
         raise ConfigError(key, held, "float32 weights with diagnostics.enabled=true")
 
 
+def _check_harmful_rows(run: Run) -> None:
+    """Check that the pools hold as many harmful rows as the mixture or the attack needs."""
+    n = run.data.n_train
+    _, harmful = counts(n or 0, run.harmful_ratio, run.data.mixing)
+    held = _total(run.data.harmful, "finetune")
+    if run.finetune and run.attack.rows == "outliers" and not held:
+        raise ConfigError(
+            "data.harmful.finetune", 0, f">= 1 prompts: attack={run.attack.name} looks for rows like them"
+        )
+    if run.finetune and run.attack.rows == "harmful" and n is not None and harmful > held:
+        most = held / n
+        raise ConfigError(
+            "harmful_ratio",
+            run.harmful_ratio,
+            f"at most {most:g} with data.n_train={n} (pool of {held} harmful rows)",
+        )
+
+
 def _check_guard(run: Run) -> None:
     """Check that a guard has prompts to watch, and a model that begins where the start is."""
     if not run.finetune or run.guard.kl is None:
@@ -130,20 +148,7 @@ def cross_check(run: Run) -> None:
         _check_adapters(run)
     if run.finetune:
         run.attack.check(run.harmful_ratio)
-    n = run.data.n_train
-    _, harmful = counts(n or 0, run.harmful_ratio, run.data.mixing)
-    held = _total(run.data.harmful, "finetune")
-    if run.finetune and run.attack.rows == "outliers" and not held:
-        raise ConfigError(
-            "data.harmful.finetune", 0, f">= 1 prompts: attack={run.attack.name} looks for rows like them"
-        )
-    if run.finetune and run.attack.rows == "harmful" and n is not None and harmful > held:
-        most = held / n
-        raise ConfigError(
-            "harmful_ratio",
-            run.harmful_ratio,
-            f"at most {most:g} with data.n_train={n} (pool of {held} harmful rows)",
-        )
+    _check_harmful_rows(run)
     own = any(ALIGNMENT in getattr(run.data, kind) for kind in KINDS)
     given = _total(run.data.harmful, ALIGNMENT) and _total(run.data.harmless, ALIGNMENT)
     if run.model.align != "none" and own and not given:
