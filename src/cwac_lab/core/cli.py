@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from cwac_lab.core import outputs, overrides, progress, resolvers
 from cwac_lab.core.errors import Diverged, LabError
+from cwac_lab.core.memory import give_back
 from cwac_lab.core.paths import conf_dir
 
 resolvers.register()  # whoever composes a configuration may resolve it
@@ -136,6 +137,8 @@ def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> Non
             _report(error)
         except (OSError, SafetensorError) as error:
             _report_of_system(error, config)
+        finally:
+            give_back()  # before the next job of a multirun
         return None
 
     decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)

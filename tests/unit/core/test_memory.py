@@ -2,8 +2,13 @@
 
 import weakref
 
+import pytest
+
+from cwac_lab.core import cli
+from cwac_lab.core.errors import LabError
 from cwac_lab.core.memory import give_back
 from cwac_lab.sweep import runner
+from support import tiny
 
 
 class Node:
@@ -35,3 +40,16 @@ def test_a_run_of_a_sweep_gives_back_what_it_held_also_one_that_fails(monkeypatc
     found = runner._work(("seed=1",))
     assert (found.status, found.reason) == ("failed", "ValueError: it failed")
     assert alive == [None]
+
+
+def test_every_job_of_a_multirun_gives_back_what_it_held_also_one_that_fails(monkeypatch, tmp_path):
+    calls, real = [], cli.give_back
+    monkeypatch.setattr(cli, "give_back", lambda: (calls.append(1), real()))
+
+    def job(config):
+        if config.seed == 1:
+            raise LabError("it failed")
+
+    with pytest.raises(SystemExit):
+        tiny.launch(job, ["-m", "seed=0,1,2", f"output_root={tmp_path}"])
+    assert len(calls) == 3
