@@ -162,6 +162,15 @@ def remove_span(
         return matrix - (along if shares is None else along * shares) @ basis.T
 
 
+def complement(basis: Float[Tensor, "d k"]) -> Float[Tensor, "d q"]:
+    """Return orthonormal directions U, shape (d, d - k), of all that is orthogonal to V: ``U U^T = I - V V^T``.
+
+    Computed in float64 by Householder reflections, so that U is as orthogonal to V as its dtype can hold.
+    """
+    found = torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
+    return found.to(basis.dtype).contiguous()
+
+
 def product(left: Float[Tensor, "m r"], right: Float[Tensor, "r d"]) -> Float[Tensor, "m d"]:
     """Return ``L R`` without rounding the operands."""
     with full_float32(left.device):

@@ -35,6 +35,16 @@ def test_projection_is_idempotent_and_equals_the_dense_one(shape):
 
 @given(shapes)
 @settings(max_examples=60, deadline=None)
+def test_the_complement_projects_as_the_dense_one_does(shape):
+    _, basis, _ = drawn(*shape)
+    width, k = basis.shape
+    free = linalg.complement(basis)
+    assert free.shape == (width, width - k)
+    torch.testing.assert_close(free @ free.T, torch.eye(width, dtype=torch.float64) - basis @ basis.T)
+
+
+@given(shapes)
+@settings(max_examples=60, deadline=None)
 def test_restoring_on_the_span_equals_projecting_the_update(shape):
     start, basis, source = drawn(*shape)
     update = torch.randn(start.shape, generator=source, dtype=torch.float64)

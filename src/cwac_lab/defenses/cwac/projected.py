@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,21 +19,62 @@ from cwac_lab.models.shards import whole
 from cwac_lab.models.sites import Matrix
 
 
+class WithoutSpan:
+    """``M -> M (I - V V^T)``, in float32, by V or by its complement U, whichever has fewer columns.
+
+    Attributes:
+        basis: V, shape (d, k).
+        free: U, shape (d, d - k), where V has more than half of the directions; else None.
+    """
+
+    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
+        """Take V, orthonormal."""
+        width, k = basis.shape
+        self.basis = basis
+        self.free = linalg.complement(basis.float()) if 2 * k > width else None
+
+    def __call__(self, matrix: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        """Return the rows of a matrix without their parts in the span of V."""
+        if self.free is None:
+            return linalg.remove_span(matrix.float(), self.basis.float())
+        return linalg.product(linalg.product(matrix.float(), self.free), self.free.T)
+
+
+def cheapest_order(n: int, width: int, rows: int, k: int) -> str:
+    """Return the order of products that takes the fewest multiplications for ``g^T x (I - V V^T)``.
+
+    Args:
+        n: Tokens T of x.
+        width: Width d of x.
+        rows: Rows m of the weights that read x, together.
+        k: Columns of V.
+
+    Returns:
+        ``tokens``: x is projected first. ``gradients``: ``g^T x`` is. ``coordinates``, where V has more than half of
+        the directions: ``(g^T (x U)) U^T``, which can take fewer than the plain gradient ``g^T x``.
+    """
+    columns = min(k, width - k)
+    costs = {"tokens": n * width * (2 * columns + rows), "gradients": rows * width * (2 * columns + n)}
+    if 2 * k > width:
+        costs["coordinates"] = columns * (n * width + n * rows + rows * width)
+    return min(costs, key=costs.__getitem__)
+
+
 class Projection:
-    """``x -> x (I - V V^T)`` for the layers that read one input x (q, k and v; gate and up), computed once for them.
+    """The projected gradients of the layers that read one input x (q, k and v; gate and up): x is projected once.
 
     Their backward passes follow each other, so of all sites only what was computed last is kept: x and its projection.
     Changes of x in place are seen, except those through ``x.data``.
     """
 
-    # Input, its version, the projection it is of, and its projected tokens.
+    # Input, its version, the projection it is of, and its projected tokens (or their coordinates).
     _last: ClassVar[tuple[Tensor, int, Projection, Tensor] | None] = None
 
     def __init__(self, basis: Float[Tensor, "d k"], readers: int, rows: int) -> None:
         """Take V, how many layers read x, and how many rows their weights have together."""
-        self.basis, self.readers, self.rows = basis, readers, rows
+        self.without, self.readers, self.rows = WithoutSpan(basis), readers, rows
 
-    def _kept(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T d"] | None:
+    def _kept(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T c"] | None:
         if Projection._last is None:
             return None
         of, version, owner, projected = Projection._last
@@ -41,18 +82,31 @@ class Projection:
         same = of.data_ptr() == x.data_ptr() and of.shape == x.shape and of.stride() == x.stride()
         return projected if same and version == x._version and owner is self else None
 
-    def of(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T d"]:
-        """Return the projected tokens of x in full float32: most lies along V, bfloat16 would leave a hundredth of it.
-
-        The product with the gradients that follows is in the precision of training; what its rounding moves along V is
-        taken out where weights are restored.
-        """
+    def _once(self, x: Float[Tensor, "*B d"], project: Callable[[Tensor], Tensor]) -> Float[Tensor, "T c"]:
+        """Return the tokens of x, projected in full float32: bfloat16 would leave a hundredth of what lies along V."""
         projected = self._kept(x)
         if projected is None:
-            projected = linalg.remove_span(x.detach().flatten(0, -2).float(), self.basis.float())
+            projected = project(x.detach().flatten(0, -2).float())
             if self.readers > 1:
                 Projection._last = x.detach(), x._version, self, projected
         return projected
+
+    def gradient(self, rows: Float[Tensor, "T m"], x: Float[Tensor, "*B d"]) -> Float[Tensor, "m d"]:
+        """Return ``g^T x (I - V V^T)`` for the gradients g of a layer's outputs.
+
+        Products with g are in the precision of training; what their rounding moves along V is taken out where weights
+        are restored.
+        """
+        width, k = self.without.basis.shape
+        order = cheapest_order(len(rows), width, self.rows, k)
+        if order == "tokens":
+            return rows.T @ self._once(x, self.without).to(rows.dtype)
+        if order == "gradients":
+            return self.without(rows.T @ x.flatten(0, -2).to(rows.dtype))
+        free = self.without.free
+        assert free is not None
+        coordinates = self._once(x, lambda tokens: linalg.product(tokens, free))
+        return linalg.product((rows.T @ coordinates.to(rows.dtype)).float(), free.T)
 
 
 class _Linear(torch.autograd.Function):
@@ -80,14 +134,7 @@ class _Linear(torch.autograd.Function):
         of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
         rows, of_weight = grad.flatten(0, -2), None
         if need_weight:
-            # G (I - V V^T) = g^T (x (I - V V^T)): projected is what has fewer rows, the tokens of x, once for all
-            # layers that read them, or the gradients of these layers.
-            if len(rows) < ctx.projection.rows:
-                of_weight = rows.T @ ctx.projection.of(x).to(grad.dtype)
-            else:
-                plain = rows.T @ x.flatten(0, -2).to(grad.dtype)
-                of_weight = linalg.remove_span(plain.float(), ctx.projection.basis.float())
-            of_weight = of_weight.to(weight.dtype)
+            of_weight = ctx.projection.gradient(rows, x).to(weight.dtype)
         return of_x, of_weight, rows.sum(0).to(weight.dtype) if need_bias else None, None
 
 
@@ -124,19 +171,20 @@ def project_gradient_of(
     For parameters that are no linear layer's (m, d): those of GPT-2, of experts. It is the whole gradient that is
     projected, whatever it comes from.
     """
+    removed = [(matrix, WithoutSpan(basis)) for matrix, basis in parts]
 
     def project(gradient: Tensor) -> Tensor:
         kept = gradient.clone()
-        for matrix, basis in parts:
+        for matrix, without in removed:
             plain = matrix.of(kept)
-            plain.copy_(linalg.remove_span(plain.float(), basis.float()))
+            plain.copy_(without(plain))
         return kept
 
     handle: RemovableHandle = parameter.register_hook(project)  # type: ignore[no-untyped-call]
     return handle
 
 
-class _WithoutSpan(torch.nn.Module):
+class _FactorWithoutSpan(torch.nn.Module):
     """``A -> A (I - V diag(s) V^T)`` for A of shape (r, d), a basis V of shape (d, k) and shares s of shape (k,).
 
     Of E experts A is (r E, d), and every block of r rows has a basis of its own.
@@ -192,7 +240,7 @@ def project_factor(
     factor = adapter.lora_A[key]
     if is_parametrized(factor):
         raise LabError("an adapter is under a constraint already (accepted: a new one)")
-    register_parametrization(factor, "weight", _WithoutSpan(bases, shares or [None] * len(bases)))
+    register_parametrization(factor, "weight", _FactorWithoutSpan(bases, shares or [None] * len(bases)))
     factor.register_state_dict_post_hook(_saved_as_used)
     factor.register_load_state_dict_pre_hook(_loaded_as_used)
 
