@@ -135,6 +135,11 @@ BAD = [
     (["constraint.weight.modules=heads"], "constraint.weight.modules=heads: accepted: ffn_out | "),
     (["constraint.weight.rank=3"], "constraint.weight.rank=3: accepted: exactly one of"),
     (["constraint.activation.depths=[1.0]"], "constraint.activation.depths=[1.0]: accepted"),
+    (["constraint.activation.answer_tokens=-1"], "answer_tokens=-1: accepted: a number in [0, inf)"),
+    (
+        ["constraint.activation.answer_tokens=2", "constraint.activation.positions=all"],
+        "constraint.activation.answer_tokens=2: accepted: 0 with positions=all",
+    ),
     (["constraint.activation.n_latents=9999"], "sae.n_latents=4608: accepted: >= 9999"),
     (["constraint.weight._target_=os.system"], "constraint.weight._target_=os.system: accepted: the path of a Defense"),
     (["+constraint.strength=1"], "constraint.strength=1: accepted: the settings of a defence"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,6 +293,27 @@ def test_the_penalty_is_the_formula_and_scaled_by_its_period():
     torch.testing.assert_close(found, 3.0 * 4 * torch.stack(expected).mean())
     assert all(defense.loss_terms(other, {}, step) == {} for step in (1, 2, 3))
     assert "safety" in defense.loss_terms(other, {}, 4)
+
+
+def test_the_penalty_is_of_the_first_tokens_of_own_refusals_too():
+    """Of four prompts there are own refusals; one is shorter than what is held of it."""
+    model, other = tiny.model(), tiny.model(seed=1)
+    defense = ActivationConstraint(
+        strength=2.0, depths=[0.5], n_latents=4, n_last=2, answer_tokens=3, batch_size=7, every_n_steps=1
+    )
+    prepared = context(model, defense)
+    answers = ([5, 6, 7, 8, 9], [9, 8], [4, 4, 4], [11, 12, 13, 14])
+    own = [prompt + answer for prompt, answer in zip(prepared.reference, answers, strict=False)]
+    defense.prepare(replace(prepared, own_refusals=own))
+    features, expected = prepared.features[0], []
+    for place, prompt in enumerate(prepared.reference):
+        answer = list(answers[place][:3]) if place < len(answers) else []
+        ids = torch.tensor([prompt + answer])
+        moved = [captured(m, ids)[0, -2 - len(answer) :] for m in (model, other)]
+        z = [(rows @ features.weight + features.bias)[:, features.latents] / features.scale for rows in moved]
+        expected.append((z[1] - z[0]).square().mean())
+    torch.testing.assert_close(defense.loss_terms(other, {}, 0)["safety"], 2.0 * torch.stack(expected).mean())
+    assert prepared.reference == context(model, defense).reference  # what other parts are handed stays
 
 
 def test_the_start_is_measured_in_the_precision_of_training():

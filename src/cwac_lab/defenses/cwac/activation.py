@@ -52,6 +52,8 @@ class ActivationConstraint(Defense):
         code: ``pre`` or ``topk`` (the paper's literal).
         positions: ``all`` prompt tokens but sinks, or the ``last`` ``n_last``.
         n_last: How many last tokens.
+        answer_tokens: With ``last``, how many first tokens of the start's own refusal besides (the paper's is 0).
+            Prompts in other forms, and harmless ones, have no such tokens.
         scale: ``std`` divides each latent by its standard deviation before fine-tuning; ``none`` is the paper's.
         reduction: ``mean`` over the latents, or their ``sum`` (the paper's squared norm).
         batch_size: Reference prompts per penalty.
@@ -68,6 +70,7 @@ class ActivationConstraint(Defense):
     code: str = "pre"
     positions: str = "last"
     n_last: int = 5
+    answer_tokens: int = 0
     scale: str = "std"
     reduction: str = "mean"
     batch_size: int = 4
@@ -86,6 +89,9 @@ class ActivationConstraint(Defense):
         one_of("positions", self.positions, ("all", "last"))
         for key in ("n_latents", "n_last", "batch_size", "every_n_steps"):
             in_range(key, getattr(self, key), 1)
+        in_range("answer_tokens", self.answer_tokens, 0)
+        if self.answer_tokens and self.positions != "last":
+            raise ConfigError("answer_tokens", self.answer_tokens, "0 with positions=all")
         self._features: tuple[LayerFeatures, ...] = ()
 
     @property
@@ -103,6 +109,11 @@ class ActivationConstraint(Defense):
         device = context.model.device
         self._features = tuple(features.to(device) for features in context.features)
         self._reference = context.reference + (context.benign if self.held_on == "both" else [])
+        self._n_held = [self.n_last] * len(self._reference)
+        for row, text in enumerate(context.own_refusals if self.answer_tokens else []):  # each begins with its prompt
+            known = len(self._reference[row])
+            self._reference[row] = text[: known + self.answer_tokens]
+            self._n_held[row] += len(self._reference[row]) - known
         self._pad_id, self._seed = context.chat.pad_id, context.seed
         if not self._features:
             return
@@ -121,7 +132,7 @@ class ActivationConstraint(Defense):
             for place, row in enumerate(rows):
                 length = len(self._reference[row])
                 x = outputs[features.layer][place : place + 1, :length]
-                held = penalty_positions(x, mask[place : place + 1, :length], self.positions, self.n_last)[0]
+                held = penalty_positions(x, mask[place : place + 1, :length], self.positions, self._n_held[row])[0]
                 if not held.any():
                     raise LabError(f"a reference prompt of {length} tokens has no position to hold latents at")
                 self._held[row].append(held)
