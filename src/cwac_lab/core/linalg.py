@@ -165,10 +165,10 @@ def remove_span(
 def complement(basis: Float[Tensor, "d k"]) -> Float[Tensor, "d q"]:
     """Return orthonormal directions U, shape (d, d - k), of all that is orthogonal to V: ``U U^T = I - V V^T``.
 
-    Computed in float64 by Householder reflections, so that U is as orthogonal to V as its dtype can hold.
+    By Householder reflections, in float32 or wider, so that U is as orthogonal to V as V's columns are to each other.
     """
-    found = torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
-    return found.to(basis.dtype).contiguous()
+    wide = basis if basis.dtype == torch.float64 else basis.float()
+    return torch.linalg.qr(wide, mode="complete").Q[:, basis.shape[1] :].to(basis.dtype).contiguous()
 
 
 def product(left: Float[Tensor, "m r"], right: Float[Tensor, "r d"]) -> Float[Tensor, "m d"]:
@@ -191,6 +191,23 @@ def restore_on_span_(
         deviation = weight @ basis - anchor
         weight.addmm_(deviation, basis.T, alpha=-1)
     return deviation
+
+
+def restore_off_free_(
+    weight: Float[Tensor, "m d"], free: Float[Tensor, "d q"], start: Float[Tensor, "m d"]
+) -> Float[Tensor, "m d"]:
+    """Do what ``restore_on_span_`` does by the complement U of V: ``W <- W0 + (W - W0) U U^T``, in place.
+
+    It takes fewer multiplications where U has fewer columns than V, and a copy of W0 instead of ``W0 V``.
+
+    Returns:
+        What was removed, ``(W - W0) V V^T``, shape (m, d); its norm is that of ``(W - W0) V``.
+    """
+    with full_float32(weight.device):
+        moved = weight - start
+        kept = (moved @ free) @ free.T
+        weight.copy_(start + kept)
+    return moved - kept
 
 
 def squared_norm_of_product(left: Float[Tensor, "m r"], right: Float[Tensor, "r d"]) -> Float[Tensor, ""]:

@@ -56,6 +56,18 @@ def test_restoring_on_the_span_equals_projecting_the_update(shape):
     assert along <= 1e-24 * max(total, 1)
 
 
+@given(shapes)
+@settings(max_examples=60, deadline=None)
+def test_restoring_by_the_complement_is_restoring_on_the_span(shape):
+    start, basis, source = drawn(*shape)
+    moved = start + torch.randn(start.shape, generator=source, dtype=torch.float64)
+    other = moved.clone()
+    removed = linalg.restore_off_free_(moved, linalg.complement(basis), start)
+    deviation = linalg.restore_on_span_(other, basis, start @ basis)
+    torch.testing.assert_close(moved, other)
+    torch.testing.assert_close(removed, deviation @ basis.T)
+
+
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 1.0])
 def test_eigenbasis_agrees_with_the_svd_of_the_activations(energy):
     x = np.random.default_rng(0).normal(size=(40, 12)) * np.geomspace(1, 1e-3, 12)

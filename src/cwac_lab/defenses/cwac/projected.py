@@ -27,17 +27,18 @@ class WithoutSpan:
         free: U, shape (d, d - k), where V has more than half of the directions; else None.
     """
 
-    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
-        """Take V, orthonormal."""
+    def __init__(self, basis: Float[Tensor, "d k"], *, complement: bool = True) -> None:
+        """Take V, orthonormal, and whether its complement may be used."""
         width, k = basis.shape
         self.basis = basis
-        self.free = linalg.complement(basis.float()) if 2 * k > width else None
+        self.free = linalg.complement(basis) if complement and 2 * k > width else None
 
     def __call__(self, matrix: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """Return the rows of a matrix without their parts in the span of V."""
         if self.free is None:
             return linalg.remove_span(matrix.float(), self.basis.float())
-        return linalg.product(linalg.product(matrix.float(), self.free), self.free.T)
+        free = self.free.float()
+        return linalg.product(linalg.product(matrix.float(), free), free.T)
 
 
 def cheapest_order(n: int, width: int, rows: int, k: int) -> str:
@@ -70,9 +71,9 @@ class Projection:
     # Input, its version, the projection it is of, and its projected tokens (or their coordinates).
     _last: ClassVar[tuple[Tensor, int, Projection, Tensor] | None] = None
 
-    def __init__(self, basis: Float[Tensor, "d k"], readers: int, rows: int) -> None:
-        """Take V, how many layers read x, and how many rows their weights have together."""
-        self.without, self.readers, self.rows = WithoutSpan(basis), readers, rows
+    def __init__(self, without: WithoutSpan, readers: int, rows: int) -> None:
+        """Take the projection, how many layers read x, and how many rows their weights have together."""
+        self.without, self.readers, self.rows = without, readers, rows
 
     def _kept(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T c"] | None:
         if Projection._last is None:
@@ -103,8 +104,8 @@ class Projection:
             return rows.T @ self._once(x, self.without).to(rows.dtype)
         if order == "gradients":
             return self.without(rows.T @ x.flatten(0, -2).to(rows.dtype))
-        free = self.without.free
-        assert free is not None
+        assert self.without.free is not None
+        free = self.without.free.float()
         coordinates = self._once(x, lambda tokens: linalg.product(tokens, free))
         return linalg.product((rows.T @ coordinates.to(rows.dtype)).float(), free.T)
 
@@ -148,9 +149,9 @@ class ProjectedLinear(torch.nn.Linear):
         return _Linear.apply(input, self.weight, self.bias, self.projection)  # type: ignore[no-untyped-call]
 
 
-def project_gradients(modules: Sequence[torch.nn.Linear], basis: Float[Tensor, "d k"]) -> None:
+def project_gradients(modules: Sequence[torch.nn.Linear], without: WithoutSpan) -> None:
     """Turn linear layers that read one input into projected ones, in place; their parameters stay as they are."""
-    projection = Projection(basis, len(modules), sum(module.out_features for module in modules))
+    projection = Projection(without, len(modules), sum(module.out_features for module in modules))
     for module in modules:
         module.__class__ = ProjectedLinear
         cast("ProjectedLinear", module).projection = projection
@@ -163,19 +164,16 @@ def release(module: torch.nn.Linear) -> None:
     Projection._last = None
 
 
-def project_gradient_of(
-    parameter: torch.nn.Parameter, parts: Sequence[tuple[Matrix, Float[Tensor, "d k"]]]
-) -> RemovableHandle:
+def project_gradient_of(parameter: torch.nn.Parameter, parts: Sequence[tuple[Matrix, WithoutSpan]]) -> RemovableHandle:
     """Project the gradient ``G -> G (I - V V^T)`` of every matrix that a parameter holds, until the handle is removed.
 
     For parameters that are no linear layer's (m, d): those of GPT-2, of experts. It is the whole gradient that is
     projected, whatever it comes from.
     """
-    removed = [(matrix, WithoutSpan(basis)) for matrix, basis in parts]
 
     def project(gradient: Tensor) -> Tensor:
         kept = gradient.clone()
-        for matrix, without in removed:
+        for matrix, without in parts:
             plain = matrix.of(kept)
             plain.copy_(without(plain))
         return kept

@@ -18,7 +18,6 @@ trains, and tokens may come to an expert that does not hold them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -31,8 +30,10 @@ from torch.utils.hooks import RemovableHandle
 
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import ConfigError, in_range, one_of
+from cwac_lab.defenses.cwac.constrained import Constrained, note_merged
 from cwac_lab.defenses.cwac.projected import (
     ProjectedLinear,
+    WithoutSpan,
     project_factor,
     project_gradient_of,
     project_gradients,
@@ -49,30 +50,6 @@ from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 
 PROJECTIONS = ("gradient", "update", "both")
 OPENINGS, ANSWERS = ("counted", "held"), ("none", "own")
-
-
-@dataclass
-class _Constrained:
-    """One constrained matrix W of shape (m, d), its basis V (d, k) and anchor W0 V (m, k); none with adapters.
-
-    ``merged`` are the squares of what merged adapters moved, along V and in all.
-    """
-
-    linear: Matrix
-    basis: Float[Tensor, "d k"]
-    anchor: Float[Tensor, "m k"] | None
-    merged: tuple[float, float] | None = None
-
-    @property
-    def moves(self) -> bool:
-        """Whether W trains, and not all of it is free."""
-        return self.linear.parameter.requires_grad and self.basis.shape[1] > 0
-
-
-def _note(group: Sequence[_Constrained], before: Tensor, after: Tensor) -> None:
-    """Take a parameter before and after its adapter is merged: what is added is rounded to what the sum can hold."""
-    for held in group:
-        held.merged = linalg.leak(held.linear.of(after) - held.linear.of(before), held.basis.float())
 
 
 @dataclass
@@ -154,7 +131,7 @@ class WeightConstraint(Defense):
             in_range("energy", self.energy, 0, 1, open_low=True)
         if self.rank is not None:
             in_range("rank", self.rank, 0)
-        self._held: list[_Constrained] = []
+        self._held: list[Constrained] = []
         self._tails = Tails(self.tail, self.tail_strength)
         self._hooks: list[RemovableHandle] = []
         self._removed = 0.0
@@ -187,13 +164,15 @@ class WeightConstraint(Defense):
         """Take the bases, remember ``W0 V``, and freeze the rest if asked to."""
         assert context.subspace is not None
         self._subspace = context.subspace
-        groups: dict[str, list[_Constrained]] = {}
+        groups: dict[str, list[Constrained]] = {}
+        known: dict[tuple[Site, bool], WithoutSpan] = {}  # of layers that read one input
         for linear in linears(context.model, self.modules):
-            basis, anchor = context.subspace.bases[linear.site.name].to(context.model.device), None
-            if linear.adapter is None:
-                basis = basis.to(linear.weight)
-                anchor = linalg.product(linear.weight.detach(), basis)
-            self._held.append(_Constrained(linear, basis, anchor))
+            alike = linear.site, linear.adapter is not None
+            if alike not in known:
+                basis = context.subspace.bases[linear.site.name].to(context.model.device)
+                # Of an adapter the factor is projected, which is short.
+                known[alike] = WithoutSpan(basis if alike[1] else basis.to(linear.weight), complement=not alike[1])
+            self._held.append(Constrained.of(linear, known[alike]))
             groups.setdefault(linear.name, []).append(self._held[-1])
         # Files hold the weights of experts under other names.
         self._start_weight, apart = context.start_weight, (group[0].linear for group in groups.values())
@@ -213,13 +192,13 @@ class WeightConstraint(Defense):
             self._tails.take((held.linear for held in self._held), context.subspace)
         self._project(groups)
 
-    def _project(self, groups: dict[str, list[_Constrained]]) -> None:
+    def _project(self, groups: dict[str, list[Constrained]]) -> None:
         """Have factors projected, or gradients where they arise; of the groups each is of one parameter."""
-        readers: dict[Site, list[_Constrained]] = {}
+        readers: dict[Site, list[Constrained]] = {}
         for group in groups.values():
             linear = group[0].linear
             if linear.adapter is not None:
-                when_merged(linear.adapter, partial(_note, group))
+                when_merged(linear.adapter, partial(note_merged, group))
                 beside = [self._tails.beside(held.linear.site.name, held.basis) for held in group]
                 if any(basis.shape[1] for basis, _ in beside):
                     project_factor(linear.adapter, *zip(*beside, strict=True))
@@ -228,14 +207,15 @@ class WeightConstraint(Defense):
             elif isinstance(linear.module, torch.nn.Linear):
                 if group[0].basis.shape[1]:
                     readers.setdefault(linear.site, []).append(group[0])
-            elif parts := [(held.linear, self._leading(held.basis)) for held in group if held.moves]:
+            elif parts := [(held.linear, self._leading(held.without)) for held in group if held.moves]:
                 self._hooks.append(project_gradient_of(linear.parameter, parts))
         for together in readers.values():
-            project_gradients([held.linear.module for held in together], self._leading(together[0].basis))
+            project_gradients([held.linear.module for held in together], self._leading(together[0].without))
 
-    def _leading(self, basis: Float[Tensor, "d k"]) -> Float[Tensor, "d q"]:
-        """Return the directions that gradients are projected off."""
-        return basis[:, : math.ceil(self.gradient_share * basis.shape[1])]
+    def _leading(self, without: WithoutSpan) -> WithoutSpan:
+        """Return the projection of gradients: off the leading directions."""
+        n = math.ceil(self.gradient_share * without.basis.shape[1])
+        return without if n == without.basis.shape[1] else WithoutSpan(without.basis[:, :n])
 
     def _restores(self, step: int) -> bool:
         if self.projection == "gradient" or not (self._moving or self._tails.slows):
@@ -256,13 +236,9 @@ class WeightConstraint(Defense):
         if not self._moving:
             return
         with torch.no_grad():
-            squares = []
-            for held in self._moving:
-                assert held.anchor is not None
-                weight = held.linear.weight
-                removed = linalg.restore_on_span_(local(weight), held.basis, rows(weight, held.anchor))
-                squares.append(removed.square().sum())
-            self._removed = float(total(torch.stack(squares).sum(), sharded=is_sharded(weight)).sqrt())
+            removed = torch.stack([held.restore().square().sum() for held in self._moving]).sum()
+            sharded = is_sharded(self._moving[-1].linear.weight)
+            self._removed = float(total(removed, sharded=sharded).sqrt())
 
     def settle(self, model: Any) -> None:
         """Take out what was moved along V, and slow the tail."""

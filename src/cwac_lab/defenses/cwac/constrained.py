@@ -1,0 +1,67 @@
+"""One matrix under the weight constraint: what is protected of it, and how it is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cwac_lab.core import linalg
+from cwac_lab.defenses.cwac.projected import WithoutSpan
+from cwac_lab.models.shards import local, rows, whole
+from cwac_lab.models.sites import Matrix
+
+
+@dataclass
+class Constrained:
+    """A matrix W of shape (m, d) whose update has no part along V.
+
+    Attributes:
+        linear: The matrix.
+        without: V, shape (d, k), and the projection off it.
+        anchor: What restores W: ``W0 V`` (m, k), or W0 (m, d) where V's complement has fewer columns; None where W
+            itself does not train.
+        merged: The squares of what merged adapters moved, along V and in all.
+    """
+
+    linear: Matrix
+    without: WithoutSpan
+    anchor: Float[Tensor, "m c"] | None
+    merged: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, linear: Matrix, without: WithoutSpan) -> Constrained:
+        """Return a matrix at its start under a constraint."""
+        if linear.adapter is not None or not linear.parameter.requires_grad:
+            return cls(linear, without, None)
+        weight = linear.weight.detach()
+        if without.free is not None:
+            return cls(linear, without, whole(weight).clone())
+        return cls(linear, without, linalg.product(weight, without.basis))
+
+    @property
+    def basis(self) -> Float[Tensor, "d k"]:
+        """V."""
+        return self.without.basis
+
+    def restore(self) -> Tensor:
+        """Take out of W what moved along V, and return it (its norm is what counts)."""
+        assert self.anchor is not None
+        weight = self.linear.weight
+        held, anchor = local(weight), rows(weight, self.anchor)
+        if self.without.free is None:
+            return linalg.restore_on_span_(held, self.basis, anchor)
+        return linalg.restore_off_free_(held, self.without.free, anchor)
+
+    @property
+    def moves(self) -> bool:
+        """Whether W trains, and not all of it is free."""
+        return self.linear.parameter.requires_grad and self.basis.shape[1] > 0
+
+
+def note_merged(group: Sequence[Constrained], before: Tensor, after: Tensor) -> None:
+    """Take a parameter before and after its adapter is merged: what is added is rounded to what the sum can hold."""
+    for held in group:
+        held.merged = linalg.leak(held.linear.of(after) - held.linear.of(before), held.basis.float())
