@@ -1,6 +1,7 @@
 """Make the runs that a table lacks, and the tables: ``python -m cwac_lab.tables exp=ablation seeds=3``.
 
-``compare=[weight,coupled]`` compares two methods on the same prompts and seeds instead.
+``compare=[weight,coupled]`` compares two methods on the same prompts and seeds instead, ``worst=3`` tells what an
+adaptive attacker found.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ def main(config: DictConfig) -> None:
     """Write a table an experiment, or one of all recorded runs, under ``output_root/tables``, and its figures."""
     from cwac_lab.core.errors import ConfigError
     from cwac_lab.core.outputs import writable
-    from cwac_lab.report import layout, versus
+    from cwac_lab.report import layout, versus, worst
 
     root = Path(config.output_root)
-    asked, shape = versus.read(config), layout.read(config)
+    n_worst, asked, shape = worst.read(config), versus.read(config), layout.read(config)
     writable("output_root", root)
+    if n_worst is not None:
+        worst.write(root, n_worst)
+        return
     if asked is not None:
         versus.write(root, asked)
         return

@@ -14,20 +14,19 @@ from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> float:
-    """Check the configuration, then run it; returns what a tuning sweep minimises (NaN if another process is on it).
+    """Check the configuration, then run it; returns what a search is told (NaN if another process is on it).
 
     Raises:
-        ConfigError: If settings would be tuned on the test split.
+        ConfigError: If it is a trial of a search that could not be used, or would see the test split.
     """
     from cwac_lab.config.run import read
-    from cwac_lab.core.errors import ConfigError
+    from cwac_lab.sweep import search
 
     run = read(config)
-    if "optuna" in HydraConfig.get().sweeper._target_ and run.evaluation.split != "validation":
-        raise ConfigError("evaluation.split", run.evaluation.split, "validation: tuning never sees the test split")
+    search.check(run, HydraConfig.get().sweeper)
     # What is read next takes seconds, which a mistake above need not wait for.
     from cwac_lab.core import distributed
-    from cwac_lab.evaluation.verdicts import tuning_error
+    from cwac_lab.evaluation.objectives import objective
     from cwac_lab.report.console import Screen
     from cwac_lab.results.store import METRICS
     from cwac_lab.run.execution import carry_out
@@ -38,7 +37,7 @@ def main(config: DictConfig) -> float:
         tell(run, Screen().say)
         return math.nan
     folder = carry_out(run, HydraConfig.get().overrides.task, Screen(quiet=distributed.number() > 0))
-    return tuning_error(folder.read(METRICS)) if folder.status == "ok" else math.nan
+    return objective(run.objective, folder.read(METRICS)) if folder.status == "ok" else math.nan
 
 
 if __name__ == "__main__":

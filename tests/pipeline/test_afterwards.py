@@ -25,7 +25,8 @@ ASKED |= {f"evaluation.{name}" for name in ("perplexity", "plain_text", "lm_eval
 ASKED |= {f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)}
 NOTHING = {
     *("logger.project", "output_root", "cache_root", "force", "data.root", "model.path", "trainer.accelerator"),
-    *("dry", "data.max_line", "model.adapter", "model.revision", "model.base", "align.export", "align.rebuild"),
+    *("dry", "objective", "data.max_line", "model.adapter", "model.revision", "model.base"),
+    *("align.export", "align.rebuild"),
     *("trainer.progress_bar", "trainer.checkpoint_every_n_steps", "trainer.gradient_checkpointing", "trainer.strategy"),
 }
 

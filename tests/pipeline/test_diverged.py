@@ -142,7 +142,8 @@ def test_a_sweep_goes_on_with_the_next_run(tiny_folder, tmp_path):
 
 
 def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cwac_lab.evaluation.verdicts.tuning_error", lambda _: 250.0)  # tiny models are broken as well
+    # Tiny models are broken as well.
+    monkeypatch.setattr("cwac_lab.evaluation.objectives.tuning_error", lambda _: 250.0)
     shared = [*tiny.small_run(tiny_folder, tmp_path), "logger=csv", "constraint=none", "trainer.gradient_clip=0"]
     chosen = ["-m", "search=base", *shared, "trainer.schedule=constant", "trainer.learning_rate=choice(1e-4,1e30)"]
     with pytest.raises(SystemExit, match="2"):
@@ -150,6 +151,16 @@ def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, c
     assert capsys.readouterr().err.count(" is not finite since step ") == 1
     (results,) = (tmp_path / "sweeps").glob("*/optimization_results.yaml")
     assert "trainer.learning_rate: 0.0001\nbest_value: 250.0" in results.read_text()
+
+
+def test_to_an_attacker_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys):
+    shared = [*tiny.small_run(tiny_folder, tmp_path), "logger=csv", "constraint=none", "trainer.gradient_clip=0"]
+    attack = ["-m", "search=attacker", *shared, "trainer.schedule=constant", "hydra.sweeper.n_trials=4"]
+    with pytest.raises(SystemExit, match="2"):
+        tiny.launch(train.main, [*attack, "hydra.sweeper.params={trainer.learning_rate:'choice(1e-4,1e30)'}"])
+    assert " is not finite since step " in capsys.readouterr().err
+    (results,) = (tmp_path / "sweeps").glob("*/optimization_results.yaml")
+    assert "trainer.learning_rate: 0.0001\nbest_value: -100.0" in results.read_text()
 
 
 def test_an_alignment_that_diverges_is_not_kept(tiny_folder, tmp_path, capsys):

@@ -11,7 +11,7 @@ import yaml
 
 from cwac_lab import results, tables, train
 from cwac_lab.core.errors import ConfigError, MissingAsset
-from cwac_lab.evaluation.verdicts import tuning_error
+from cwac_lab.evaluation.objectives import tuning_error
 from cwac_lab.report.console import Screen
 from cwac_lab.run import identity
 from cwac_lab.sweep import cells, experiments, grid, runner
@@ -246,10 +246,39 @@ def test_tuning_takes_the_best_trial_of_the_validation_split(tiny_folder, tmp_pa
     assert best["best_value"] == min(errors.values()) == errors[best["best_params"]["constraint.l2.strength"]]
 
 
-def test_nothing_is_tuned_on_the_test_split(tiny_folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["evaluation.split=test"], "evaluation.split=test: accepted: validation"),
+        (["hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials: no trial was made (accepted: a budget of 1 or more)"),
+        (["objective=harm"], "hydra.sweeper.direction=minimize: accepted: maximize with objective=harm"),
+        (
+            ["objective=harm", "hydra.sweeper.direction=maximize"],
+            "evaluation.perplexity=False: accepted: true with objective=harm",
+        ),
+        (["objective=fun"], "objective=fun: accepted: errors | harm"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_line(more, line, tiny_folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        tune(tiny_folder, tmp_path, "evaluation.split=test")
-    assert "evaluation.split=test: accepted: validation" in capsys.readouterr().err
+        tune(tiny_folder, tmp_path, *more)
+    assert line in capsys.readouterr().err
+
+
+def test_an_attacker_is_told_of_harm_and_goes_on_where_it_stopped(tiny_folder, tmp_path, capsys):
+    """Tiny models are broken; what a broken one has is the least. Trials that are recorded are not made again."""
+    attack = ["-m", "search=attacker", *tiny.small_run(tiny_folder, tmp_path), "constraint=none"]
+    attack += ["hydra.sweeper.params={trainer.learning_rate:'tag(log,interval(1e-4,1e-3))',tuning:'choice(full,lora)'}"]
+    tiny.launch(train.main, [*attack, "hydra.sweeper.n_trials=1"])
+    (first,) = (tmp_path / "runs").iterdir()
+    made = (first / "metrics.json").stat().st_mtime_ns
+    tiny.launch(train.main, [*attack, "hydra.sweeper.n_trials=2"])
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert (first / "metrics.json").stat().st_mtime_ns == made
+    best = [
+        yaml.safe_load(file.read_text())["best_value"] for file in tmp_path.glob("sweeps/*/optimization_results.yaml")
+    ]
+    assert best == [-100.0, -100.0]
 
 
 def test_trouble_after_a_users_error_is_not_hidden(tmp_path):

@@ -27,6 +27,7 @@ from cwac_lab.defenses.cwac.sae.train import SAEConfig
 from cwac_lab.defenses.interface import Composite, Defense, Requirements
 from cwac_lab.evaluation import engines, harness
 from cwac_lab.evaluation.metrics import POOLED
+from cwac_lab.evaluation.objectives import DIRECTIONS
 from cwac_lab.evaluation.settings import EvaluationConfig
 from cwac_lab.judges.endpoint import EndpointConfig
 from cwac_lab.models.adapters import TuningConfig
@@ -38,7 +39,8 @@ _NAMES = {(): "none", ("activation", "weight"): "coupled"}
 # Settings that do not change what a run computes; they are left out of its key.
 # Paths are among them: what they lead to, weights and data, is in the key by content.
 INCIDENTAL = (
-    *("logger", "output_root", "cache_root", "force", "dry", "trainer.accelerator", "data.root", "data.max_line"),
+    *("logger", "output_root", "cache_root", "force", "dry", "objective"),
+    *("trainer.accelerator", "data.root", "data.max_line"),
     *("model.path", "model.revision", "model.adapter", "model.base"),
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
     *("evaluation.judges", "evaluation.endpoint", "suites", "align.rebuild", "align.export"),
@@ -63,6 +65,7 @@ class Run:
         finetune: False evaluates the start itself, the first row of every table.
         force: Make a run again that is already recorded.
         dry: Tell what the run would take, and end before weights are loaded.
+        objective: What a search is told of the run, one of ``evaluation.objectives.DIRECTIONS``.
         output_root: Folder of records, tables and pages.
         cache_root: Folder of what runs share: weights, starts, subspaces, autoencoders.
     """
@@ -90,6 +93,7 @@ class Run:
     finetune: bool
     force: bool
     dry: bool
+    objective: str
     output_root: str
     cache_root: str
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +164,9 @@ def _scalars(config: _Settings) -> dict[str, Any]:
     flags = {"finetune": config["finetune"], "force": config["force"], "dry": config.get("dry", False)}
     for key, value in flags.items():
         one_of(key, value, (True, False))
-    return {"harmful_ratio": float(ratio), "seed": seed, **flags}
+    objective = config.get("objective", "errors")
+    one_of("objective", objective, DIRECTIONS)
+    return {"harmful_ratio": float(ratio), "seed": seed, **flags, "objective": objective}
 
 
 def _check_finite(key: str, node: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -124,6 +125,12 @@ def _report_of_system(error: OSError | SafetensorError, settings: Mapping[Any, A
     _report(told)
 
 
+def _worst() -> float:
+    """Return what is to a search as bad as can be."""
+    sweeper = HydraConfig.get().sweeper
+    return -math.inf if str(sweeper.get("direction")).endswith("maximize") else math.inf
+
+
 def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> None:
 
     def job(config: DictConfig) -> float | None:
@@ -132,7 +139,7 @@ def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> Non
             return task(config)
         except Diverged as error:
             _report(error)
-            return math.inf  # to a tuning sweep as bad as can be
+            return _worst()
         except (LabError, OmegaConfBaseException) as error:
             _report(error)
         except (OSError, SafetensorError) as error:
@@ -149,9 +156,11 @@ def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> Non
     except OSError as error:  # Hydra makes the folder of a sweep before its first job
         _report_of_system(error, {}, "output_root, hydra.sweep.dir or hydra.run.dir")
     except ValueError as error:
-        # A tuning sweep has no best trial where every one failed, each with its line above.
-        if not any(Path(os.environ[_FAILURES]).iterdir()) or "No trials are completed" not in str(error):
+        # A search has no best trial where every one failed, each with its line above, or where there was none.
+        if "No trials are completed" not in str(error):
             raise
+        if not any(Path(os.environ[_FAILURES]).iterdir()):
+            _report(LabError("hydra.sweeper.n_trials: no trial was made (accepted: a budget of 1 or more)"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

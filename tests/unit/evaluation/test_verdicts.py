@@ -8,7 +8,8 @@ from cwac_lab.data.tasks.alpaca import Alpaca
 from cwac_lab.data.tasks.gsm8k import GSM8K
 from cwac_lab.data.tasks.pubmedqa import PubMedQA
 from cwac_lab.data.tasks.sst2 import SST2
-from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows, tuning_error
+from cwac_lab.evaluation.objectives import tuning_error
+from cwac_lab.evaluation.verdicts import aggregate, agreement, judge_rows
 from cwac_lab.judges.base import UNKNOWN, Verdict
 from cwac_lab.judges.incoherent import is_echo, is_incoherent
 from cwac_lab.judges.refusal import RefusalJudge, is_refusal

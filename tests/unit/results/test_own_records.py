@@ -7,7 +7,7 @@ import pytest
 
 from cwac_lab.config.run import read
 from cwac_lab.core.errors import ConfigError, MissingAsset
-from cwac_lab.evaluation.verdicts import tuning_error
+from cwac_lab.evaluation.objectives import tuning_error
 from cwac_lab.report.grouping import records
 from cwac_lab.report.views import views
 from cwac_lab.results import select
