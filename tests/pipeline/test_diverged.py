@@ -160,7 +160,9 @@ def test_to_an_attacker_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_pa
         tiny.launch(train.main, [*attack, "hydra.sweeper.params={trainer.learning_rate:'choice(1e-4,1e30)'}"])
     assert " is not finite since step " in capsys.readouterr().err
     (results,) = (tmp_path / "sweeps").glob("*/optimization_results.yaml")
-    assert "trainer.learning_rate: 0.0001\nbest_value: -100.0" in results.read_text()
+    best = results.read_text()
+    assert "trainer.learning_rate: 0.0001\n" in best
+    assert "best_value: -100.0\n" in best
 
 
 def test_an_alignment_that_diverges_is_not_kept(tiny_folder, tmp_path, capsys):
