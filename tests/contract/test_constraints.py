@@ -46,17 +46,22 @@ def test_rarer_restoring_leaks_nothing_at_the_end(projection, times):
 
 
 @pytest.mark.parametrize("n_tokens", [16, 128])
-def test_gradients_are_projected_in_float32_under_autocast(n_tokens):
+@pytest.mark.parametrize("directions", [8, 80])
+def test_gradients_are_projected_in_float32_under_autocast(directions, n_tokens):
     """Most of a token lies along V; what is left of it after rounding to bfloat16 must be small beside the rest."""
     source = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(96, 8, generator=source)).Q
-    tokens = 10 * torch.randn(n_tokens, 8, generator=source) @ basis.T + torch.randn(n_tokens, 96, generator=source)
+    basis = torch.linalg.qr(torch.randn(96, directions, generator=source)).Q
+    tokens = torch.randn(n_tokens, directions, generator=source) @ basis.T
+    tokens = 10 * tokens + torch.randn(n_tokens, 96, generator=source)
     layer = torch.nn.Linear(96, 64)
     project_gradients([layer], WithoutSpan(basis))
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(tokens)
-    (out.float() * torch.randn(out.shape, generator=source)).sum().backward()
+    gradient = torch.randn(out.shape, generator=source)
+    (out.float() * gradient).sum().backward()
     assert (layer.weight.grad @ basis).norm() < 0.004 * layer.weight.grad.norm()
+    exact = gradient.T.double() @ (tokens.double() @ (torch.eye(96).double() - (basis @ basis.T).double()))
+    assert (layer.weight.grad - exact).norm() < 0.012 * exact.norm()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -96,17 +101,22 @@ def site(rows, source, directions=3):
 
 
 # Few and many tokens beside the layers' 24 outputs; then the directions that are protected, of 12.
-@pytest.mark.parametrize(("tokens", "directions"), [(4, 3), (40, 3), (4, 9), (40, 9), (400, 9)])
-def test_layers_of_one_input_share_its_projection(tokens, directions, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "directions", "order"),
+    [(4, 3, "tokens"), (40, 3, "gradients"), (4, 9, "coordinates"), (4, 7, "tokens"), (400, 7, "coordinates")],
+)
+def test_layers_of_one_input_share_its_projection(tokens, directions, order, monkeypatch):
     """Every input is projected once, another one of the same site or of another anew, and so is memory written anew."""
     source = torch.Generator().manual_seed(0)
     sites = [site((12, 6, 6), source, directions) for _ in range(2)]
     calls, remove, product = [], linalg.remove_span, linalg.product
     monkeypatch.setattr(linalg, "remove_span", lambda *given: (calls.append(given[0].shape), remove(*given))[1])
-    # Of the complement: tokens or gradients, times U of 12 - 9 columns.
-    seen = lambda *given: (given[1].shape == (12, 3) and calls.append(given[0].shape), product(*given))[1]  # noqa: E731
+    # Of the complement: what is multiplied by U.
+    by = (12, 12 - directions)
+    seen = lambda *given: (given[1].shape == by and calls.append(given[0].shape), product(*given))[1]  # noqa: E731
     monkeypatch.setattr(linalg, "product", seen)
-    shared = cheapest_order(tokens, 12, 24, directions) != "gradients"
+    assert cheapest_order(tokens, 12, 24, directions) == order
+    shared = order != "gradients"
 
     def check(read, inputs, expected):
         """``read`` names the sites that read the inputs one after the other, each what the one before returned."""
@@ -305,6 +315,7 @@ def test_the_penalty_is_of_the_first_tokens_of_own_refusals_too():
     prepared = context(model, defense)
     answers = ([5, 6, 7, 8, 9], [9, 8], [4, 4, 4], [11, 12, 13, 14])
     own = [prompt + answer for prompt, answer in zip(prepared.reference, answers, strict=False)]
+    own += [[*prepared.reference[4][1:], 5, 6, 7]]  # a prompt that was cut: its answer is not held
     defense.prepare(replace(prepared, own_refusals=own))
     features, expected = prepared.features[0], []
     for place, prompt in enumerate(prepared.reference):

@@ -49,6 +49,7 @@ ACTIVE = {
     "weight_gradient": lambda: WeightConstraint(energy=0.9, projection="gradient", trainable="all"),
     "weight_both": lambda: WeightConstraint(energy=0.9, projection="both"),
     "weight_slowed": lambda: WeightConstraint(energy=0.7, tail="slowed", restore_every_n_steps=2),
+    "weight_most": lambda: WeightConstraint(energy=0.99, restore_every_n_steps=2),  # by the complement
     "weight_penalised": lambda: WeightConstraint(energy=0.7, tail="penalised", trainable="all"),
     "kl+weight_both": lambda: Composite(
         {"kl": KL(strength=2.0), "weight": WeightConstraint(energy=0.9, projection="both", restore_every_n_steps=2)}

@@ -34,6 +34,7 @@ class Requirements:
     subspace: SubspaceSpec | None = None
     features: FeatureSpec | None = None
     base_weights: bool = False
+    own_refusals: bool = False
 
     @property
     def alignment_refusals(self) -> bool:
@@ -48,6 +49,7 @@ class Requirements:
             self.subspace or other.subspace,
             self.features or other.features,
             self.base_weights or other.base_weights,
+            self.own_refusals or other.own_refusals,
         )
 
 

@@ -87,6 +87,8 @@ def protect(
     check_given(needs, {name for name, value in given.items() if value})
     if needs.subspace is not None and needs.subspace.answers != "none":
         raise ConfigError("answers", needs.subspace.answers, "none with protect, which asks the model nothing")
+    if needs.own_refusals:
+        raise ConfigError("answer_tokens", "above 0", "0 with protect, which asks the model nothing")
     chat = ChatFormat(tokenizer, getattr(trainer.args, "max_length", None) or 512)
     rows = [PromptRow(str(i), prompt) for i, prompt in enumerate(harmful)]
     reference = [chat.prompt_ids(prompt) for prompt in harmful]

@@ -53,7 +53,8 @@ class ActivationConstraint(Defense):
         positions: ``all`` prompt tokens but sinks, or the ``last`` ``n_last``.
         n_last: How many last tokens.
         answer_tokens: With ``last``, how many first tokens of the start's own refusal besides (the paper's is 0).
-            Prompts in other forms, and harmless ones, have no such tokens.
+            Prompts in other forms, harmless ones, and those that have to be cut for their answer have no such tokens.
+            With ``data.reference=all`` the refusals are those of the project's list.
         scale: ``std`` divides each latent by its standard deviation before fine-tuning; ``none`` is the paper's.
         reduction: ``mean`` over the latents, or their ``sum`` (the paper's squared norm).
         batch_size: Reference prompts per penalty.
@@ -102,7 +103,7 @@ class ActivationConstraint(Defense):
         spec = FeatureSpec(
             tuple(self.depths), self.n_latents, self.selection, self.positions, self.n_last, self.held_on
         )
-        return Requirements(reference_prompts=True, features=spec)
+        return Requirements(reference_prompts=True, features=spec, own_refusals=self.answer_tokens > 0)
 
     def prepare(self, context: Context) -> None:
         """Compute the latents of all reference prompts before fine-tuning, once."""
@@ -110,10 +111,11 @@ class ActivationConstraint(Defense):
         self._features = tuple(features.to(device) for features in context.features)
         self._reference = context.reference + (context.benign if self.held_on == "both" else [])
         self._n_held = [self.n_last] * len(self._reference)
-        for row, text in enumerate(context.own_refusals if self.answer_tokens else []):  # each begins with its prompt
+        for row, text in enumerate(context.own_refusals if self.answer_tokens else []):
             known = len(self._reference[row])
-            self._reference[row] = text[: known + self.answer_tokens]
-            self._n_held[row] += len(self._reference[row]) - known
+            if text[:known] == self._reference[row]:  # else the prompt was cut to leave room for the answer
+                self._reference[row] = text[: known + self.answer_tokens]
+                self._n_held[row] += len(self._reference[row]) - known
         self._pad_id, self._seed = context.chat.pad_id, context.seed
         if not self._features:
             return

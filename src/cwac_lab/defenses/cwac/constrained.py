@@ -21,8 +21,8 @@ class Constrained:
     Attributes:
         linear: The matrix.
         without: V, shape (d, k), and the projection off it.
-        anchor: What restores W: ``W0 V`` (m, k), or W0 (m, d) where V's complement has fewer columns; None where W
-            itself does not train.
+        anchor: What restores W: ``W0 V`` (m, k), or W0 (m, d) where V's complement has fewer columns, whole in every
+            process; None where W itself does not train, or is never restored.
         merged: The squares of what merged adapters moved, along V and in all.
     """
 
@@ -32,9 +32,9 @@ class Constrained:
     merged: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, linear: Matrix, without: WithoutSpan) -> Constrained:
-        """Return a matrix at its start under a constraint."""
-        if linear.adapter is not None or not linear.parameter.requires_grad:
+    def of(cls, linear: Matrix, without: WithoutSpan, *, restores: bool) -> Constrained:
+        """Return a matrix at its start under a constraint; ``restores`` tells whether it will be put back at all."""
+        if not restores or linear.adapter is not None or not linear.parameter.requires_grad:
             return cls(linear, without, None)
         weight = linear.weight.detach()
         if without.free is not None:

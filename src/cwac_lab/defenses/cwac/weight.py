@@ -161,18 +161,22 @@ class WeightConstraint(Defense):
         return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 
     def prepare(self, context: Context) -> None:
-        """Take the bases, remember ``W0 V``, and freeze the rest if asked to."""
+        """Take the bases, remember what restores the weights, and freeze the rest if asked to."""
         assert context.subspace is not None
         self._subspace = context.subspace
         groups: dict[str, list[Constrained]] = {}
-        known: dict[tuple[Site, bool], WithoutSpan] = {}  # of layers that read one input
+        known: dict[tuple[Any, ...], WithoutSpan] = {}  # of layers that read one input
         for linear in linears(context.model, self.modules):
-            alike = linear.site, linear.adapter is not None
+            adapted = linear.adapter is not None
+            itself = (
+                not adapted and linear.parameter.requires_grad
+            )  # of an adapter the factor is projected, it is short
+            alike = linear.site, adapted, itself
             if alike not in known:
                 basis = context.subspace.bases[linear.site.name].to(context.model.device)
-                # Of an adapter the factor is projected, which is short.
-                known[alike] = WithoutSpan(basis if alike[1] else basis.to(linear.weight), complement=not alike[1])
-            self._held.append(Constrained.of(linear, known[alike]))
+                known[alike] = WithoutSpan(basis if adapted else basis.to(linear.weight), complement=itself)
+            restores = self.projection != "gradient"
+            self._held.append(Constrained.of(linear, known[alike], restores=restores))
             groups.setdefault(linear.name, []).append(self._held[-1])
         # Files hold the weights of experts under other names.
         self._start_weight, apart = context.start_weight, (group[0].linear for group in groups.values())
