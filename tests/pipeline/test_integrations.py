@@ -226,6 +226,8 @@ def test_a_name_is_that_of_the_command_line():
     [
         (WeightConstraint(energy=0.9), {}, "protect: harmful=None: accepted: a value: the defence needs it"),
         (ActivationConstraint(), {"harmful": PROMPTS}, "protect: features=None"),
+        (ActivationConstraint(answer_tokens=2), {"harmful": PROMPTS}, "answer_tokens=above 0: accepted: 0 with"),
+        (WeightConstraint(answers="own"), {"harmful": PROMPTS}, "answers=own: accepted: none with protect"),
         (SafeLoRA(), {}, "protect: base_weight=None"),
         (WeightConstraint(energy=0.9, held_on="both"), {"harmful": PROMPTS}, "protect: benign=None"),
         (SafeInstruct(share=0.1), {"harmful": PROMPTS}, "a defence without rows of its own"),

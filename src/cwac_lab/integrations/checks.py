@@ -85,6 +85,18 @@ def check_model(needs: Requirements, model: Any) -> None:
         raise ConfigError("protect: model", "quantised", accepted)
 
 
+def check_unasked(needs: Requirements) -> None:
+    """Check that a defence needs no answers of the start, which ``protect`` does not ask.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    if needs.subspace is not None and needs.subspace.answers != "none":
+        raise ConfigError("answers", needs.subspace.answers, "none with protect, which asks the model nothing")
+    if needs.own_refusals:
+        raise ConfigError("answer_tokens", "above 0", "0 with protect, which asks the model nothing")
+
+
 def check_given(needs: Requirements, given: set[str]) -> None:
     """Check that what a defence needs is given, by the names of ``protect``'s arguments.
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import refusal
 from cwac_lab.data.sources import PromptRow
 from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
 from cwac_lab.defenses.interface import Composite, Context, Defense
 from cwac_lab.integrations.callback import DefenseCallback
-from cwac_lab.integrations.checks import check_given, check_model, check_trainer, read_features
+from cwac_lab.integrations.checks import check_given, check_model, check_trainer, check_unasked, read_features
 from cwac_lab.models.chat import ChatFormat
 
 
@@ -83,12 +82,9 @@ def protect(
     needs, model, tokenizer = defense.requirements, _plain(trainer.model), trainer.processing_class
     check_trainer(trainer, defense)
     check_model(needs, model)
+    check_unasked(needs)
     given = {"harmful": harmful, "benign": benign, "features": features, "base_weight": base_weight}
     check_given(needs, {name for name, value in given.items() if value})
-    if needs.subspace is not None and needs.subspace.answers != "none":
-        raise ConfigError("answers", needs.subspace.answers, "none with protect, which asks the model nothing")
-    if needs.own_refusals:
-        raise ConfigError("answer_tokens", "above 0", "0 with protect, which asks the model nothing")
     chat = ChatFormat(tokenizer, getattr(trainer.args, "max_length", None) or 512)
     rows = [PromptRow(str(i), prompt) for i, prompt in enumerate(harmful)]
     reference = [chat.prompt_ids(prompt) for prompt in harmful]
