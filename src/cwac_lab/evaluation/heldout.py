@@ -14,6 +14,8 @@ from cwac_lab.data.batches import collate
 from cwac_lab.models.answers import answer_logits, to_device
 from cwac_lab.models.chat import ChatFormat, Encoded, Prompt
 
+# Tokens of a forward at most (of more than one example), so that the logits of a large vocabulary fit into memory.
+TOKENS = 2048
 # The cross-entropy of a text's tokens in nats, summed, and their number.
 Loss = tuple[float, int]
 
@@ -41,16 +43,24 @@ def summed(model: Any, examples: Sequence[Encoded], pad_id: int, batch_size: int
         model: A causal language model.
         examples: Token ids and labels.
         pad_id: Id to pad with.
-        batch_size: Examples per forward; those of a batch are of similar length.
+        batch_size: Examples per forward at most, and no more than fit into ``TOKENS``; they are of similar length.
         told: What is counted, for who waits.
     """
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
     found = [(0.0, 0)] * len(examples)
-    parts = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    for part in track(parts, told):
+    for part in track(_parts([len(example.input_ids) for example in examples], batch_size), told):
         for place, loss in zip(part, _sums(model, [examples[place] for place in part], pad_id), strict=True):
             found[place] = loss
     return found
+
+
+def _parts(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the places of examples, forward by forward, the short ones first."""
+    parts: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not parts or len(parts[-1]) == batch_size or (len(parts[-1]) + 1) * lengths[place] > TOKENS:
+            parts.append([])
+        parts[-1].append(place)
+    return parts
 
 
 def _sums(model: Any, examples: list[Encoded], pad_id: int) -> list[Loss]:

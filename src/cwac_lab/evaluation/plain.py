@@ -16,8 +16,6 @@ from cwac_lab.data.plain_text import content
 from cwac_lab.evaluation.heldout import Loss, summed
 from cwac_lab.models.chat import IGNORED, ChatFormat, Encoded
 
-# Tokens of a forward at most, so that the logits of a large vocabulary fit into memory.
-_TOKENS = 2048
 # Larger exponents are no number.
 _LARGEST = 700.0
 
@@ -47,9 +45,7 @@ def losses(model: Any, chat: ChatFormat, texts: Sequence[str], batch_size: int) 
         batch_size: Documents per forward at most.
     """
     examples = [encoded(chat, text) for text in texts]
-    longest = max(len(example.input_ids) for example in examples)
-    at_once = max(1, min(batch_size, _TOKENS // longest))
-    work = partial(summed, model, pad_id=chat.pad_id, batch_size=at_once, told="loss on plain text, batches")
+    work = partial(summed, model, pad_id=chat.pad_id, batch_size=batch_size, told="loss on plain text, batches")
     return distributed.spread(examples, work)
 
 

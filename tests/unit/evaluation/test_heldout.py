@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cwac_lab.core.stats import mean_per
-from cwac_lab.evaluation.heldout import losses, mean_loss
+from cwac_lab.evaluation.heldout import _parts, losses, mean_loss
 from cwac_lab.models.templates import Turn
 from support import tiny
 from support.held import ROWS
@@ -28,6 +28,13 @@ def test_the_loss_of_each_answer_whatever_stands_beside_it():
         sum(total for total, _ in found) / sum(count for _, count in found)
     )
     assert mean_loss([{"kind": "harmful"}]) is None
+
+
+def test_a_forward_has_so_many_tokens_at_most():
+    """With padding; an example that is longer than that goes alone."""
+    assert _parts([700, 10, 900, 3000, 600, 2100], 64) == [[1, 4, 0], [2], [5], [3]]
+    assert _parts([5, 5, 5], 2) == [[0, 1], [2]]
+    assert _parts([], 2) == []
 
 
 def test_the_interval_of_a_ratio_covers_as_often_as_it_says():
