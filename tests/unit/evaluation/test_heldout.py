@@ -32,7 +32,7 @@ def test_the_loss_of_each_answer_whatever_stands_beside_it():
 
 def test_a_forward_has_so_many_tokens_at_most():
     """With padding; an example that is longer than that goes alone."""
-    assert _parts([700, 10, 900, 3000, 600, 2100], 64) == [[1, 4, 0], [2], [5], [3]]
+    assert _parts([700, 10, 900, 3000, 600, 2100], 64) == [[1, 4], [0, 2], [5], [3]]
     assert _parts([5, 5, 5], 2) == [[0, 1], [2]]
     assert _parts([], 2) == []
 
