@@ -103,11 +103,11 @@ DRIFT = Recipe(
 # The start's loss on each document of plain text; ``texts`` are their token ids.
 START_TEXT = Recipe(
     "start_text",
-    1,
+    2,
     ("model", "dtype", "texts"),
     (
         *("run.ability:start_losses", "evaluation.plain:losses", "models.answers:answer_logits"),
-        *_of("evaluation.heldout", "summed", "_sums"),
+        *_of("evaluation.heldout", "summed", "_parts", "_sums"),
     ),
 )
 SUBSPACE = Recipe(
