@@ -153,6 +153,7 @@ def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, c
     assert "trainer.learning_rate: 0.0001\nbest_value: 250.0" in results.read_text()
 
 
+@pytest.mark.slow
 def test_to_an_attacker_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys):
     shared = [*tiny.small_run(tiny_folder, tmp_path), "logger=csv", "constraint=none", "trainer.gradient_clip=0"]
     attack = ["-m", "search=attacker", *shared, "trainer.schedule=constant", "hydra.sweeper.n_trials=4"]

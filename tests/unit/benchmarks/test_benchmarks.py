@@ -104,6 +104,7 @@ def test_the_busiest_operators_of_a_step_are_named():
     assert sum(shares.values()) <= 1 + 1e-9
 
 
+@pytest.mark.slow
 def test_every_trainer_is_measured_on_the_same_rows(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
     chat = tiny.chat()
