@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 # Punctuation that tells prompts apart wherever it stands, and marks that are punctuation though Unicode says symbol.
 _MEANT, _QUOTES = set("#%&*/@\\\u2030()[]{}"), set("`\u00b4")
@@ -33,6 +34,7 @@ def _folded(mark: re.Match[str]) -> str:
     return " " if plain and mark["meant"] is None else f" {character} "
 
 
+@lru_cache(maxsize=1 << 15)  # a run asks for the same prompts several times
 def normalise(prompt: str) -> str:
     """Return a prompt's identity: composed (NFC), lower case, plain punctuation and white space folded.
 
