@@ -37,8 +37,8 @@ def asked():
     return model, chat, prompts, parts_of(prompts)
 
 
-def spec(energy=0.9, **more):
-    return SubspaceSpec("ffn_out", energy, None, "all", False, **more)
+def spec(energy=0.9, rank=None, **more):
+    return SubspaceSpec("ffn_out", energy, rank, "all", False, **more)
 
 
 def directions(model, chat, texts, parts, asked_for):
@@ -67,10 +67,10 @@ def test_the_template_is_found_in_prompts(asked):
     assert parts[0].opening > 0 < len(prompts[0]) - parts[0].closing
 
 
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
-def test_an_opening_that_is_held_is_held_to_rounding_and_energy_is_of_the_other_tokens(energy, asked):
+@pytest.mark.parametrize(("energy", "rank"), [(0.5, None), (0.9, None), (0.999, None), (None, 1), (None, 5)])
+def test_an_opening_that_is_held_is_held_to_rounding_and_energy_or_rank_is_of_the_other_tokens(energy, rank, asked):
     model, chat, prompts, parts = asked
-    found = directions(model, chat, prompts, parts, spec(energy, opening="held"))
+    found = directions(model, chat, prompts, parts, spec(energy, rank, opening="held"))
     rows = rows_of(model, prompts)
     opening = rows[0][: parts[0].opening]
     own = torch.cat([x[part.opening :] for x, part in zip(rows, parts, strict=True)])
@@ -80,15 +80,17 @@ def test_an_opening_that_is_held_is_held_to_rounding_and_energy_is_of_the_other_
     _, singular, right = torch.linalg.svd(rest, full_matrices=False)
     within = float(own.square().sum() - rest.square().sum())
     shares = (within + torch.cumsum(singular.square(), 0)) / float(own.square().sum())
-    more = 0 if within / float(own.square().sum()) >= energy else int((shares < energy).sum()) + 1
-    wanted = torch.cat([q, right[:more]])
+    if rank is None:
+        rank = 0 if within / float(own.square().sum()) >= energy else int((shares < energy).sum()) + 1
+    wanted = torch.cat([q, right[:rank]])
     assert found.basis.shape[1] == len(wanted)
-    assert torch.linalg.svdvals(wanted @ found.basis.double()).min() > 1 - 1e-5
+    close = 1e-2 if found.solver == "randomized" else 1e-5  # of a fixed rank it approximates, where that is cheaper
+    assert torch.linalg.svdvals(wanted @ found.basis.double()).min() > 1 - close
     assert torch.allclose(found.basis.T @ found.basis, torch.eye(len(wanted)), atol=1e-5)
     v = found.basis.double()
     assert float((opening - opening @ v @ v.T).norm() / opening.norm()) < 1e-5
     assert found.kept == pytest.approx(float((own @ v).square().sum() / own.square().sum()), rel=1e-5)
-    assert found.kept >= energy * (1 - 1e-6)
+    assert energy is None or found.kept >= energy * (1 - 1e-6)
 
 
 def test_openings_of_several_forms_are_held_each(asked):
@@ -155,12 +157,8 @@ def test_what_is_held_of_each_part(asked):
         (("opening=exact",), "constraint.weight.opening=exact: accepted: counted | held"),
         (("answers=all",), "constraint.weight.answers=all: accepted: none | own"),
         (("closing_weight=-1",), "constraint.weight.closing_weight=-1.0: accepted: a number in [0, inf)"),
-        (
-            ("opening=held", "energy=null", "rank=4"),
-            "constraint.weight.opening=held: accepted: counted with a fixed rank",
-        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_one_line(overrides, line):
     with pytest.raises(ConfigError) as raised:
         read(tiny.config("constraint=weight", *(f"constraint.weight.{each}" for each in overrides)))

@@ -62,7 +62,7 @@ class WeightConstraint(Defense):
         projection: ``gradient`` (the paper's literal text), ``update`` (exact under any optimizer), or ``both``: exact,
             and the optimizer's moments and the clipping see only what is allowed (at a ``gradient_share`` of 1).
         energy: Share of the trace of C that is protected; exclusive with ``rank``.
-        rank: Fixed number of protected directions; 0 switches the constraint off.
+        rank: Fixed number of protected directions, beside those of a held opening; 0 switches the constraint off.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
@@ -86,12 +86,12 @@ class WeightConstraint(Defense):
     modules: str = "all_linear"
     trainable: str = "constrained"
     projection: str = "both"
-    energy: float | None = 0.99
+    energy: float | None = 0.998
     rank: int | None = None
     held_on: str = "harmful"
     tokens: str = "all"
     normalize: bool = True
-    opening: str = "counted"
+    opening: str = "held"
     answers: str = "none"
     closing_weight: float = 1.0
     tail: str = "free"
@@ -125,8 +125,6 @@ class WeightConstraint(Defense):
             raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
         if self.gradient_share != 1 and self.projection != "both":
             raise ConfigError("gradient_share", self.gradient_share, "1 with a projection other than both")
-        if self.energy is None and self.opening == "held":
-            raise ConfigError("opening", self.opening, "counted with a fixed rank")
         if self.energy is not None:
             in_range("energy", self.energy, 0, 1, open_low=True)
         if self.rank is not None:
@@ -154,9 +152,10 @@ class WeightConstraint(Defense):
     @property
     def requirements(self) -> Requirements:
         """Reference prompts and the subspace of the chosen scope."""
+        opening = "counted" if self.rank == 0 else self.opening
         spec = SubspaceSpec(
             self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on,
-            self.opening, self.answers, self.closing_weight, self.tail_energy if self.has_tail else None,
+            opening, self.answers, self.closing_weight, self.tail_energy if self.has_tail else None,
         )  # fmt: skip
         return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 

@@ -16,7 +16,7 @@ class SubspaceSpec:
     Attributes:
         modules: Scope of linear layers, a key of ``SCOPES``.
         energy: Share of the trace that the protected directions hold, in (0, 1]; exclusive with ``rank``.
-        rank: Fixed number of protected directions per site.
+        rank: Fixed number of protected directions per site, beside those of a held opening.
         tokens: ``all`` tokens of the reference prompts, or ``no_sinks``.
         normalize: Scale each token's activation to unit norm, so that energy is not owned by outlier tokens.
         held_on: ``harmful`` reference prompts, or ``both`` kinds.
