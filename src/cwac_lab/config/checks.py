@@ -11,7 +11,7 @@ from cwac_lab.data.attacks import LEAST
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.taught import POOL as ALIGNMENT
-from cwac_lab.models.adapters import TARGETS
+from cwac_lab.models.adapters import SAVED, TARGETS
 from cwac_lab.models.loading import choose_weights
 from cwac_lab.models.settings import before_alignment
 
@@ -30,6 +30,12 @@ def _check_adapters(run: Run) -> None:
             "bf16-true",
             "32-true | bf16-mixed: small updates are lost when merged into bf16 weights",
         )
+    if run.constraint.requirements.whole_update:
+        accepted = f"with constraint={run.constraint_name}, which changes merged weights"
+        if run.tuning.save != SAVED[0]:
+            raise ConfigError("tuning.save", run.tuning.save, f"{SAVED[0]} {accepted}")
+        if run.guard.kl is not None:
+            raise ConfigError("guard.kl", run.guard.kl, f"null, or tuning=full, {accepted}")
     adapted = TARGETS[run.tuning.modules]
     for name, part in run.constraint.parts.items():
         scope = getattr(part, "modules", None)

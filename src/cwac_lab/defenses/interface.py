@@ -27,7 +27,10 @@ HELD_ON = ("harmful", "both")
 
 @dataclass(frozen=True)
 class Requirements:
-    """What must be prepared before a defence can start; None and False mean not needed."""
+    """What must be prepared before a defence can start; None and False mean not needed.
+
+    With ``whole_update`` it settles weights, and cannot settle factors of adapters: these must be merged before.
+    """
 
     reference_prompts: bool = False
     exact_projection: bool = False
@@ -35,6 +38,7 @@ class Requirements:
     features: FeatureSpec | None = None
     base_weights: bool = False
     own_refusals: bool = False
+    whole_update: bool = False
 
     @property
     def alignment_refusals(self) -> bool:
@@ -50,6 +54,7 @@ class Requirements:
             self.features or other.features,
             self.base_weights or other.base_weights,
             self.own_refusals or other.own_refusals,
+            self.whole_update or other.whole_update,
         )
 
 

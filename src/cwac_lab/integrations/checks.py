@@ -64,6 +64,8 @@ def check_model(needs: Requirements, model: Any) -> None:
         if needs.exact_projection and model.dtype != torch.float32:
             raise ConfigError("protect: dtype", model.dtype, "float32 weights: others round an exact projection away")
         return
+    if needs.whole_update:
+        raise ConfigError("protect: model", "with adapters", "plain weights: the defence cannot change factors")
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         if not isinstance(layer, LoraLayer):
