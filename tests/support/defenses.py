@@ -11,6 +11,7 @@ from cwac_lab.defenses.literature.kl import KL
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.ldifs import LDIFS
 from cwac_lab.defenses.literature.lisa import Lisa
+from cwac_lab.defenses.literature.osf import OSF
 from cwac_lab.defenses.literature.safe_delta import SafeDelta
 from cwac_lab.defenses.literature.safe_instruct import SafeInstruct
 from cwac_lab.defenses.literature.safegrad import SafeGrad
@@ -42,6 +43,7 @@ ZERO = {
     "ldifs": lambda: LDIFS(strength=0),
     "safegrad": lambda: SafeGrad(strength=0),
     "safelora": lambda: SafeLoRA(share=0.0),
+    "osf": lambda: OSF(share=0.0),
     "safe_delta": lambda: SafeDelta(strength=None, excluded=0.0, others="trained"),
     "asft": lambda: AsFT(strength=0),
 }
@@ -72,6 +74,7 @@ ACTIVE = {
     "ldifs": lambda: LDIFS(strength=2.0, depths=[0.0, 0.5]),
     "safegrad": lambda: SafeGrad(strength=1.0, batch_size=3),
     "safelora": lambda: SafeLoRA(share=0.5),
+    "osf": lambda: OSF(share=0.3),
     "safe_delta": lambda: SafeDelta(strength=50.0),
     "asft": lambda: AsFT(strength=2.0),
     "lisa+weight": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "weight": WeightConstraint(energy=0.9)}),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cwac_lab.core.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.core.linalg import full_float32
-from cwac_lab.models.sites import OF_EXPERTS, PROJECTIONS, SCOPES, decoder_layers, is_turned, paths_in
+from cwac_lab.models.sites import OF_EXPERTS, PROJECTIONS, SCOPES, Matrix, decoder_layers, is_turned, paths_in
 
 METHODS = ("full", "lora")
 SAVED = ("merged", "adapter", "both")
@@ -250,6 +250,13 @@ def dense(linear: torch.nn.Linear) -> Float[Tensor, "m d"]:
 
         weight = dequantize_bnb_weight(weight, getattr(linear, "state", None))
     return weight.detach().to(torch.float32, copy=True)
+
+
+def held_weight(linear: Matrix) -> Float[Tensor, "m d"]:
+    """Return a new copy of a matrix in float32, as it is held, without what adapters that are not merged add."""
+    if linear.site.expert is not None:
+        return linear.weight.detach().to(torch.float32, copy=True)
+    return linear.of(dense(linear.module))
 
 
 def _layers(model: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import LabError
 from cwac_lab.defenses.interface import Context
-from cwac_lab.models.adapters import dense
+from cwac_lab.models.adapters import held_weight
 from cwac_lab.models.sites import Matrix, linears
 
 
@@ -55,7 +55,7 @@ def directed(context: Context, modules: str, mode: str, rank: int | None) -> Ite
     for linear in linears(context.model, modules):
         if linear.site.expert is not None:
             raise LabError(f"modules={modules}: {linear.name} holds experts, which have no alignment direction here")
-        start = linear.of(dense(linear.module))
+        start = held_weight(linear)
         # As stored, not as held: in few bits, the rounding would be larger than what alignment did.
         readers = (context.start_weight, context.base_weight)
         aligned, before = (linear.of(read(linear.name)).to(start) for read in readers)

@@ -30,8 +30,8 @@ from cwac_lab.core.progress import track
 from cwac_lab.defenses.cwac.subspace.reading import batched, fill
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.interface import Context, Defense, Requirements
-from cwac_lab.models.adapters import dense
-from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
+from cwac_lab.models.adapters import held_weight
+from cwac_lab.models.sites import SCOPES, Site, linears
 
 # As released: columns that share a budget, columns without compensation between them, Llama-2's rows.
 BLOCK, GROUP, ROWS = 2048, 4, 4096
@@ -169,7 +169,7 @@ class SafeDelta(Defense):
         with context.autocast():
             fill(held, context.model, batched(texts, None, 16), spec, chat.pad_id)
         self._moments = {site: each.moment.float().cpu() for site, each in held.items()}
-        self._start = [_weight(layer).cpu() for layer in self._layers]
+        self._start = [held_weight(layer).cpu() for layer in self._layers]
         inside = {layer.name for layer in self._layers}
         self._others = {
             name: parameter.detach().cpu().clone()
@@ -200,10 +200,3 @@ class SafeDelta(Defense):
     def summary(self) -> dict[str, Any]:
         """Return the share of entries that is kept, of every matrix that moved."""
         return {"safe_delta_kept": self._kept}
-
-
-def _weight(layer: Matrix) -> Float[Tensor, "m d"]:
-    """Return a copy of the weight at the start, in float32."""
-    if layer.site.expert is not None:
-        return layer.weight.detach().to(torch.float32, copy=True)
-    return layer.of(dense(layer.module))
