@@ -79,9 +79,6 @@ def _row(run: Record, *, failed: bool) -> Row:
     projection = kept.get("constraint.weight.projection")
     if projection is not None:  # with update, weights are restored after every step
         kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept[_RESTORE])
-    for key, value in _BEFORE.items():
-        if any(name.startswith(f"{key.rpartition('.')[0]}.") for name in kept):
-            kept.setdefault(key, value)
     row["dealt"] = kept.pop(_NEAR)
     forms = config["forms"]
     kept["forms"] = forms["name"] if forms == THEN["forms"] else f"{forms['name']} {digest(forms)[:8]}"
@@ -89,14 +86,7 @@ def _row(run: Record, *, failed: bool) -> Row:
     return row
 
 
-# What a constraint without these settings did, as in records of before them.
-_BEFORE = {
-    **{"constraint.weight.opening": "counted", "constraint.weight.answers": "none"},
-    **{"constraint.weight.closing_weight": 1.0, "constraint.weight.tail": "free"},
-    **{"constraint.weight.tail_energy": 0.9999, "constraint.weight.tail_strength": 100.0},
-    "constraint.activation.answer_tokens": 0,
-}
-# What an attack without these settings did, likewise.
+# What an attack without these settings did, as in records of before them.
 _LATER = {"abliterate": False}
 
 

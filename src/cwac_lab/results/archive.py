@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
+from cwac_lab.results.later import completed
 from cwac_lab.results.record import (
     CONFIG,
     COURSE,
@@ -98,9 +99,8 @@ class ArchivedRun:
         return valid(Provenance, self.read(PROVENANCE), self.path / PROVENANCE)
 
     def config(self) -> dict[str, Any]:
-        """Return its resolved configuration."""
-        found: dict[str, Any] = self.read(CONFIG)
-        return found
+        """Return its resolved configuration, with what it did where settings came later."""
+        return completed(self.read(CONFIG))
 
     def has(self, name: str) -> bool:
         """Tell whether a file of the record is in the archive."""

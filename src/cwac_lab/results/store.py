@@ -20,6 +20,7 @@ from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.results import schema2
 from cwac_lab.results.archive import ArchivedRun, archived, holds
 from cwac_lab.results.fields import Misfit, check
+from cwac_lab.results.later import completed
 from cwac_lab.results.record import (
     CONFIG,
     COURSE,
@@ -176,14 +177,14 @@ class RunFolder:
         return read_jsonl(self.path / name) if name.endswith(".jsonl") else read_json(self.path / name)
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved configuration; of a record of schema 2 with all that later settings said.
+        """Return the resolved configuration, with what it did where settings came later.
 
         Raises:
             LabError: If the record is not there, cannot be read, or is of another schema.
         """
         told: dict[str, Any] = self.read(CONFIG)
         provenance = self.read(PROVENANCE) if self.has(PROVENANCE) else {}
-        return schema2.configuration(told) if provenance.get("schema") == schema2.SCHEMA else told
+        return completed(schema2.configuration(told) if provenance.get("schema") == schema2.SCHEMA else told)
 
     def facts(self) -> dict[str, Any]:
         """Return what ran, or is to run, by the names of ``FACTS``; with the metrics where the run is finished.

@@ -1,5 +1,6 @@
 """Fields of a record by their declared types, and records of schema 2 as records of today."""
 
+import copy
 from typing import get_args, get_type_hints
 
 import pytest
@@ -7,7 +8,7 @@ from omegaconf import OmegaConf
 
 from cwac_lab.config.run import read
 from cwac_lab.core.errors import LabError
-from cwac_lab.results import schema2
+from cwac_lab.results import later, schema2
 from cwac_lab.results.fields import Says
 from cwac_lab.results.record import SCHEMA, Facts, Kappa, Metrics, Provenance, Rate, Stage, Status
 from cwac_lab.results.store import RunFolder
@@ -121,6 +122,21 @@ def test_a_configuration_of_schema_2_is_read_with_what_its_run_did(constraint, t
     assert told["evaluation"]["judges"] == ["refusal"]
     run.write("provenance.json", {"schema": SCHEMA})
     assert run.config() == then  # of today: nothing is filled in
+
+
+def test_what_a_record_of_before_does_not_name_is_what_its_run_did():
+    """Whatever the defaults have become: a run made again is the same run."""
+    today = OmegaConf.to_container(tiny.config("constraint=coupled"), resolve=True)
+    then = copy.deepcopy(today)
+    for part, settings in later.BEFORE.items():
+        for name in settings:
+            del then["constraint"][part][name]
+    told = later.completed(then)
+    for part, settings in later.BEFORE.items():
+        assert told["constraint"][part] == today["constraint"][part] | settings
+    assert read(OmegaConf.create(told), recorded=True).constraint.parts["weight"].opening == "counted"
+    assert later.completed(today) == today
+    assert later.completed({"seed": 1}) == {"seed": 1}
 
 
 @pytest.mark.parametrize(("tuning", "base"), [({"method": "lora"}, "float32"), ({"method": "full"}, None)])

@@ -1,0 +1,22 @@
+"""Settings that came later: what runs did that do not name them, whatever today's defaults are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# By part of a constraint.
+BEFORE: dict[str, dict[str, Any]] = {
+    "weight": {
+        **{"opening": "counted", "answers": "none", "closing_weight": 1.0},
+        **{"tail": "free", "tail_energy": 0.9999, "tail_strength": 100.0},
+    },
+    "activation": {"answer_tokens": 0},
+}
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration in which every part of its constraint names these settings."""
+    parts = dict(config.get("constraint") or {})
+    for name in parts.keys() & BEFORE.keys():
+        parts[name] = {**parts[name], **{key: value for key, value in BEFORE[name].items() if key not in parts[name]}}
+    return {**config, "constraint": parts} if parts else config
