@@ -122,6 +122,11 @@ BAD = [
     (["harmful_ratio=1.5"], "harmful_ratio=1.5: accepted: a number in [0, 1]"),
     (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
     (["seed=-1"], "seed=-1: accepted"),
+    (
+        ["constraint=safe_delta", "tuning=lora", "tuning.save=adapter"],
+        "tuning.save=adapter: accepted: merged with constraint=safe_delta, which changes merged weights",
+    ),
+    (["constraint=safe_delta", "tuning=lora", "guard.kl=0.1"], "guard.kl=0.1: accepted: null, or tuning=full, with"),
     (["task=imdb"], "task=imdb: accepted: agnews | alpaca | chat | gsm8k | pubmedqa | sst2"),
     (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
     (["constraint=magic"], "constraint=magic: accepted: activation | asft | "),

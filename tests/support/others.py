@@ -25,6 +25,7 @@ from cwac_lab.defenses.literature.kl import KL
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.ldifs import LDIFS
 from cwac_lab.defenses.literature.lisa import Lisa
+from cwac_lab.defenses.literature.safe_delta import SafeDelta
 from cwac_lab.defenses.literature.safegrad import SafeGrad
 from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.defenses.literature.sppft import SPPFT
@@ -58,6 +59,7 @@ ACTIVE = {
     "weight+safelora": lambda: Composite(
         {"weight": WeightConstraint(energy=0.9, restore_every_n_steps=100), "safelora": SafeLoRA(share=0.5)}
     ),
+    "safe_delta": lambda: SafeDelta(strength=50.0),
     "asft": lambda: AsFT(strength=2),
     **COMMON,
 }
