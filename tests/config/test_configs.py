@@ -123,6 +123,10 @@ BAD = [
     (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
     (["seed=-1"], "seed=-1: accepted"),
     (
+        ["constraint=[weight,osf]"],
+        "constraint=[osf,weight]: accepted: one of osf | weight: each moves what another holds",
+    ),
+    (
         ["constraint=safe_delta", "tuning=lora", "tuning.save=adapter"],
         "tuning.save=adapter: accepted: merged with constraint=safe_delta, which changes merged weights",
     ),

@@ -152,7 +152,7 @@ class WeightConstraint(Defense):
     @property
     def requirements(self) -> Requirements:
         """Reference prompts and the subspace of the chosen scope."""
-        opening = "counted" if self.rank == 0 else self.opening
+        opening = "counted" if self.rank == 0 and not self.has_tail else self.opening
         spec = SubspaceSpec(
             self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on,
             opening, self.answers, self.closing_weight, self.tail_energy if self.has_tail else None,

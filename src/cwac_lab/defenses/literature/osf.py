@@ -39,7 +39,7 @@ class _Held:
         if linear.site.expert is not None and linear.adapter is not None:
             raise LabError(f"{linear.name} holds experts, whose adapters share factors (accepted: tuning=full)")
         weight = held_weight(linear)
-        k = round(share * min(weight.shape))
+        k = int(share * min(weight.shape))
         left, _, right = torch.linalg.svd(weight, full_matrices=False)
         trains = linear.adapter is None and linear.parameter.requires_grad
         return cls(linear, left[:, :k].contiguous(), right[:k].T.contiguous(), weight if trains else None)

@@ -51,7 +51,8 @@ def factor(moment: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]
     """Return the upper Cholesky factor of the inverse of a damped H.
 
     Args:
-        moment: H up to a factor, which cancels in what is kept; inputs that are always zero count as one.
+        moment: H up to a factor, which cancels in what is kept where all inputs are used; those that are always zero
+            count as one.
         damping: What is added to the diagonal, of its mean.
     """
     damped = moment.double().clone()
@@ -181,6 +182,7 @@ class SafeDelta(Defense):
     @torch.no_grad()
     def settle(self, model: Any) -> None:
         """Take back what is not kept; adapters must be merged."""
+        self._kept = {}
         uppers: dict[Site, Float[Tensor, "d d"]] = {}  # of one site at a time: the layers that read it stand together
         for layer, held in zip(track(self._layers, "taking back updates, layers"), self._start, strict=True):
             weight = layer.weight
