@@ -15,6 +15,7 @@ from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite
 from cwac_lab.defenses.literature.kl import KL
 from cwac_lab.defenses.literature.ldifs import LDIFS
+from cwac_lab.defenses.literature.osf import OSF
 from cwac_lab.defenses.literature.safe_instruct import SafeInstruct
 from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.examples import trainer as example
@@ -41,6 +42,8 @@ DEFENSES = {
     "safelora": lambda: SafeLoRA(share=0.5),
     **COMMON,
 }
+# Each moves weights where the other has put them.
+BOTH = Composite({"osf": OSF(), "weight": WeightConstraint(energy=0.9)})
 SETTINGS = {"schedule": "constant", "epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
 
 
@@ -230,6 +233,7 @@ def test_a_name_is_that_of_the_command_line():
         (WeightConstraint(answers="own"), {"harmful": PROMPTS}, "answers=own: accepted: none with protect"),
         (SafeLoRA(), {}, "protect: base_weight=None"),
         (WeightConstraint(energy=0.9, held_on="both"), {"harmful": PROMPTS}, "protect: benign=None"),
+        (BOTH, {"harmful": PROMPTS}, r"constraint=\[osf,weight\]: accepted: one of osf \| weight: each moves"),
         (SafeInstruct(share=0.1), {"harmful": PROMPTS}, "a defence without rows of its own"),
     ],
 )

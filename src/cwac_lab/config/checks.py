@@ -11,21 +11,17 @@ from cwac_lab.data.attacks import LEAST
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.taught import POOL as ALIGNMENT
+from cwac_lab.defenses.interface import check_together
 from cwac_lab.models.adapters import SAVED, TARGETS
 from cwac_lab.models.loading import choose_weights
 from cwac_lab.models.settings import before_alignment
 
 if TYPE_CHECKING:
     from cwac_lab.config.run import Run
-    from cwac_lab.defenses.interface import Requirements
 
 
 def _total(plan: dict[str, dict[str, int]], pool: str) -> int:
     return sum(plan.get(pool, {}).values())
-
-
-def _holds_updates(needs: Requirements) -> bool:
-    return needs.exact_projection or needs.whole_update
 
 
 def _check_adapters(run: Run) -> None:
@@ -132,11 +128,7 @@ def cross_check(run: Run) -> None:
         )
     _check_guard(run)
     _check_abliteration(run)
-    exact = [name for name, part in run.constraint.parts.items() if _holds_updates(part.requirements)]
-    if len(exact) > 1:
-        raise ConfigError(
-            "constraint", f"[{','.join(exact)}]", f"one of {' | '.join(exact)}: each moves what another holds"
-        )
+    check_together(run.constraint.parts)
     if run.finetune and run.forms.others and needs.subspace is None and needs.features is None:
         raise ConfigError(
             "forms", run.forms.name, f"own with constraint={run.constraint_name}, which holds on to no reference prompt"

@@ -5,7 +5,7 @@ The default of every hook does nothing, so defences compose. Hooks are handed lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
@@ -176,6 +177,19 @@ class Defense:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what ``state_dict`` returned."""
+
+
+def check_together(parts: Mapping[str, Defense]) -> None:
+    """Check that no part of a composition moves weights where another has put them.
+
+    Raises:
+        ConfigError: If two parts each hold the update in a space of their own.
+    """
+    needs = {name: part.requirements for name, part in parts.items()}
+    exact = [name for name, each in needs.items() if each.exact_projection or each.whole_update]
+    if len(exact) > 1:
+        accepted = f"one of {' | '.join(exact)}: each moves what another holds"
+        raise ConfigError("constraint", f"[{','.join(exact)}]", accepted)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.defenses.cwac.sae import latents
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
-from cwac_lab.defenses.interface import Defense, Requirements
+from cwac_lab.defenses.interface import Composite, Defense, Requirements, check_together
 from cwac_lab.integrations.callback import DefenseCallback, overrides, parts_of
 from cwac_lab.models.adapters import has_adapters, in_few_bits
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
@@ -27,6 +27,7 @@ def check_trainer(trainer: Any, defense: Defense) -> None:
         ConfigError: If a setting is in the way.
         LabError: If the trainer has trained, or is under a defence.
     """
+    check_together(defense.parts if isinstance(defense, Composite) else {})
     arguments = trainer.args
     if any(isinstance(each, DefenseCallback) for each in trainer.callback_handler.callbacks):
         raise LabError("protect: the trainer is under a defence (accepted: one call, several parts: named('[a,b]'))")
