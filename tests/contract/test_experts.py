@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import collate
-from cwac_lab.defenses.cwac.subspace import basis, coverage
+from cwac_lab.defenses.cwac.subspace import basis, coverage, reading
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.models.adapters import attach
@@ -64,7 +64,7 @@ def prompts_of(*texts):
 @pytest.mark.parametrize(("normalize", "tokens"), [(True, "all"), (False, "all"), (False, "no_sinks")])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_an_expert_is_held_on_the_tokens_that_are_routed_to_it(family, normalize, tokens, at_once, monkeypatch):
-    monkeypatch.setattr(basis, "MEMORY", at_once)
+    monkeypatch.setattr(reading, "MEMORY", at_once)
     model, prompts = tiny.lively(family, **tiny.MIXTURES[family]), prompts_of(*PROMPTS)
     spec = SubspaceSpec("ffn", 0.9, None, tokens, normalize)
     found = dict(basis.leading(model, prompts, spec, 0, batch_size=3))

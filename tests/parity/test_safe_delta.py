@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cwac_lab.core.errors import ConfigError
+from cwac_lab.defenses.cwac.subspace import reading
 from cwac_lab.defenses.literature import safe_delta
 from cwac_lab.defenses.literature.safe_delta import SafeDelta, factor, restored
 from support import tiny
@@ -87,8 +88,10 @@ def test_inputs_that_are_always_zero_can_be_inverted():
     torch.testing.assert_close(upper.T @ upper, torch.diag(1 / (torch.tensor([4.0, 1.0, 2.0]) + 0.07 / 3)).double())
 
 
-def test_on_a_trained_model_layer_by_layer():
-    """Plain fine-tuning, then by hand what is kept of it, from inputs that hooks see."""
+@pytest.mark.parametrize("at_once", [1, 2**30])
+def test_on_a_trained_model_layer_by_layer(at_once, monkeypatch):
+    """Plain fine-tuning, then by hand what is kept of it, from inputs that hooks see; also a site at a time."""
+    monkeypatch.setattr(reading, "MEMORY", at_once)
     after, start, chat = plain(sft), tiny.model(), tiny.chat()
     layers = {f"{name}.weight": module for name, module in start.named_modules() if name.endswith("_proj")}
     seen = {name: [] for name in layers}

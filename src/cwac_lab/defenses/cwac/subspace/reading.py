@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,8 @@ from cwac_lab.models.capture import site_inputs, truncated, without_sinks
 from cwac_lab.models.sites import Site, decoder
 
 Text = tuple[Sequence[int], Parts]
+# Bytes that accumulate at once, at most.
+MEMORY = 8 * 2**30
 
 
 def batched(prompts: Sequence[Sequence[int]], parts: Sequence[Parts] | None, size: int) -> list[list[Text]]:
@@ -24,6 +26,17 @@ def batched(prompts: Sequence[Sequence[int]], parts: Sequence[Parts] | None, siz
     texts = list(zip(prompts, parts_of(prompts) if parts is None else parts, strict=True))
     ordered = sorted(texts, key=lambda text: len(text[0]))
     return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+
+def passes(sizes: Mapping[Site, int]) -> Iterator[list[Site]]:
+    """Divide sites, in their order, so that what a forward fills stays within ``MEMORY`` (or is a single site)."""
+    group: list[Site] = []
+    for site in sizes:
+        if group and sum(sizes[held] for held in group) + sizes[site] > MEMORY:
+            yield group
+            group = []
+        group.append(site)
+    yield group
 
 
 class Receiver(Protocol):
