@@ -15,7 +15,7 @@ JOBS ?= null
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gemma setup-qwen setup-qwen-1.5b train align prepare evaluate tables report docs site test test-all lint types format benchmark clean
+.PHONY: help setup setup-gemma setup-qwen setup-qwen-1.5b train align prepare evaluate tables report docs site test test-all test-exhaustive lint types format benchmark clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,9 +71,12 @@ site: $(READY)  ## the documents as a site under site/, checked for broken links
 PYTEST := $(BIN)/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 
 test: $(TESTED)  ## fast tests, no network; ARGS="tests/unit -k name ..."
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
-test-all: $(TESTED)  ## all tests: every row of the tables, real weights, sweeps that are killed, the wheel
+test-all: $(TESTED)  ## these and the slow ones: real weights, sweeps that are killed, the wheel
+	$(PYTEST) -m "not exhaustive" $(ARGS)
+
+test-exhaustive: $(TESTED)  ## all of these in all combinations of their tables, before a release
 	$(PYTEST) $(ARGS)
 
 lint: $(TESTED)  ## ruff: style and format

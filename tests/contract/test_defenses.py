@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import cycle, product
+from itertools import cycle
 
 import pytest
 import torch
@@ -61,13 +61,13 @@ def test_a_resumed_run_continues_exactly(name, way, tmp_path):
     assert same(weights(train(ACTIVE[name](), **settings, checkpoint=folder)[0]), whole)
 
 
-# Both change how a step is computed, not what a defence is: the fast set has every defence under one of the two.
-FULL_OR_LORA = list(product(ACTIVE, ["full", "lora"]))
-CHECKPOINTED = list(zip(list(ACTIVE)[::2], cycle(["lora", "full"]), strict=False))
-ACCUMULATED = list(zip(list(ACTIVE)[1::2], cycle(["full", "lora"]), strict=False))
+# Both change how a step is computed, not what a defence is: every defence is tuned in one way under the one and in the
+# other under the other, and the fast set has it under one of the two.
+CHECKPOINTED = list(zip(ACTIVE, cycle(["lora", "full"]), strict=False))
+ACCUMULATED = list(zip(ACTIVE, cycle(["full", "lora"]), strict=False))
 
 
-@pytest.mark.parametrize(("name", "way"), some(FULL_OR_LORA, *CHECKPOINTED))
+@pytest.mark.parametrize(("name", "way"), some(CHECKPOINTED, *CHECKPOINTED[::2]))
 def test_gradient_checkpointing_changes_rounding_only(name, way):
     settings = {**WAYS[way], "learning_rate": 1e-3}
     expected = weights(train(ACTIVE[name](), **settings)[0])
@@ -83,7 +83,7 @@ def accumulated(name, way, pieces):
     return weights(train(ACTIVE[name](), **settings, batch_size=12 // pieces, accumulate=pieces)[0])
 
 
-@pytest.mark.parametrize(("name", "way"), some(FULL_OR_LORA, *ACCUMULATED))
+@pytest.mark.parametrize(("name", "way"), some(ACCUMULATED, *ACCUMULATED[1::2]))
 def test_accumulation_changes_rounding_only(name, way):
     """Pieces of unequal size under the one, fewer in the last step under the other."""
     pieces = {"full": 4, "lora": 6}[way]

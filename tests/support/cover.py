@@ -1,4 +1,4 @@
-"""Tables over several factors: some rows are in the fast set, all are in the whole one."""
+"""Tables over several factors: a cover of the product is tried always, the rest of it before a release."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def cover(sizes, strength=1):
 
 
 def table(strength=1, turn=0, **factors: Iterable):
-    """Parametrize a test over all combinations; those beyond ``cover`` are slow.
+    """Parametrize a test over all combinations; those beyond ``cover`` are exhaustive.
 
     Args:
         strength: That of ``cover``.
@@ -54,7 +54,7 @@ def table(strength=1, turn=0, **factors: Iterable):
         pytest.param(
             *(each[place] for each, place in zip(values, row, strict=True)),
             id="-".join(map(_word, factors, (each[place] for each, place in zip(values, row, strict=True)), row)),
-            marks=() if row in kept else pytest.mark.slow,
+            marks=() if row in kept else pytest.mark.exhaustive,
         )
         for row in product(*(range(len(each)) for each in values))
     ]
