@@ -42,8 +42,7 @@ def by_hand(start, trained_, moment, strength, excluded, block, group):
                 moved = {j: float(trained_[i, j] - weight[i, j]) for j in together if chosen[i, j]}
                 for j, by in moved.items():
                     weight[i, j] += by
-                    for behind in range(together[-1] + 1, width):
-                        weight[i, behind] += by / upper[j, j] * upper[j, behind]
+                    weight[i, together[-1] + 1 :] += by / upper[j, j] * upper[j, together[-1] + 1 :]
     return weight, chosen
 
 
