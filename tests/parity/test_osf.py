@@ -87,6 +87,25 @@ def test_the_product_of_factors_is_projected():
     assert seen == len(defense._held)
 
 
+def test_gradients_of_factors_are_projected():
+    model = begin("llama", LORA)
+    attach(model, LORA, 0)
+    defense = OSF(share=0.3)
+    defense.prepare(context(model))
+    source, drawn = torch.Generator().manual_seed(1), {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            drawn[name] = torch.randn(parameter.shape, generator=source)
+            parameter.grad = drawn[name].clone()
+    defense.after_backward(0)
+    seen = {name for name, parameter in model.named_parameters() if name in drawn and parameter.grad is not None}
+    for name in seen:
+        left, right = projectors(model.get_parameter(f"{name.partition('.lora_')[0]}.base_layer.weight"), 0.3)
+        expected = left @ drawn[name] if ".lora_B." in name else drawn[name] @ right
+        torch.testing.assert_close(model.get_parameter(name).grad, expected, atol=1e-4, rtol=1e-4)
+    assert len(seen) == 2 * len(defense._held)
+
+
 def test_experts_with_adapters_are_one_line():
     model = begin("mixtral", LORA)
     attach(model, LORA, 0)

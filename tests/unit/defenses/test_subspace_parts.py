@@ -93,6 +93,15 @@ def test_an_opening_that_is_held_is_held_to_rounding_and_energy_or_rank_is_of_th
     assert energy is None or found.kept >= energy * (1 - 1e-6)
 
 
+def test_a_rank_that_an_opening_leaves_no_room_for_protects_everything(asked):
+    model, chat, prompts, parts = asked
+    found = directions(model, chat, prompts, parts, spec(None, 45, opening="held"))
+    assert parts[0].opening > 48 - 45
+    assert found.basis.shape == (48, 48)
+    torch.testing.assert_close(found.basis @ found.basis.T, torch.eye(48), atol=1e-5, rtol=0)
+    assert found.kept == pytest.approx(1)
+
+
 def test_openings_of_several_forms_are_held_each(asked):
     model, chat, prompts, _ = asked
     others = [[*ids[1:], ids[2]] for ids in prompts]
