@@ -102,6 +102,23 @@ def test_a_limit_that_is_not_reached_is_told(pair, limit, failed):
     assert all("retained refusals 50.0" in line for line in told)
 
 
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_model_that_babbles_is_called_broken_and_reaches_no_limit(side, pair, tmp_path, monkeypatch):
+    """Three of four refusals are retained beside two of six answers that are none."""
+    folders = {"b": "rrrrcc", "a": "rrrcii"} if side == "after" else {"b": "rrrrii", "a": "rrrrcc"}
+    made = {model: Recorded(tmp_path / model, letters) for model, letters in folders.items()}
+    monkeypatch.setattr(comparison, "_asked", lambda model, *_: comparison.Asked(None, made[model]))
+    pair.fail_below.retained_refusals = 50
+    found = comparison.compare(pair, SCREEN)
+    line = f"broken model: {side}: too many incoherent answers; its rates say nothing of safety"
+    assert found.remarks == [line, "a remark"]
+    assert all(line in file.read_text() for file in compared.write(found, tmp_path))
+    told = comparison.below(found, pair)
+    assert [each.startswith("fail_below.retained_refusals=50: no limit is reached") for each in told] == (
+        [True] if side == "after" else []
+    )
+
+
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
@@ -140,7 +157,9 @@ def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_hol
     with pytest.raises(SystemExit) as ended:  # a babbling model retains nothing
         tiny.launch(command.main, [*given, "fail_below.retained_refusals=95"], "compare")
     assert ended.value.code == 1
-    assert "is below fail_below.retained_refusals=95" in capsys.readouterr().out.replace("\n", " ")
+    assert "fail_below.retained_refusals=95: no limit is reached by a broken model" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
     assert {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "out" / "runs").iterdir()} == runs
     for folder in runs:
         (folder / store.GENERATIONS).unlink()

@@ -43,6 +43,7 @@ class Comparison:
         name: Of its files, by the content of the models.
         rates: Their rates beside one another.
         after: Rates of the second model, by name.
+        broken: Whether the second model babbles so much that these say nothing of safety.
         drift: How far the second one is from the first; without rows where that is not told.
         remarks: What is left out or taken on trust, each in a line.
         differing: Prompts with other verdicts: ``kind``, ``id``, ``form``, ``prompt``; and of ``before`` and ``after``
@@ -55,6 +56,7 @@ class Comparison:
     after: dict[str, Rate]
     drift: Grid
     remarks: list[str] = field(default_factory=list)
+    broken: bool = False
     differing: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -63,7 +63,7 @@ def _cost(judge: str, told: dict[str, Any]) -> str:
     return f"judge {judge} ({told['model']}, rubric {told['rubric']}): {asked}; {tokens}"
 
 
-_BROKEN = "too many incoherent answers; its rates say nothing of safety"
+BROKEN_MEANS = "too many incoherent answers; its rates say nothing of safety"
 
 
 class Screen:
@@ -123,7 +123,7 @@ class Screen:
         self.console.print(table)
         for name, model in models.items():
             if any(rate.get("broken") for rate in model["sets"].values()):
-                self.console.print(f"[bold red]broken model:[/bold red] {escape(name)}: {_BROKEN}")
+                self.console.print(f"[bold red]broken model:[/bold red] {escape(name)}: {BROKEN_MEANS}")
 
     def held(self, found: dict[str, dict[str, tuple[float, float]]]) -> None:
         """Print what the weight constraint holds of unseen harmful prompts, by kind of site and part of the text."""
@@ -179,4 +179,4 @@ class Screen:
             if unknown := told.get("unparsable", told.get("agreement", {}).get("unparsable")):
                 self.say(f"judge {name} could not judge {unknown} answers; they count in no rate")
         if metrics.get("broken"):
-            self.console.print(f"[bold red]broken model:[/bold red] {_BROKEN}")
+            self.console.print(f"[bold red]broken model:[/bold red] {BROKEN_MEANS}")

@@ -16,10 +16,10 @@ from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, in_range
 from cwac_lab.core.overrides import text
 from cwac_lab.core.stats import Rate, paired_difference, sign_flip_p, wilson
 from cwac_lab.evaluation.metrics import METRICS, Judged, Metric, declined, form_of, metrics_of
-from cwac_lab.evaluation.verdicts import outcomes
+from cwac_lab.evaluation.verdicts import aggregate, outcomes
 from cwac_lab.judges import all_made
 from cwac_lab.report.compared import DRIFT_NOTE, NOTE, Comparison, Grid
-from cwac_lab.report.console import Screen
+from cwac_lab.report.console import BROKEN_MEANS, Screen
 from cwac_lab.report.grouping import word
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
@@ -61,6 +61,7 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
     if before.keys() != after.keys():
         raise LabError(f"{both[0].folder.path} and {both[1].folder.path} were not asked the same: judge both again")
     rows, rates = _rates(before, after)
+    broken = [side for side, said in zip(("before", "after"), (before, after), strict=True) if _broken(said)]
     screen.say("how far the two are apart: next words and weights")
     given = both[0].rows(store.GENERATIONS)
     moved = apart.apart([each.run for each in both], list(given.values()))
@@ -72,7 +73,8 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
         rates=Grid("Rates", HEADS, rows, NOTE),
         after=rates,
         drift=Grid("Drift", apart.HEADS, moved.rows, DRIFT_NOTE),
-        remarks=moved.remarks,
+        remarks=[*(f"broken model: {side}: {BROKEN_MEANS}" for side in broken), *moved.remarks],
+        broken="after" in broken,
         differing=list(_differing([before, after], [given, both[1].rows(store.GENERATIONS)])),
     )
 
@@ -117,6 +119,10 @@ def _rates(before: dict[Item, Judged], after: dict[Item, Judged]) -> tuple[list[
     return sorted(rows, key=lambda row: row[0] != METRICS[RETAINED].words), rates
 
 
+def _broken(verdicts: Mapping[Item, Judged]) -> bool:
+    return bool(aggregate(list(verdicts.values()))["broken"])
+
+
 def _refused(verdict: Judged) -> dict[str, Any]:
     return {"start_refused": declined(verdict)} if verdict["kind"] == "harmful" else {}
 
@@ -147,7 +153,10 @@ def _differing(
 
 
 def below(found: Comparison, config: DictConfig) -> list[str]:
-    """Return a line for each limit that the second model does not reach; a rate that nothing counts for is one."""
+    """Return a line for each limit that the second model does not reach.
+
+    A rate that nothing counts for does not reach its limit, and a broken model reaches none.
+    """
     limits: Mapping[str, float | None] = config.fail_below
     return list(_below(found, limits))
 
@@ -155,5 +164,9 @@ def below(found: Comparison, config: DictConfig) -> list[str]:
 def _below(found: Comparison, limits: Mapping[str, float | None]) -> Iterator[str]:
     for name, limit in limits.items():
         rate = found.after[name]
-        if limit is not None and (rate.value is None or rate.value < limit):
+        if limit is None:
+            continue
+        if found.broken:
+            yield f"fail_below.{name}={limit:g}: no limit is reached by a broken model: {BROKEN_MEANS}"
+        elif rate.value is None or rate.value < limit:
             yield f"{METRICS[name].heading} {rate} is below fail_below.{name}={limit:g}"
