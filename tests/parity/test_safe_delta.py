@@ -91,6 +91,8 @@ def test_inputs_that_are_always_zero_can_be_inverted():
 def test_on_a_trained_model_layer_by_layer(at_once, monkeypatch):
     """Plain fine-tuning, then by hand what is kept of it, from inputs that hooks see; also a site at a time."""
     monkeypatch.setattr(reading, "MEMORY", at_once)
+    passes, fill = [], safe_delta.fill
+    monkeypatch.setattr(safe_delta, "fill", lambda held, *given: (passes.append(len(held)), fill(held, *given)))
     after, start, chat = plain(sft), tiny.model(), tiny.chat()
     layers = {f"{name}.weight": module for name, module in start.named_modules() if name.endswith("_proj")}
     seen = {name: [] for name in layers}
@@ -106,6 +108,7 @@ def test_on_a_trained_model_layer_by_layer(at_once, monkeypatch):
         expected[name] = found.float()
     defense = SafeDelta(strength=20.0)
     assert_equal(trained(defense), expected)
+    assert passes == ([1] * 8 if at_once == 1 else [8])  # four sites in each of two layers
     shares = defense.summary()["safe_delta_kept"]
     assert len(shares) == len(layers)
     assert 0 < min(shares.values()) < max(shares.values()) < 1

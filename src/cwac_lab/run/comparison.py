@@ -74,7 +74,7 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
         after=rates,
         drift=Grid("Drift", apart.HEADS, moved.rows, DRIFT_NOTE),
         remarks=[*(f"broken model: {side}: {BROKEN_MEANS}" for side in broken), *moved.remarks],
-        broken="after" in broken,
+        broken=bool(broken),
         differing=list(_differing([before, after], [given, both[1].rows(store.GENERATIONS)])),
     )
 
@@ -155,7 +155,7 @@ def _differing(
 def below(found: Comparison, config: DictConfig) -> list[str]:
     """Return a line for each limit that the second model does not reach.
 
-    A rate that nothing counts for does not reach its limit, and a broken model reaches none.
+    A rate that nothing counts for does not reach its limit; where one of the two models is broken, none is reached.
     """
     limits: Mapping[str, float | None] = config.fail_below
     return list(_below(found, limits))
@@ -167,6 +167,6 @@ def _below(found: Comparison, limits: Mapping[str, float | None]) -> Iterator[st
         if limit is None:
             continue
         if found.broken:
-            yield f"fail_below.{name}={limit:g}: no limit is reached by a broken model: {BROKEN_MEANS}"
+            yield f"fail_below.{name}={limit:g}: no limit is reached beside a broken model: {BROKEN_MEANS}"
         elif rate.value is None or rate.value < limit:
             yield f"{METRICS[name].heading} {rate} is below fail_below.{name}={limit:g}"

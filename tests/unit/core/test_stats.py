@@ -267,7 +267,7 @@ def test_more_seeds_of_the_same_outcomes_do_not_narrow_the_interval():
     assert three.n == six.n == 100
 
 
-@table(n_seeds=[2, 3, 5], spread=[0.0, 0.7])
+@table(strength=2, n_seeds=[2, 3, 5], spread=[0.0, 0.7])
 def test_coverage_of_the_interval_over_seeds_and_items(n_seeds, spread):
     """With effects of items, and of seeds or none, the interval covers the true mean as often as it says.
 

@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 import pytest
 
-from support.cover import cover, some, table
+from support.cover import beyond, cover, some, table
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,18 @@ def test_a_table_is_the_whole_product_and_marks_what_is_beyond_the_cover(turn):
     assert len(fast) == 3
     assert {name for name, _ in fast} == {"a", "b", "c"}
     assert {way for _, way in fast} == {"x", ("y",)}
+
+
+def test_rows_beyond_the_cover_are_slow_where_they_have_the_values_that_are_named():
+    rows = table(slow={"way": "x"}, name="abc", way="xyz").args[1]
+    marked = {row.values: [mark.name for mark in row.marks] for row in rows}
+    assert {row for row, marks in marked.items() if marks == ["slow"]} == {
+        row for row, marks in marked.items() if marks and row[1] == "x"
+    }
+    assert {row for row, marks in marked.items() if marks == ["exhaustive"]} == {
+        row for row, marks in marked.items() if marks and row[1] != "x"
+    }
+    assert [[mark.name for mark in row.marks] for row in beyond([("a", 1)])] == [["exhaustive"]]
 
 
 def test_of_some_rows_the_others_are_slow():

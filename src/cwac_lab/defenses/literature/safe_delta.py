@@ -171,7 +171,7 @@ class SafeDelta(Defense):
             held = {site: _Inputs(sites[site].width, context.model.device) for site in group}
             with context.autocast():
                 fill(held, context.model, batched(texts, None, 16), spec, chat.pad_id)
-            self._moments |= {site: each.moment.float().cpu() for site, each in held.items()}
+            self._moments |= {site: held.pop(site).moment.float().cpu() for site in group}
         self._start = [held_weight(layer).cpu() for layer in self._layers]
         inside = {layer.name for layer in self._layers}
         self._others = {
