@@ -210,7 +210,7 @@ def test_bad_input_is_told_in_one_line(arguments, expected):
 @pytest.mark.parametrize(
     ("entry", "arguments", "expected"),
     [
-        pytest.param(entry, *case, marks=() if place % 9 == 0 else pytest.mark.slow, id=f"{name}-{place}")
+        pytest.param(entry, *case, marks=() if place % 9 == 0 else pytest.mark.exhaustive, id=f"{name}-{place}")
         for place, case in enumerate(BAD)
         for name, entry in (("train", train), ("prepare", prepare))
         if entry is train or place % 9 == 0  # both read alike

@@ -26,17 +26,16 @@ def plain(way):
 
 
 # Weights and factors are different code in many defences; precisions are not.
-TUNED = {"way": ["full", "lora"]}
 
 
-@table(slow=TUNED, name=ZERO, way=WAYS)
+@table(name=ZERO, way=WAYS)
 def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, way):
     trained = weights(train(ZERO[name](), **WAYS[way])[0])
     assert same(trained, plain(way))
     assert not same(trained, weights(tiny.model()))
 
 
-@table(turn=1, slow=TUNED, name=[name for name in ACTIVE if name != "none"], way=WAYS)
+@table(turn=1, name=[name for name in ACTIVE if name != "none"], way=WAYS)
 def test_an_active_constraint_changes_the_outcome(name, way):
     trained = weights(train(ACTIVE[name](), **WAYS[way])[0])
     assert not same(trained, plain(way))
@@ -47,7 +46,7 @@ def test_an_active_constraint_changes_the_outcome(name, way):
 RESUMED = {"full": (FULL, 1, 6), "lora-accumulated": (LORA, 2, 3)}
 
 
-@table(slow={"way": RESUMED}, name=ACTIVE, way=RESUMED)
+@table(name=ACTIVE, way=RESUMED)
 def test_a_resumed_run_continues_exactly(name, way, tmp_path):
     tuned, accumulate, saved = RESUMED[way]
     settings = {

@@ -102,6 +102,7 @@ def test_a_text_comes_through_as_an_argument(value):
 STRANGE = "模型 mod=el,1 [x] {y} it's #~"
 
 
+@pytest.mark.slow
 def test_paths_of_any_signs_work_throughout(tmp_path, capsys):
     """One run, a sweep, drift of the run and of two folders, tables of an experiment; all in a strange place."""
     place = tmp_path / STRANGE

@@ -54,6 +54,7 @@ def of_seed(where, part):
     return next(run for run in runs(where) if part in run.path.name)
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_forgot(store, tiny_folder):
     found = of_seed(store, "-s0-").facts()
     texts = TEXT.strip().split("\n\n")

@@ -106,6 +106,7 @@ def test_suites_are_asked_beside_the_prompts_of_a_run(asked, lists, tiny_folder,
     assert kept.facts()["contrast/pairs"] == metrics["contrast/pairs"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_asked_more_suites(asked, lists, tiny_folder, tmp_path, capsys):
     shared = [*lists, *tiny.small_run(tiny_folder, tmp_path), "constraint=none", "trainer.learning_rate=1e-3"]
     tiny.launch(train.main, [*shared, "trainer.export=true"])

@@ -47,8 +47,14 @@ def folder(request, folders):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What they leave of every defence, and of runs that were stopped."""
-    return together(["table", "resume"], tmp_path_factory.mktemp("whole"))
+    """What they leave of every defence."""
+    return together(["table"], tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """What they leave of runs that were stopped."""
+    return together(["resume"], tmp_path_factory.mktemp("stopped"))
 
 
 alone = cache(spmd.trained)
@@ -67,12 +73,13 @@ def ends_where_one_does(folder, name, tuning):
     assert leak == pytest.approx(summary.get("leak", 0.0), rel=0.3, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "name", "tuning"), of(spmd.FEW))
 def test_two_processes_end_where_one_does(strategy, name, tuning, folders):
     ends_where_one_does(folders / strategy, name, tuning)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("strategy", "name", "tuning"), of(spmd.TABLE))
 def test_two_processes_end_where_one_does_under_every_defence(strategy, name, tuning, whole):
     ends_where_one_does(whole / strategy, name, tuning)
@@ -83,11 +90,13 @@ def test_what_cannot_be_sharded_says_so(name):
     assert ACTIVE[name]().shardable is (name in spmd.SHARDABLE)
 
 
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_within_them(folder):
     expected, _ = spmd.trained("coupled", "full", accumulate=2)
     assert_moved_alike(load_file(folder / "levers.safetensors"), expected, weights(tiny.model()))
 
 
+@pytest.mark.slow
 def test_what_two_processes_log_is_what_one_does(folder):
     spmd.watched([CSVLogger(folder, name="", version="alone")])
     found, expected = (pd.read_csv(folder / version / "metrics.csv") for version in ("together", "alone"))
@@ -95,6 +104,7 @@ def test_what_two_processes_log_is_what_one_does(folder):
     pd.testing.assert_frame_equal(found[list(expected)], expected, rtol=0.02, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_start_answers_is_asked_by_both_and_kept(folder, tmp_path):
     found, expected = read_json(folder / "start_answers.json"), spmd.start_answered(tmp_path)
     assert found == expected
@@ -104,8 +114,8 @@ def test_what_the_start_answers_is_asked_by_both_and_kept(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, whole):
-    folder = whole / strategy
+def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, stopped):
+    folder = stopped / strategy
     for name in spmd.RESUMED:
         expected, _ = alone(name, "full", **spmd.LONG)
         assert_moved_alike(load_file(folder / f"{name}.safetensors"), expected, weights(tiny.model()))
@@ -116,7 +126,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_two_or_one(strategy, w
         assert_moved_alike(by_one, expected, weights(tiny.model()))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_lost_process_ends_the_others(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     with pytest.raises(LabError, match="process 1 of 2 was ended by SIGKILL, so the others were; the same command"):
@@ -140,9 +150,10 @@ def test_what_this_machine_has_not_is_one_line(chosen, line, capsys, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("ddp", marks=pytest.mark.exhaustive), pytest.param("fsdp", marks=pytest.mark.slow)]
+)
 def test_a_run_on_two_devices_is_the_same_run(strategy, tmp_path, capsys):
     """Prepared, trained and evaluated by two processes; then one process finds it done, and repeats it alike."""
     model = tiny.save(tmp_path / "model")

@@ -141,6 +141,7 @@ def test_a_sweep_goes_on_with_the_next_run(tiny_folder, tmp_path):
     assert found[0].reason.startswith("Diverged: gradient of the loss is not finite since step 1 of 8")
 
 
+@pytest.mark.slow
 def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys, monkeypatch):
     # Tiny models are broken as well.
     monkeypatch.setattr("cwac_lab.evaluation.objectives.tuning_error", lambda _: 250.0)

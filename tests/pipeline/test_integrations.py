@@ -119,7 +119,7 @@ def sft_trainer(model, rows, folder):
     return SFTTrainer(model, settings, train_dataset=table, processing_class=tiny.tokenizer())
 
 
-@table(slow={"way": ["full", "peft"]}, name=DEFENSES, way=["full", "peft", "full in SFTTrainer", "peft in SFTTrainer"])
+@table(name=DEFENSES, way=["full", "peft", "full in SFTTrainer", "peft in SFTTrainer"])
 def test_a_defence_ends_where_the_lightning_loop_ends(name, way, tmp_path):
     build, tuning = DEFENSES[name], LORA if way.startswith("peft") else FULL
     start = weights(tiny.model())

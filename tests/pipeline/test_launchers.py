@@ -17,7 +17,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_runs_of_a_launcher_are_recorded_and_a_failure_shows_in_the_exit_code(launcher, tmp_path):
     if launcher == "ray" and find_spec("hydra_plugins.hydra_ray_launcher") is None:

@@ -44,7 +44,7 @@ def test_the_notebook_of_ones_own_follows_the_page():
     assert given == own_page.overrides(own_page.COMMANDS[1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tiny_folder, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")

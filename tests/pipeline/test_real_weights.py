@@ -24,6 +24,7 @@ def packaged(architecture, cache):
     return find(config, "embedded", cache)
 
 
+@pytest.mark.exhaustive
 def test_all_architectures_answer_alike(tmp_path):
     found = packaged("llama", tmp_path)
     assert "SmolLM2-135M weights" in found.description

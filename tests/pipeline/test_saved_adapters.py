@@ -29,7 +29,7 @@ def flat(capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("constraint", some(EVERY, "weight"))
+@pytest.mark.parametrize("constraint", some(EVERY, "weight", others="slow"))
 def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, tmp_path):
     given = tiny.small_run(tiny_folder, tmp_path / "out")
     more = ["tuning=lora", "tuning.rank=4", "tuning.save=both", f"constraint={constraint}"]

@@ -233,6 +233,7 @@ def tune(tiny_folder, output, *more):
     tiny.launch(train.main, [*trials, *tiny.small_run(tiny_folder, output), *more])
 
 
+@pytest.mark.slow
 def test_tuning_takes_the_best_trial_of_the_validation_split(tiny_folder, tmp_path, capsys):
     tune(tiny_folder, tmp_path)
     (told,) = tmp_path.glob("sweeps/*/optimization_results.yaml")
@@ -265,6 +266,7 @@ def test_a_search_that_cannot_be_is_one_line(more, line, tiny_folder, tmp_path, 
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_attacker_is_told_of_harm_and_goes_on_where_it_stopped(tiny_folder, tmp_path, capsys):
     """Tiny models are broken; what a broken one has is the least. Trials that are recorded are not made again."""
     attack = ["-m", "search=attacker", *tiny.small_run(tiny_folder, tmp_path), "constraint=none"]

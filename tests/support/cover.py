@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import combinations, product
-from types import MappingProxyType
 
 import pytest
 
@@ -38,16 +37,14 @@ def cover(sizes, strength=1):
     return chosen
 
 
-def table(strength=1, turn=0, slow: Mapping[str, Iterable] = MappingProxyType({}), **factors: Iterable):
-    """Parametrize a test over all combinations; those beyond ``cover`` are exhaustive, or slow.
+def table(strength=1, turn=0, **factors: Iterable):
+    """Parametrize a test over all combinations; those beyond ``cover`` are exhaustive.
 
     Args:
         strength: That of ``cover``.
         turn: Tests of the same factors get other pairs of values by another turn.
-        slow: Values of some factors: the rows beyond the cover that have these are slow instead.
         factors: The values of each argument; names of a mapping.
     """
-    kinds = {name: list(each) for name, each in slow.items()}
     values = [list(each) for each in factors.values()]
     kept = {
         tuple((place + number * turn) % len(values[number]) for number, place in enumerate(row))
@@ -57,19 +54,21 @@ def table(strength=1, turn=0, slow: Mapping[str, Iterable] = MappingProxyType({}
         pytest.param(
             *(each[place] for each, place in zip(values, row, strict=True)),
             id="-".join(map(_word, factors, (each[place] for each, place in zip(values, row, strict=True)), row)),
-            marks=() if row in kept else _mark(kinds, dict(zip(factors, row, strict=True)), factors),
+            marks=() if row in kept else pytest.mark.exhaustive,
         )
         for row in product(*(range(len(each)) for each in values))
     ]
     return pytest.mark.parametrize(list(factors), rows)
 
 
-def some(rows, *kept):
-    """Return the rows of a test of which only some are in the fast set; the others are slow."""
+def some(rows, *kept, others="exhaustive"):
+    """Return the rows of a test of which only some are in the fast set; the others have another mark."""
     rows = list(rows)
     assert all(row in rows for row in kept), "a row that is kept is one of them"
     return [
-        pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=() if row in kept else pytest.mark.slow)
+        pytest.param(
+            *(row if isinstance(row, tuple) else (row,)), marks=() if row in kept else getattr(pytest.mark, others)
+        )
         for row in rows
     ]
 
@@ -77,13 +76,6 @@ def some(rows, *kept):
 def beyond(rows):
     """Return further rows of a test as exhaustive ones."""
     return [pytest.param(*row, marks=pytest.mark.exhaustive) for row in rows]
-
-
-def _mark(kinds, row, factors):
-    """Return the mark of a row beyond the cover, given by places of values."""
-    values = {name: list(factors[name])[place] for name, place in row.items()}
-    within = kinds and all(values[name] in each for name, each in kinds.items())
-    return pytest.mark.slow if within else pytest.mark.exhaustive
 
 
 def _word(name, value, place):

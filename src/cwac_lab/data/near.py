@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -78,20 +79,26 @@ def groups(prompts: Sequence[str], rule: str) -> dict[str, int]:
         ConfigError: If there is no such rule.
         MissingAsset: If the package with the weights of the embeddings is not installed.
     """
+    one_of("near", rule, RULES)
+    known = tuple(dict.fromkeys(prompts))
+    return dict(zip(known, _labels(known, rule), strict=True))
+
+
+@lru_cache(16)  # the runs of a sweep ask for the same ones again
+def _labels(known: tuple[str, ...], rule: str) -> list[int]:
+    """Return the groups of different prompts, as numbers."""
     from scipy import sparse  # not before it is needed: a configuration is read without
     from scipy.sparse.csgraph import connected_components
 
-    one_of("near", rule, RULES)
-    known = list(dict.fromkeys(prompts))
     texts = [normalise(prompt) for prompt in known]
     if rule == "exact" or not known:
         numbers: dict[str, int] = {}
-        return {prompt: numbers.setdefault(text, len(numbers)) for prompt, text in zip(known, texts, strict=True)}
+        return [numbers.setdefault(text, len(numbers)) for text in texts]
     pairs = [*_by_shingles(texts), *(_by_embeddings(known) if rule == "embedding" else ())]
     row, column = np.concatenate(pairs, 1)
     graph = sparse.coo_matrix((np.ones(len(row), bool), (row, column)), (len(known), len(known)))
     _, labels = connected_components(graph, directed=False)
-    return dict(zip(known, labels.tolist(), strict=True))
+    return list(labels.tolist())
 
 
 def near_to(prompts: Sequence[str], held: Sequence[str], rule: str) -> set[str]:

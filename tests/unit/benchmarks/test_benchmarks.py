@@ -17,7 +17,7 @@ from cwac_lab.training.settings import TrainerConfig
 from support import tiny
 
 
-@pytest.mark.parametrize("started", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("started", ["thread", pytest.param("process", marks=pytest.mark.exhaustive)])
 def test_every_way_of_the_subspace_is_measured_against_the_dense_one(started, capsys, monkeypatch):
     """A process of its own imports torch for seconds; what is computed in it is the same in a thread."""
     if started == "thread":
@@ -72,7 +72,7 @@ def test_a_label_names_a_part_or_the_whole():
     }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_constraint_takes_its_steps_in_a_process_of_its_own(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steps, "ROUNDS", 1)
     chosen = ["constraint=weight", "trainer.batch_size=1", "trainer.epochs=3"]
@@ -104,7 +104,7 @@ def test_the_busiest_operators_of_a_step_are_named():
     assert sum(shares.values()) <= 1 + 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_trainer_is_measured_on_the_same_rows(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
     chat = tiny.chat()

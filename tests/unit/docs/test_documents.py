@@ -18,7 +18,7 @@ LINKED = [*PAGES, *sorted(GENERATED), *sorted(ROOT.glob("experiments/*/README.md
 RENEW = "run `make docs` and look at what changed"
 
 
-@pytest.mark.parametrize("folder", some(TABULATED, TABULATED[0]), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", some(TABULATED, TABULATED[0], others="slow"), ids=lambda folder: folder.name)
 def test_long_tables_are_what_their_records_give(folder):
     page = DOCS / "tables" / f"{folder.name}.md"
     assert page.read_text(encoding="utf-8") == long_tables.experiment(folder), RENEW

@@ -97,6 +97,7 @@ def test_energy_and_opening_are_the_best_of_the_trials_at_four_times_the_rate():
     assert chosen == today
 
 
+@pytest.mark.slow
 def test_the_tuned_methods_ran_with_their_defaults():
     for run in runs(TUNED):
         facts, settings = run.read("metrics.json"), run.config()["constraint"]

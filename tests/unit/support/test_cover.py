@@ -34,19 +34,14 @@ def test_a_table_is_the_whole_product_and_marks_what_is_beyond_the_cover(turn):
     assert {way for _, way in fast} == {"x", ("y",)}
 
 
-def test_rows_beyond_the_cover_are_slow_where_they_have_the_values_that_are_named():
-    rows = table(slow={"way": "x"}, name="abc", way="xyz").args[1]
-    marked = {row.values: [mark.name for mark in row.marks] for row in rows}
-    assert {row for row, marks in marked.items() if marks == ["slow"]} == {
-        row for row, marks in marked.items() if marks and row[1] == "x"
-    }
-    assert {row for row, marks in marked.items() if marks == ["exhaustive"]} == {
-        row for row, marks in marked.items() if marks and row[1] != "x"
-    }
+def test_the_rows_beyond_are_exhaustive_or_as_asked():
+    assert {mark.name for row in table(name="abc", way="xyz").args[1] for mark in row.marks} == {"exhaustive"}
     assert [[mark.name for mark in row.marks] for row in beyond([("a", 1)])] == [["exhaustive"]]
+    assert [[mark.name for mark in row.marks] for row in some("ab", "a")] == [[], ["exhaustive"]]
+    assert [[mark.name for mark in row.marks] for row in some("ab", "a", others="slow")] == [[], ["slow"]]
 
 
-def test_of_some_rows_the_others_are_slow():
+def test_of_some_rows_the_others_are_marked():
     rows = some([("a", 1), ("b", 2)], ("b", 2))
     assert [(row.values, bool(row.marks)) for row in rows] == [(("a", 1), True), (("b", 2), False)]
     assert [row.values for row in some("ab")] == [("a",), ("b",)]
