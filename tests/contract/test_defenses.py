@@ -25,9 +25,6 @@ def plain(way):
     return weights(train(Defense(), **WAYS[way])[0])
 
 
-# Weights and factors are different code in many defences; precisions are not.
-
-
 @table(name=ZERO, way=WAYS)
 def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, way):
     trained = weights(train(ZERO[name](), **WAYS[way])[0])
