@@ -76,7 +76,7 @@ test: $(TESTED)  ## fast tests, no network; ARGS="tests/unit -k name ..."
 test-all: $(TESTED)  ## these and the slow ones: real weights, sweeps that are killed, the wheel
 	$(PYTEST) -m "not exhaustive" $(ARGS)
 
-test-exhaustive: $(TESTED)  ## these, and further combinations of their tables, before a release
+test-exhaustive: $(TESTED)  ## these, and rows beyond the covers and the longest runs, before a release
 	$(PYTEST) $(ARGS)
 
 lint: $(TESTED)  ## ruff: style and format
