@@ -7,6 +7,7 @@ from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite
 from cwac_lab.defenses.literature.asft import AsFT
 from cwac_lab.defenses.literature.constrained_sft import ConstrainedSFT
+from cwac_lab.defenses.literature.ema import EMA
 from cwac_lab.defenses.literature.kl import KL
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.ldifs import LDIFS
@@ -46,6 +47,7 @@ ZERO = {
     "osf": lambda: OSF(share=0.0),
     "safe_delta": lambda: SafeDelta(strength=None, excluded=0.0, others="trained"),
     "asft": lambda: AsFT(strength=0),
+    "ema": lambda: EMA(decay=0),
 }
 ACTIVE = {
     "none": lambda: Composite(),
@@ -77,6 +79,8 @@ ACTIVE = {
     "osf": lambda: OSF(share=0.3),
     "safe_delta": lambda: SafeDelta(strength=50.0),
     "asft": lambda: AsFT(strength=2.0),
+    "ema": lambda: EMA(decay=0.7),
+    "ema+weight": lambda: Composite({"ema": EMA(decay=0.7), "weight": WeightConstraint(energy=0.9)}),
     "lisa+weight": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "weight": WeightConstraint(energy=0.9)}),
     "lisa+sppft": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "sppft": SPPFT(block=[0.5, 1.0])}),
 }

@@ -10,7 +10,7 @@ import torch
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
 from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
-from cwac_lab.defenses.interface import Context
+from cwac_lab.defenses.interface import Context, finish
 from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
@@ -89,8 +89,7 @@ def train(defense, *, architecture="llama", rows=ROWS, tuning=FULL, **settings):
     loops = {name: options.pop(name, ()) for name in ("callbacks", "loggers", "others")}
     examples = [chat.encode(*row) for row in rows]
     fit(model, examples, chat.pad_id, defense, TrainerConfig(**options), 0, checkpoint=checkpoint, **loops)
-    merge()
-    defense.after_training(model)
+    finish(defense, model, merge)
     return model, prepared
 
 

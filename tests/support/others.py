@@ -21,6 +21,7 @@ from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite
 from cwac_lab.defenses.literature.asft import AsFT
 from cwac_lab.defenses.literature.constrained_sft import ConstrainedSFT
+from cwac_lab.defenses.literature.ema import EMA
 from cwac_lab.defenses.literature.kl import KL
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.ldifs import LDIFS
@@ -61,6 +62,7 @@ ACTIVE = {
     ),
     "safe_delta": lambda: SafeDelta(strength=50.0),
     "asft": lambda: AsFT(strength=2),
+    "ema": lambda: EMA(decay=0.7),
     **COMMON,
 }
 IDS = torch.arange(20, 60)[None]

@@ -114,6 +114,11 @@ class Defense:
         return False
 
     @property
+    def settles_factors(self) -> bool:
+        """Whether ``settle`` has to be called while adapters are not merged yet."""
+        return False
+
+    @property
     def requirements(self) -> Requirements:
         """What must be built before data and models are."""
         return Requirements()
@@ -190,6 +195,15 @@ def check_together(parts: Mapping[str, Defense]) -> None:
     if len(exact) > 1:
         accepted = f"one of {' | '.join(exact)}: each moves what another holds"
         raise ConfigError("constraint", f"[{','.join(exact)}]", accepted)
+
+
+def finish(defense: Defense, model: Any, merge: Callable[[], object]) -> None:
+    """Make a trained model what is exported and evaluated; ``merge`` merges its adapters, where there are any."""
+    for part in defense.parts.values() if isinstance(defense, Composite) else [defense]:
+        if part.settles_factors:
+            part.settle(model)
+    merge()
+    defense.after_training(model)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.suites import Suite
-from cwac_lab.defenses.interface import Context, settled
+from cwac_lab.defenses.interface import Context, finish, settled
 from cwac_lab.diagnostics.callback import Sampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks, suite_rows
@@ -168,8 +168,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
             checkpoint=job.folder.path / store.CHECKPOINT, callbacks=called, others=guard.refusals if guard else (),
         )  # fmt: skip
         _save_adapter(job, model)
-        merge()
-        defense.after_training(model)
+        finish(defense, model, merge)
         check_finite(model, examples[0], chat.pad_id)
     told: dict[str, Any] = {} if share is None else {"held_share": share}
     ended = int(trained["steps"])
