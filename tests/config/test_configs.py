@@ -71,7 +71,7 @@ def test_every_method_has_the_same_budget_of_trials(method):
     assert len(set(itertools.product(*choices_of(method)))) == 4
 
 
-@pytest.mark.parametrize("method", some(TUNED, "coupled"))
+@pytest.mark.parametrize("method", some(TUNED, "coupled", others="slow"))
 def test_every_trial_is_another_run_of_its_method(method):
     choices = choices_of(method)
     trials = [read(tiny.config(f"search={method}", *trial)) for trial in itertools.product(*choices)]
@@ -122,6 +122,10 @@ BAD = [
     (["harmful_ratio=1.5"], "harmful_ratio=1.5: accepted: a number in [0, 1]"),
     (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
     (["seed=-1"], "seed=-1: accepted"),
+    (
+        ["constraint=[weight,ema]", "constraint.weight.tail=slowed"],
+        "constraint.weight.tail=slowed: accepted: free | penalised beside ema: a tail is slowed from the last weights",
+    ),
     (
         ["constraint=[weight,osf]"],
         "constraint=[osf,weight]: accepted: one of osf | weight: each moves what another holds",

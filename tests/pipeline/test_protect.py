@@ -16,6 +16,7 @@ REFUSED = [
     ("weight", "lora", {}, "bf16", "protect: dtype of lora_A=torch.bfloat16: accepted: float32 factors"),
     ("safelora", "qlora", {}, "", "protect: model=quantised: accepted: weights in bfloat16 or float32"),
     ("safe_delta", "lora", {}, "", "protect: model=with adapters: accepted: plain weights"),
+    ("ema", "full", {}, "best", "protect: load_best_model_at_end=True: accepted: False"),
     ("safelora", "full", {}, "best", "protect: load_best_model_at_end=True: accepted: False"),
     ("weight", "full", {}, "trained", "protect: the trainer has trained"),
     ("weight", "full", {}, "init", "protect: model_init="),

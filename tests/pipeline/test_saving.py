@@ -42,6 +42,8 @@ IN_TRAINER = [
     ("safelora", "lora"),
     ("weight+safelora", "full"),
     ("asft", "lora"),
+    ("ema", "full"),
+    ("ema", "lora"),
 ]
 IN_SFT = [
     ("none", "lora"),
@@ -68,6 +70,7 @@ IN_LIGHTNING = [
     ("sppft", "qlora"),
     ("safelora", "qlora"),
     ("asft", "full"),
+    ("ema", "lora"),
 ]
 # For the fast set: every way of tuning, and each kind of defence once.
 FEW_IN_TRAINER = (
@@ -77,13 +80,14 @@ FEW_IN_TRAINER = (
     ("coupled", "qlora"),
     ("lisa", "full"),
     ("safelora", "full"),
+    ("ema", "lora"),
 )
 FEW_IN_SFT = (("weight", "full"), ("weight", "lora"))
 FEW_IN_LIGHTNING = (("weight", "qlora"), ("coupled", "lora"), ("kl", "full"), ("lisa", "lora"), ("safelora", "qlora"))
 TRAINERS = [
     *some([("Trainer", *row) for row in IN_TRAINER], *(("Trainer", *row) for row in FEW_IN_TRAINER)),
     *some([("SFTTrainer", *row) for row in IN_SFT], *(("SFTTrainer", *row) for row in FEW_IN_SFT)),
-    *some([("SFTTrainer in bf16", "weight", "lora")]),
+    *some([("SFTTrainer in bf16", "weight", "lora")], others="slow"),
 ]
 TUNING = {"full": FULL, "lora": LORA, "qlora": QLORA}
 
@@ -143,7 +147,7 @@ def test_a_trainer_saves_the_model_that_is_used_and_trains_on_as_it_was(kind, na
     # In bf16 what the trainer's model computes is rounded, and its weights are not.
     near = {"atol": 2e-2, "rtol": 2e-2} if "bf16" in kind else {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(logits(on_the_way), seen.kept, **near)
-    settles = "safelora" in name or (way == "full" and name in ("weight", "coupled"))
+    settles = "safelora" in name or name == "ema" or (way == "full" and name in ("weight", "coupled"))
     assert torch.allclose(seen.raw, seen.kept, atol=1e-5) is not settles
     final = logits(trainer.model)
     trainer.save_model(str(tmp_path / "final"))

@@ -102,7 +102,7 @@ def test_a_grid_that_cannot_be_read(content, message, tmp_path):
         grid.read(tmp_path / "other.yaml", "embedded")
 
 
-@pytest.mark.parametrize("jobs", some([1, 2], 1))
+@pytest.mark.parametrize("jobs", some([1, 2], 1, others="slow"))
 def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     write(tmp_path / "exp", "mine", SMALL)
     launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", f"jobs={jobs}", "seeds=2")

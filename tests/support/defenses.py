@@ -80,6 +80,7 @@ ACTIVE = {
     "safe_delta": lambda: SafeDelta(strength=50.0),
     "asft": lambda: AsFT(strength=2.0),
     "ema": lambda: EMA(decay=0.7),
+    "ema+osf": lambda: Composite({"ema": EMA(decay=0.7), "osf": OSF(share=0.3)}),
     "ema+weight": lambda: Composite({"ema": EMA(decay=0.7), "weight": WeightConstraint(energy=0.9)}),
     "lisa+weight": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "weight": WeightConstraint(energy=0.9)}),
     "lisa+sppft": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "sppft": SPPFT(block=[0.5, 1.0])}),

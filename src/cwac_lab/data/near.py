@@ -81,24 +81,24 @@ def groups(prompts: Sequence[str], rule: str) -> dict[str, int]:
     """
     one_of("near", rule, RULES)
     known = tuple(dict.fromkeys(prompts))
+    if rule == "exact" or not known:
+        numbers: dict[str, int] = {}
+        return {prompt: numbers.setdefault(normalise(prompt), len(numbers)) for prompt in known}
     return dict(zip(known, _labels(known, rule), strict=True))
 
 
-@lru_cache(16)  # the runs of a sweep ask for the same ones again
-def _labels(known: tuple[str, ...], rule: str) -> list[int]:
-    """Return the groups of different prompts, as numbers."""
+@lru_cache(8)  # the runs of a sweep ask for the same ones again
+def _labels(known: tuple[str, ...], rule: str) -> tuple[int, ...]:
+    """Return the groups of different prompts, as numbers, by shingles or by embeddings too."""
     from scipy import sparse  # not before it is needed: a configuration is read without
     from scipy.sparse.csgraph import connected_components
 
     texts = [normalise(prompt) for prompt in known]
-    if rule == "exact" or not known:
-        numbers: dict[str, int] = {}
-        return [numbers.setdefault(text, len(numbers)) for text in texts]
     pairs = [*_by_shingles(texts), *(_by_embeddings(known) if rule == "embedding" else ())]
     row, column = np.concatenate(pairs, 1)
     graph = sparse.coo_matrix((np.ones(len(row), bool), (row, column)), (len(known), len(known)))
     _, labels = connected_components(graph, directed=False)
-    return list(labels.tolist())
+    return tuple(labels.tolist())
 
 
 def near_to(prompts: Sequence[str], held: Sequence[str], rule: str) -> set[str]:

@@ -110,7 +110,7 @@ class Defense:
 
     @property
     def settles_once(self) -> bool:
-        """Whether ``settle`` would change settled weights."""
+        """Whether ``settle`` would change settled weights, or put others in their place."""
         return False
 
     @property
@@ -188,13 +188,18 @@ def check_together(parts: Mapping[str, Defense]) -> None:
     """Check that no part of a composition moves weights where another has put them.
 
     Raises:
-        ConfigError: If two parts each hold the update in a space of their own.
+        ConfigError: If two parts each hold the update in a space of their own, or one slows what another averages.
     """
     needs = {name: part.requirements for name, part in parts.items()}
     exact = [name for name, each in needs.items() if each.exact_projection or each.whole_update]
     if len(exact) > 1:
         accepted = f"one of {' | '.join(exact)}: each moves what another holds"
         raise ConfigError("constraint", f"[{','.join(exact)}]", accepted)
+    slowed = [name for name, part in parts.items() if getattr(part, "tail", None) == "slowed"]
+    averaged = [name for name, part in parts.items() if part.settles_factors]
+    if slowed and averaged:
+        accepted = f"free | penalised beside {averaged[0]}: a tail is slowed from the last weights, not their average"
+        raise ConfigError(f"constraint.{slowed[0]}.tail", "slowed", accepted)
 
 
 def finish(defense: Defense, model: Any, merge: Callable[[], object]) -> None:
@@ -244,6 +249,11 @@ class Composite(Defense):
     def __post_init__(self) -> None:
         """Bring the parts into their order."""
         self.parts = dict(sorted(self.parts.items(), key=lambda named: (named[1].precedence, named[0])))
+
+    @property
+    def shardable(self) -> bool:
+        """Whether all parts are."""
+        return all(part.shardable for part in self.parts.values())
 
     @property
     def requirements(self) -> Requirements:

@@ -154,7 +154,6 @@ def _default(field: Any) -> Any:
 
 
 @cache
-@cache
 def _composed(*overrides: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(compose(overrides), resolve=True))
 

@@ -5,7 +5,8 @@ is used in the end. After n steps the start has a share of ``decay^n`` in it.
 
 Fidelity: variant. The rule is the standard one, and training goes on from the weights, not from their average. The
 authors' decay was not at hand; ours is not tuned. With LoRA the factors are averaged, as they are trained. Projections
-and other changes of an update at the end, by defences beside it, act on the average.
+and other changes of an update at the end, by defences beside it, act on the average. What is sampled while a model
+trains (`evaluation.every_n_steps`) is of the weights, not of their average.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.core.errors import in_range
 from cwac_lab.defenses.interface import Context, Defense
 from cwac_lab.models.chat import Encoded
-from cwac_lab.models.shards import is_sharded, like, local, whole
 
 
 @dataclass
@@ -40,6 +39,16 @@ class EMA(Defense):
     def __post_init__(self) -> None:
         """Check the field."""
         in_range("decay", self.decay, 0, 1)
+
+    @property
+    def shardable(self) -> bool:
+        """Averages are kept whole."""
+        return False
+
+    @property
+    def settles_once(self) -> bool:
+        """Other weights than the last ones would be averaged over again."""
+        return self.decay > 0
 
     @property
     def settles_factors(self) -> bool:
@@ -61,15 +70,14 @@ class EMA(Defense):
         self._steps = step + 1
         for name, parameter in self._model.named_parameters():
             if name in self._average:
-                average = self._average[name] = divided_as(parameter, self._average[name])
-                local(average).lerp_(local(parameter).float(), 1 - self.decay)
+                self._average[name].lerp_(parameter.float(), 1 - self.decay)
 
     @torch.no_grad()
     def settle(self, model: Any) -> None:
         """Put the average in the place of the weights, or of the factors of adapters that are not merged yet."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in self._model.named_parameters():
             if name in self._average:
-                local(parameter).copy_(local(divided_as(parameter, self._average[name])))
+                parameter.copy_(self._average[name])
 
     def summary(self) -> dict[str, float]:
         """Return the share of the start in the average."""
@@ -77,18 +85,11 @@ class EMA(Defense):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average and the number of steps."""
-        held = {f"average/{name}": whole(value) for name, value in self._average.items()}
+        held = {f"average/{name}": value for name, value in self._average.items()}
         return held | {"steps": torch.tensor(self._steps)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take them back."""
         self._steps = int(state["steps"])
         for name, average in self._average.items():
-            self._average[name] = state[f"average/{name}"].to(whole(average), copy=True)
-
-
-def divided_as(parameter: Tensor, value: Float[Tensor, "m ..."]) -> Float[Tensor, "m ..."]:
-    """Return a value that is sharded where a parameter is."""
-    if is_sharded(parameter) == is_sharded(value):
-        return value
-    return like(parameter, value) if is_sharded(parameter) else whole(value)
+            average.copy_(state[f"average/{name}"])

@@ -108,6 +108,11 @@ class OSF(Defense):
         return False
 
     @property
+    def settles_factors(self) -> bool:
+        """After they are merged there is nothing to project."""
+        return True
+
+    @property
     def requirements(self) -> Requirements:
         """Weights that hold what a projection leaves."""
         return Requirements(exact_projection=True)
@@ -127,6 +132,10 @@ class OSF(Defense):
 
     def after_optimizer_step(self, step: int) -> None:
         """Project what moved."""
+        self._project()
+
+    def settle(self, model: Any) -> None:
+        """Project what another part has put in the place of the weights; what is projected stays as it is."""
         self._project()
 
     @torch.no_grad()
