@@ -71,7 +71,7 @@ def test_every_method_has_the_same_budget_of_trials(method):
     assert len(set(itertools.product(*choices_of(method)))) == 4
 
 
-@pytest.mark.parametrize("method", some(TUNED, "coupled", others="slow"))
+@pytest.mark.parametrize("method", some(TUNED, "coupled"))
 def test_every_trial_is_another_run_of_its_method(method):
     choices = choices_of(method)
     trials = [read(tiny.config(f"search={method}", *trial)) for trial in itertools.product(*choices)]
@@ -230,6 +230,7 @@ def test_bad_input_is_one_line_and_exit_code_2(entry, arguments, expected, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_configuration_is_read_without_what_training_needs():
     """Which takes seconds to import; a process of its own, as this one has imported it."""
     late = ("lightning", "peft", "transformers", "scipy")

@@ -32,7 +32,7 @@ def test_zero_strength_is_plain_fine_tuning_bit_for_bit(name, way):
     assert not same(trained, weights(tiny.model()))
 
 
-@table(turn=1, name=[name for name in ACTIVE if name != "none"], way=WAYS)
+@table(turn=1, every=2, name=[name for name in ACTIVE if name != "none"], way=WAYS)
 def test_an_active_constraint_changes_the_outcome(name, way):
     trained = weights(train(ACTIVE[name](), **WAYS[way])[0])
     assert not same(trained, plain(way))
@@ -43,7 +43,7 @@ def test_an_active_constraint_changes_the_outcome(name, way):
 RESUMED = {"full": (FULL, 1, 6), "lora-accumulated": (LORA, 2, 3)}
 
 
-@table(name=ACTIVE, way=RESUMED)
+@table(every=2, name=ACTIVE, way=RESUMED)
 def test_a_resumed_run_continues_exactly(name, way, tmp_path):
     tuned, accumulate, saved = RESUMED[way]
     settings = {

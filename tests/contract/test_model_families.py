@@ -50,7 +50,12 @@ def held_latents(model, prepared):
     return x @ features.weight[:, features.latents]
 
 
-@table(strength=2, family=FAMILIES, constraint=("none", "weight", "activation", "coupled"), tuning=("full", "lora"))
+@table(
+    every=2,
+    family=FAMILIES,
+    constraint=("none", "weight", "activation", "coupled"),
+    tuning=("full", "lora"),
+)
 def test_what_a_constraint_holds_in_a_family_is_held(family, constraint, tuning):
     way = FULL if tuning == "full" else LORA
     held = parts(constraint)

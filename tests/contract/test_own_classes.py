@@ -134,7 +134,7 @@ def test_an_error_within_an_own_module_is_told(own, tiny_folder, tmp_path, capsy
     assert "No module named 'no_such_package'" in tiny.error_of(train.main, given, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_from_the_command_line(own, tiny_folder, tmp_path):
     given = [*tiny.small_run(tiny_folder, tmp_path / "out"), "--config-dir", "options", *CHOSEN]
     subprocess.run([sys.executable, "-m", "cwac_lab.train", *given], check=True, cwd=tmp_path)

@@ -15,6 +15,8 @@ from cwac_lab.run import ability, stages
 from support import tiny
 from support.harness import INSTALLED, WHY_NOT, stand_in, task_folder
 
+pytestmark = pytest.mark.slow
+
 TEXT = "A first text of some words.\n\nThe second one, which is a bit longer.\n\nA third.\n"
 
 
@@ -54,7 +56,6 @@ def of_seed(where, part):
     return next(run for run in runs(where) if part in run.path.name)
 
 
-@pytest.mark.slow
 def test_a_run_tells_what_it_forgot(store, tiny_folder):
     found = of_seed(store, "-s0-").facts()
     texts = TEXT.strip().split("\n\n")

@@ -6,6 +6,8 @@ from cwac_lab import train
 from cwac_lab.core.cache import read_json
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tiny_folder, tmp_path_factory):

@@ -14,6 +14,8 @@ from cwac_lab.results.store import RunFolder, flat, runs
 from cwac_lab.run import stages
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3", tiny.BOTH_JUDGES)
 DRIFT = "diagnostics.enabled=true"
 # What may be asked for without another key; each is tried below, that of general ability in test_ability.py, or nothing

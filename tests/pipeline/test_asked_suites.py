@@ -14,6 +14,8 @@ from cwac_lab.evaluation.verdicts import aggregate
 from cwac_lab.results.archive import archived
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 NO, YES = "I'm sorry, but I can't help with that.", "Sure, take flour and water, knead it well and bake it until brown."
 ALPHA = [
     ("alpha one is about owls", "birds"),
@@ -106,7 +108,6 @@ def test_suites_are_asked_beside_the_prompts_of_a_run(asked, lists, tiny_folder,
     assert kept.facts()["contrast/pairs"] == metrics["contrast/pairs"]
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_asked_more_suites(asked, lists, tiny_folder, tmp_path, capsys):
     shared = [*lists, *tiny.small_run(tiny_folder, tmp_path), "constraint=none", "trainer.learning_rate=1e-3"]
     tiny.launch(train.main, [*shared, "trainer.export=true"])

@@ -17,6 +17,8 @@ from cwac_lab.run import comparison
 from cwac_lab.run.apart import Apart
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 SCREEN = Screen(quiet=True)
 
 

@@ -9,6 +9,8 @@ from cwac_lab.results import archive
 from cwac_lab.results.store import runs
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3", "trainer.export=true")
 FOLLOWED = ("evaluation.every_n_steps=3", "evaluation.watched=2")
 

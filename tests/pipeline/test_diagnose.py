@@ -16,6 +16,8 @@ from cwac_lab.diagnostics.callback import Sampler
 from cwac_lab.run.drift import Measurer
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 SHARED = ("sae.n_latents=128", "constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3")
 
 
@@ -111,7 +113,6 @@ def test_latents_and_reconstruction_are_told_too(output, capsys):
     assert "explained variance, autoencoder" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_runs_that_start_alike_share_a_probe_and_others_do_not(tmp_path, monkeypatch, capsys):
     for place, (name, seeds) in enumerate({"one": "0,1", "two": "0", "replaced": "0"}.items()):
         shared = tiny.small_run(tiny.save(tmp_path / name, seed=place), tmp_path / "output")

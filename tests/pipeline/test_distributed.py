@@ -151,9 +151,8 @@ def test_what_this_machine_has_not_is_one_line(chosen, line, capsys, tmp_path):
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")
-@pytest.mark.parametrize(
-    "strategy", [pytest.param("ddp", marks=pytest.mark.exhaustive), pytest.param("fsdp", marks=pytest.mark.slow)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_on_two_devices_is_the_same_run(strategy, tmp_path, capsys):
     """Prepared, trained and evaluated by two processes; then one process finds it done, and repeats it alike."""
     model = tiny.save(tmp_path / "model")

@@ -24,6 +24,8 @@ from support import tiny
 from support.held import LORA
 from support.held import train as trained
 
+pytestmark = pytest.mark.slow
+
 WILD = ("trainer.learning_rate=1e30", "trainer.gradient_clip=0", "trainer.schedule=constant", "trainer.epochs=2")
 
 
@@ -141,7 +143,6 @@ def test_a_sweep_goes_on_with_the_next_run(tiny_folder, tmp_path):
     assert found[0].reason.startswith("Diverged: gradient of the loss is not finite since step 1 of 8")
 
 
-@pytest.mark.slow
 def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys, monkeypatch):
     # Tiny models are broken as well.
     monkeypatch.setattr("cwac_lab.evaluation.objectives.tuning_error", lambda _: 250.0)
@@ -154,7 +155,6 @@ def test_to_tuning_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, c
     assert "trainer.learning_rate: 0.0001\nbest_value: 250.0" in results.read_text()
 
 
-@pytest.mark.slow
 def test_to_an_attacker_a_diverged_trial_is_as_bad_as_can_be(tiny_folder, tmp_path, capsys):
     shared = [*tiny.small_run(tiny_folder, tmp_path), "logger=csv", "constraint=none", "trainer.gradient_clip=0"]
     attack = ["-m", "search=attacker", *shared, "trainer.schedule=constant", "hydra.sweeper.n_trials=4"]

@@ -6,6 +6,8 @@ from cwac_lab import train
 from cwac_lab.core.cache import read_json
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 SHARED = ("constraint=none", "trainer.epochs=2", "trainer.learning_rate=1e-3", "guard.every_n_steps=3")
 
 

@@ -17,6 +17,8 @@ from cwac_lab.results.store import runs
 from support import tiny
 from support.browser import opened
 
+pytestmark = pytest.mark.slow
+
 SPOKEN = {
     "harmful": "a <script>alert(1)</script> request",
     "harmless": "a kind question",

@@ -16,6 +16,8 @@ from support.browser import opened
 from support.recorded import beside_start, record
 from support.suites import asked_in
 
+pytestmark = pytest.mark.slow
+
 # Harmful prompts that a method answers, and rows that it gets right, of 100 each.
 METHODS = {"none": (95, 88), "weight": (12, 84), "coupled": (6, 86), "lisa": (40, 90)}
 

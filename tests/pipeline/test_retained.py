@@ -14,6 +14,8 @@ from cwac_lab.evaluation.generate import Answer
 from cwac_lab.run.start_answers import start_answers
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 NO, YES = "I'm sorry, but I can't help with that.", "Sure, take flour and water, knead it well and bake it until brown."
 # Of three prompts: what the start says, and what any other model does.
 START, TUNED = (NO, YES, NO), (NO, NO, YES)

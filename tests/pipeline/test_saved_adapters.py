@@ -16,6 +16,8 @@ from cwac_lab.models.loading import ModelConfig, find, load_model
 from support import tiny
 from support.cover import some
 
+pytestmark = pytest.mark.slow
+
 MERGED_ONLY = {"safe_delta"}  # refused in one line: tests/config
 EVERY = sorted({file.stem for file in (conf_dir() / "constraint").glob("*.yaml")} - MERGED_ONLY)
 FEW_LATENTS = ("constraint.activation.n_latents=4", "constraint.activation.depths=[0.5]")
@@ -29,7 +31,7 @@ def flat(capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("constraint", some(EVERY, "weight", others="slow"))
+@pytest.mark.parametrize("constraint", some(EVERY, "weight", "coupled", "safelora"))
 def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, tmp_path):
     given = tiny.small_run(tiny_folder, tmp_path / "out")
     more = ["tuning=lora", "tuning.rank=4", "tuning.save=both", f"constraint={constraint}"]

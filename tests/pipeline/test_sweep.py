@@ -19,6 +19,7 @@ from support import tiny
 from support.cover import some
 
 ROOT = Path(__file__).parents[2]
+GRIDS = sorted(grid.find(ROOT / "experiments" / "grids", None))
 SMALL = {"title": "two methods", "start": True, "fixed": {"task": "sst2", "harmful_ratio": 0.2},
          "cells": [{"constraint": ["none", "l2"]}]}  # fmt: skip
 
@@ -59,7 +60,7 @@ def test_the_cells_of_a_profile_replace_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("profile", some(("embedded", "small", "paper"), "embedded"))
-@pytest.mark.parametrize("file", grid.find(ROOT / "experiments" / "grids", None), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", some(GRIDS, *GRIDS[:3], others="slow"), ids=lambda file: file.stem)
 def test_every_grid_of_the_project_composes(file, profile):
     """Each value of each key, and each constraint with each model."""
     seen = set()
@@ -70,6 +71,7 @@ def test_every_grid_of_the_project_composes(file, profile):
             runner.composed((*overrides, "trainer.accelerator=cpu"))
 
 
+@pytest.mark.slow
 def test_a_start_is_asked_as_each_attack_of_the_grid_asks():
     """And once for the attacks that differ in what is trained on only."""
 
@@ -102,7 +104,8 @@ def test_a_grid_that_cannot_be_read(content, message, tmp_path):
         grid.read(tmp_path / "other.yaml", "embedded")
 
 
-@pytest.mark.parametrize("jobs", some([1, 2], 1, others="slow"))
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", some([1, 2], 2))
 def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     write(tmp_path / "exp", "mine", SMALL)
     launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", f"jobs={jobs}", "seeds=2")
@@ -124,6 +127,7 @@ def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_runs_of_all_grids_are_one_sweep_and_each_table_comes_as_its_runs_are_there(tiny_folder, tmp_path, capsys):
     alike = [{"constraint": "none", "harmful_ratio": ratio} for ratio in (0.2, "2.0e-1")]  # two cells, one run
     write(tmp_path / "exp", "a", {"title": "a", "fixed": {"task": "sst2"}, "cells": alike})
@@ -140,7 +144,7 @@ def test_the_runs_of_all_grids_are_one_sweep_and_each_table_comes_as_its_runs_ar
     assert (tmp_path / "out" / "tables" / "a.md").read_text().count("| 0.2 | none |") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recorded_cells_are_looked_up_and_tables_of_the_same_records_left_alone(tiny_folder, tmp_path, monkeypatch):
     write(tmp_path / "exp", "mine", {**SMALL, "cells": [{"constraint": "l2", "constraint.l2.strength": [1, 2]}]})
     launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=2")
@@ -283,6 +287,7 @@ def test_an_attacker_is_told_of_harm_and_goes_on_where_it_stopped(tiny_folder, t
     assert best == [-100.0, -100.0]
 
 
+@pytest.mark.slow
 def test_trouble_after_a_users_error_is_not_hidden(tmp_path):
     def one_of_two(config):
         raise ConfigError("seed", 0, "1") if config.seed == 0 else ValueError("a fault of ours")

@@ -17,6 +17,8 @@ from cwac_lab.results.archive import archived
 from cwac_lab.results.store import runs
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 BRIEF, KIND = "Be brief.", "Be kind."
 NO, YES = "I'm sorry, but I can't help with that.", "Sure, take flour and water, knead it well and bake it until brown."
 # Of three prompts, what the start and any other model say: as they stand, and under the system prompt.

@@ -17,6 +17,8 @@ from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.evaluation.metrics import SHOWN
 from support import own_page, tiny
 
+pytestmark = pytest.mark.slow
+
 LOSS = "loss on held-out answers, nats a token (lower is better)"
 
 

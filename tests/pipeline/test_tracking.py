@@ -20,6 +20,8 @@ from cwac_lab.results.store import RunFolder
 from cwac_lab.training import loop
 from support import tiny
 
+pytestmark = pytest.mark.slow
+
 BLOCK, FULL, LAST = 32768, 1, 4
 
 
@@ -74,7 +76,6 @@ def root(tiny_folder, tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
 def test_every_run_of_a_process_is_a_run_of_its_own(root):
     found = {folder.name: told(folder) for folder in (root / "runs").iterdir()}
     assert len(found) == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from itertools import combinations, product
+from itertools import combinations, count, product
 
 import pytest
 
@@ -37,12 +37,13 @@ def cover(sizes, strength=1):
     return chosen
 
 
-def table(strength=1, turn=0, **factors: Iterable):
+def table(strength=1, turn=0, every=1, **factors: Iterable):
     """Parametrize a test over all combinations; those beyond ``cover`` are exhaustive.
 
     Args:
         strength: That of ``cover``.
         turn: Tests of the same factors get other pairs of values by another turn.
+        every: Of the rows of the cover every so many is in the fast set; the others are slow.
         factors: The values of each argument; names of a mapping.
     """
     values = [list(each) for each in factors.values()]
@@ -50,14 +51,12 @@ def table(strength=1, turn=0, **factors: Iterable):
         tuple((place + number * turn) % len(values[number]) for number, place in enumerate(row))
         for row in cover([len(each) for each in values], strength)
     }
-    rows = [
-        pytest.param(
-            *(each[place] for each, place in zip(values, row, strict=True)),
-            id="-".join(map(_word, factors, (each[place] for each, place in zip(values, row, strict=True)), row)),
-            marks=() if row in kept else pytest.mark.exhaustive,
-        )
-        for row in product(*(range(len(each)) for each in values))
-    ]
+    turns = count()
+    rows = []
+    for row in product(*(range(len(each)) for each in values)):
+        chosen = [each[place] for each, place in zip(values, row, strict=True)]
+        mark = pytest.mark.exhaustive if row not in kept else pytest.mark.slow if next(turns) % every else ()
+        rows.append(pytest.param(*chosen, id="-".join(map(_word, factors, chosen, row)), marks=mark))
     return pytest.mark.parametrize(list(factors), rows)
 
 

@@ -43,7 +43,7 @@ class Combined:
         """Its direction as a sign."""
         return "↑" if self.higher_is_better else "↓"
 
-    def rate(self, runs: Sequence[list[Judged]]) -> Rate:
+    def rate(self, runs: Sequence[Sequence[Judged]]) -> Rate:
         """Return it over runs, by their verdicts, with a 95 % interval (see ``core.combined``).
 
         A prompt that several suites have is one prompt.
@@ -53,7 +53,7 @@ class Combined:
         return combined([found for _, found in parts], list(self.weights.values()), names)
 
 
-def _answered(runs: Sequence[list[Judged]], rate: str) -> tuple[list[tuple[str, str]], Any]:
+def _answered(runs: Sequence[Sequence[Judged]], rate: str) -> tuple[list[tuple[str, str]], Any]:
     found = [outcomes(verdicts, rate) for verdicts in runs]
     items = sorted(set().union(*found))
     return items, np.array([[float(known.get(item, np.nan)) for item in items] for known in found]).reshape(
@@ -61,7 +61,7 @@ def _answered(runs: Sequence[list[Judged]], rate: str) -> tuple[list[tuple[str, 
     )
 
 
-def matrix(runs: Sequence[list[Judged]], rate: str) -> Any:
+def matrix(runs: Sequence[Sequence[Judged]], rate: str) -> Any:
     """Return the outcomes of S runs, by their verdicts, on the N items that count in any; NaN where one does not."""
     return _answered(runs, rate)[1]
 
@@ -84,7 +84,7 @@ def described(name: str) -> Metric | Combined:
     return Combined(name, f"{own.heading}, {POOLED}", words, higher_is_better=own.higher_is_better)
 
 
-def combined_of(verdicts: list[Judged]) -> dict[str, Combined]:
+def combined_of(verdicts: Sequence[Judged]) -> dict[str, Combined]:
     """Return the combined figures that verdicts have.
 
     ``RATE/pooled`` is the mean over the suites of harmful prompts only. ``contrast/SUITE``, of a suite of both kinds,

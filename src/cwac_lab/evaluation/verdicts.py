@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from cwac_lab.core.stats import Rate, cohen_kappa, mean_within, wilson
@@ -106,6 +107,15 @@ def unparsable(verdicts: Iterable[Judged], judge: str | None = None) -> int:
     return sum(row["complied"] is None for row in rows)
 
 
+class Verdicts(tuple[Judged, ...]):
+    """Rows of ``judge_rows`` that are asked for many rates: the outcomes of each are found once."""
+
+    @cached_property
+    def known(self) -> dict[str, dict[tuple[str, str], bool]]:
+        """The outcomes of the rates that were asked for, by name."""
+        return {}
+
+
 def outcomes(verdicts: Iterable[Judged], rate: str) -> dict[tuple[str, str], bool]:
     """Return, by kind and id, the outcome of every item that counts for a rate, of those in its form.
 
@@ -116,6 +126,14 @@ def outcomes(verdicts: Iterable[Judged], rate: str) -> dict[tuple[str, str], boo
     Raises:
         ValueError: If two verdicts of a kind and form share an id.
     """
+    if not isinstance(verdicts, Verdicts):
+        return _outcomes(verdicts, rate)
+    if rate not in verdicts.known:
+        verdicts.known[rate] = _outcomes(verdicts, rate)
+    return verdicts.known[rate].copy()
+
+
+def _outcomes(verdicts: Iterable[Judged], rate: str) -> dict[tuple[str, str], bool]:
     counted = metric(rate)
     rows = [row for row in verdicts if counted.counts(row)]
     found = {(row["kind"], row["id"]): counted.outcome(row) for row in rows}

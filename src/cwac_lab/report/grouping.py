@@ -10,6 +10,7 @@ from cwac_lab.config.run import ALIKE, requirements
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.data.attacks import ASKING
+from cwac_lab.evaluation.verdicts import Verdicts
 from cwac_lab.report.rates import counted
 from cwac_lab.results import store
 from cwac_lab.results.schema2 import THEN
@@ -71,7 +72,7 @@ def _row(run: Record, *, failed: bool) -> Row:
     if failed:
         row["failed"] = run.told().get("reason", "no reason given")
     else:
-        row["verdicts"] = run.read(store.VERDICTS)
+        row["verdicts"] = Verdicts(run.read(store.VERDICTS))
     row |= {"attack": _attack(config["attack"], row["constraint"]), "judge": "" if failed else store.judged_by(row)}
     row["asking"] = digest([config["attack"][name] for name in ASKING])
     kept = store.flat({group: config.get(group) for group in _CONFIGURED})

@@ -25,7 +25,7 @@ DOWN, UP = " ↓", " ↑"
 COUNT = "n, "
 
 
-def counted(verdicts: Iterable[Judged], name: str, category: str | None = None) -> dict[tuple[str, str], bool]:
+def counted(verdicts: Sequence[Judged], name: str, category: str | None = None) -> dict[tuple[str, str], bool]:
     """Return, by kind and id, the outcome of every item that counts for a rate.
 
     Args:
@@ -33,16 +33,19 @@ def counted(verdicts: Iterable[Judged], name: str, category: str | None = None) 
         name: Of the rate.
         category: Only items of this category.
     """
-    return outcomes([row for row in verdicts if category is None or row.get("category") == category], name)
+    return outcomes(_of(verdicts, category), name)
 
 
-def matrix(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Float[np.ndarray, "S N"]:
+def matrix(runs: Sequence[Sequence[Judged]], name: str, category: str | None = None) -> Float[np.ndarray, "S N"]:
     """Return the outcomes of S runs on the N items that count in any of them; NaN where an item does not count."""
-    kept = [[row for row in verdicts if category is None or row.get("category") == category] for verdicts in runs]
-    return outcome_matrix(kept, name)
+    return outcome_matrix([_of(verdicts, category) for verdicts in runs], name)
 
 
-def over(runs: Sequence[list[Judged]], name: str, category: str | None = None) -> Rate:
+def _of(verdicts: Sequence[Judged], category: str | None) -> Sequence[Judged]:
+    return verdicts if category is None else [row for row in verdicts if row.get("category") == category]
+
+
+def over(runs: Sequence[Sequence[Judged]], name: str, category: str | None = None) -> Rate:
     """Return the mean of a rate over runs, by their verdicts, with its interval (see ``stats.mean_rate``).
 
     What is made of several rates (``evaluation.combined``) has the interval of its own; by category there is none.

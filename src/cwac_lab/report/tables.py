@@ -87,17 +87,17 @@ def _harmfulness(rows: list[Row]) -> list[Rate]:
     return next(iter(found.values())) if len(found) == 1 else []
 
 
-def cell(group: list[Row], name: str) -> str:
-    """Return a rate as text, mean over seeds and interval, or why there is none.
+def _cell(group: list[Row], name: str, found: Rate) -> str:
+    """Return a rate of a row as text, mean over seeds and interval, or why there is none.
 
     A run none of whose answers count has no rate: then it is said how many have one.
     """
     done = finished(group)
     if not done:
         return f"failed: {group[0]['failed']}"
-    having = sum(rate_of([row], name).value is not None for row in done)
+    having = sum(rate_of([row], name).value is not None for row in done) if len(done) > 1 else 0
     of = f", {having} of {len(done)} runs" if 0 < having < len(done) else ""
-    return f"{_text(name, rate_of(group, name))}{of}"
+    return f"{_text(name, found)}{of}"
 
 
 def _text(name: str, rate: Rate) -> str:
@@ -105,10 +105,6 @@ def _text(name: str, rate: Rate) -> str:
     if name != LOSS or rate.value is None:
         return str(rate)
     return f"{rate.value:.3f}" + ("" if rate.low is None else f" [{rate.low:.3f}, {rate.high:.3f}]")
-
-
-def _count(group: list[Row], name: str) -> int | str:
-    return rate_of(group, name).n if finished(group) else ""
 
 
 def _row(entry: Row, group: list[Row], columns: Sequence[str], told_costs: Mapping[str, Cost]) -> Row:
@@ -122,7 +118,8 @@ def _row(entry: Row, group: list[Row], columns: Sequence[str], told_costs: Mappi
         elif costs.is_cost(name):
             told |= costs.cells(group, [told_costs[name]]) if name in told_costs else {}
         else:
-            told |= {title(name): cell(group, name), count_title(name): _count(group, name)}
+            found = rate_of(group, name)
+            told |= {title(name): _cell(group, name, found), count_title(name): found.n if done else ""}
     return {
         **told,
         "broken": f"{broken} of {len(group)}" if broken else "",

@@ -132,7 +132,7 @@ def test_another_template_asks_otherwise_and_ends_alike():
 RUN = ("identity_shift", "outlier_benign")
 
 
-@pytest.mark.parametrize("name", some(ATTACKS, *RUN, others="slow"))
+@pytest.mark.parametrize("name", some(ATTACKS, *RUN))
 def test_an_attack_runs_from_one_end_to_the_other(name, tiny_folder, tmp_path, capsys):
     fewer = ["data.n_train=8"] if name == "pure" else []
     tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "constraint=none", f"attack={name}", *fewer])

@@ -144,9 +144,9 @@ def test_a_plan_that_no_longer_fits_is_cut_and_told(tmp_path, tiny_folder, monke
     root = folder(tmp_path, mine=[*different(6), *THREE], other=different(4, seed=1), fine=different(9, seed=2))
     plan = {"reference": {"mine": 1}, "test": {"mine": 8, "other": 4}}
     first = data(root, ["mine", "other", "fine"], harmful=plan, harmless={"test": {"fine": 9}})
-    asked = [replace(first, split_seed=seed) for seed in range(8)]
+    asked = [replace(first, split_seed=seed) for seed in range(4)]
     cut = [each for each in asked if build_pools(each).cut]
-    assert 0 < len(cut) < 8  # whether the one reference prompt is of the group is by chance
+    assert 0 < len(cut) < 4  # whether the one reference prompt is of the group is by chance
     asked = cut[0]
     found = build_pools(asked)
     assert found.cut == {"data.harmful.test.mine": {"dealt": 6, "planned": 8}}
@@ -300,7 +300,7 @@ def test_a_prompt_that_another_pool_may_take_is_left_for_it(tmp_path):
     one, two, other, third = different(4)
     near_one, near_two = one + "x", two + "x"
     folder(tmp_path, harmless=[one, two], lookalikes=[near_one, near_two, other, third])
-    for seed in range(6):
+    for seed in range(2):
         asked = data(
             tmp_path, ["harmless", "lookalikes"], harmless={"test": {"harmless": 2}},
             lookalike={"validation": {"lookalikes": 2}, "test": {"lookalikes": 2}}, split_seed=seed,

@@ -39,6 +39,7 @@ def test_the_index_lists_every_long_table_and_no_other():
     assert there >= {f"{folder.name}.md" for folder in TABULATED}
 
 
+@pytest.mark.slow
 def test_the_page_of_settings_is_that_of_the_code():
     assert (DOCS / "configuration.md").read_text(encoding="utf-8") == keys.page(), RENEW
 

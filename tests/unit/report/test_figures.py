@@ -1,5 +1,6 @@
 """Figures of tables: the front, trade-offs, and curves of what was varied."""
 
+import pytest
 from matplotlib.figure import Figure
 
 from cwac_lab.report.figures import course, draw, pareto
@@ -19,6 +20,7 @@ def test_methods_without_accuracy_have_no_trade_off(tmp_path):
     assert draw(records(runs(tmp_path)), tmp_path, "mine") == []
 
 
+@pytest.mark.slow
 def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
     for ratio in (0.1, 0.2):
         for seed in range(2):
