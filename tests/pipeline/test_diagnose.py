@@ -12,7 +12,6 @@ import torch
 from cwac_lab import diagnose, train
 from cwac_lab.core.cache import read_json, read_jsonl, write_json
 from cwac_lab.diagnostics import evidence
-from cwac_lab.diagnostics.callback import Sampler
 from cwac_lab.run.drift import Measurer
 from support import tiny
 
@@ -57,31 +56,6 @@ def test_drift_is_sampled_and_logged(output):
     assert found["summary"]["harmful"]["leak"] < 1e-5
     log = pd.read_csv(folder(output, "measured") / "log" / "metrics.csv")
     assert log["drift/harmful/weight"].notna().sum() == 2  # a step without a sample repeats none
-
-
-def test_the_last_step_is_sampled_once_and_earlier_samples_stay():
-    class Module:
-        total_steps, step, model = 8, 0, None
-
-        def log_figures(self, *given):
-            logged.append(given)
-
-    def measure(_):
-        calls.append(1)
-        return {"harmful": {"kl": float(len(calls)), "said": [1]}}
-
-    calls, logged, module, written = [], [], Module(), []
-    sampler = Sampler("drift", measure, 4, [], written.append)
-    sampler.on_train_start(None, module)
-    for module.step in range(1, 9):
-        sampler.on_train_batch_end(None, module)
-    sampler.end(8, {"harmful": {"kl": 9.0}})
-    assert len(calls) == 1
-    assert logged[3] == ("drift", {"drift/harmful/kl": 1.0})
-    assert [(sample["step"], sample["harmful"]["kl"]) for sample in written[-1]] == [(4, 1.0), (8, 9.0)]
-    resumed = Sampler("drift", measure, 4, written[-1], written.append)  # a run that was ended after its last step
-    resumed.end(8, {"harmful": {"kl": 9.0}})
-    assert [sample["step"] for sample in written[-1]] == [4, 8]
 
 
 def test_a_finished_run_is_measured_as_it_would_have_been_within(output, capsys, monkeypatch):

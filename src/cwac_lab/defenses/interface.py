@@ -202,9 +202,20 @@ def check_together(parts: Mapping[str, Defense]) -> None:
         raise ConfigError(f"constraint.{slowed[0]}.tail", "slowed", accepted)
 
 
+def parts_of(defense: Defense) -> list[Defense]:
+    """Return the parts of a defence, itself where it has none."""
+    return list(defense.parts.values()) if isinstance(defense, Composite) else [defense]
+
+
+def overrides(defense: Defense, *hooks: str) -> bool:
+    """Tell whether a defence, or a part of it, has one of some hooks of its own."""
+    parts = parts_of(defense)
+    return any(getattr(type(part), hook) is not getattr(Defense, hook) for part in parts for hook in hooks)
+
+
 def finish(defense: Defense, model: Any, merge: Callable[[], object]) -> None:
     """Make a trained model what is exported and evaluated; ``merge`` merges its adapters, where there are any."""
-    for part in defense.parts.values() if isinstance(defense, Composite) else [defense]:
+    for part in parts_of(defense):
         if part.settles_factors:
             part.settle(model)
     merge()
@@ -214,6 +225,9 @@ def finish(defense: Defense, model: Any, merge: Callable[[], object]) -> None:
 @contextmanager
 def settled(defense: Defense, model: Any) -> Iterator[None]:
     """Enter a context in which a model's trained weights are those that are used; afterwards they are as before."""
+    if not overrides(defense, "settle"):
+        yield
+        return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = [parameter.detach().clone() for parameter in trained]
     try:

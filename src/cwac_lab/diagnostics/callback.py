@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 
+from cwac_lab.defenses.interface import settled
 from cwac_lab.results.record import flat
 
 Sample = dict[str, Any]
@@ -15,7 +16,8 @@ Sample = dict[str, Any]
 class Sampler(L.Callback):
     """Measures every so many optimizer steps; a sample is the step and what is measured there.
 
-    The last step is left to who measures the trained model, by ``end``.
+    It is measured as it would be if training ended there: with the weights that its defence makes of the trained ones,
+    which are put back. The last step is left to who measures the trained model, by ``end``.
     """
 
     def __init__(
@@ -49,7 +51,8 @@ class Sampler(L.Callback):
         if step % self._every or step == pl_module.total_steps:
             pl_module.log_figures(self._name, {})
             return
-        found = self._measure(pl_module.model)
+        with settled(pl_module.defense, pl_module.model):
+            found = self._measure(pl_module.model)
         self._samples.append({"step": step, **found})
         self._record(self._samples)
         figures = flat(found, self._name)

@@ -12,21 +12,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from cwac_lab.core.errors import LabError
-from cwac_lab.defenses.interface import Composite, Defense, settled
+from cwac_lab.defenses.interface import Defense, overrides, settled
 from cwac_lab.models import adapters
 from cwac_lab.models.answers import Batch, Piece
 from cwac_lab.models.chat import IGNORED, Encoded
-
-
-def parts_of(defense: Defense) -> list[Defense]:
-    """Return the parts of a defence, itself where it has none."""
-    return list(defense.parts.values()) if isinstance(defense, Composite) else [defense]
-
-
-def overrides(defense: Defense, *hooks: str) -> bool:
-    """Tell whether a defence, or a part of it, has one of some hooks of its own."""
-    parts = parts_of(defense)
-    return any(getattr(type(part), hook) is not getattr(Defense, hook) for part in parts for hook in hooks)
 
 
 class DefenseCallback(TrainerCallback):
@@ -148,7 +137,7 @@ class DefenseCallback(TrainerCallback):
     @contextmanager
     def _settled(self) -> Iterator[None]:
         """Enter a context in which the trained weights are those that are used."""
-        if self._stage != "training" or not overrides(self._defense, "settle"):
+        if self._stage != "training":
             yield
             return
         self._stage = "saving"

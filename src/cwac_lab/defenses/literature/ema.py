@@ -5,8 +5,7 @@ is used in the end. After n steps the start has a share of ``decay^n`` in it.
 
 Fidelity: variant. The rule is the standard one, and training goes on from the weights, not from their average. The
 authors' decay was not at hand; ours is not tuned. With LoRA the factors are averaged, as they are trained. Projections
-and other changes of an update at the end, by defences beside it, act on the average. What is sampled while a model
-trains (`evaluation.every_n_steps`) is of the weights, not of their average.
+and other changes of an update at the end, by defences beside it, act on the average.
 """
 
 from __future__ import annotations
