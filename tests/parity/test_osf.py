@@ -106,6 +106,26 @@ def test_gradients_of_factors_are_projected():
     assert len(seen) == 2 * len(defense._held)
 
 
+def test_the_leak_is_the_part_of_the_update_that_is_protected():
+    model, start = tiny.model(), tiny.model().state_dict()
+    defense = OSF(share=0.3)
+    defense.prepare(context(model))
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=source), alpha=0.01)
+    expected = {}
+    for name, value in model.state_dict().items():
+        if name in start and "_proj" in name:
+            left, right = projectors(start[name], 0.3)
+            update = value - start[name]
+            expected[name] = float((update - left @ update @ right).norm() / update.norm())
+    assert sorted(held.leak() for held in defense._held) == pytest.approx(sorted(expected.values()), rel=1e-3)
+    assert min(expected.values()) > 0.1
+    defense.settle(model)
+    assert 0 < defense.summary()["osf_leak"] < 1e-5
+
+
 def test_experts_with_adapters_are_one_line():
     model = begin("mixtral", LORA)
     attach(model, LORA, 0)

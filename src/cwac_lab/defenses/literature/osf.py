@@ -72,6 +72,16 @@ class _Held:
         for factor, project in self._factors():
             factor.copy_(project(factor))
 
+    def leak(self) -> float:
+        """Return the part of the update, or of a factor, that is along what is protected, relative to its norm."""
+        if self.start is not None:
+            update = self.linear.weight.float() - self.start
+            moved = [(update, self.columns(self.rows(update)))]
+        else:
+            moved = [(factor.float(), project(factor)) for factor, project in self._factors()]
+        shares = [float((each - left).norm() / each.norm()) for each, left in moved if each.any()]
+        return max(shares, default=0.0)
+
     def _factors(self) -> Any:
         adapter = self.linear.adapter
         if adapter is None or adapter.merged:
@@ -101,6 +111,7 @@ class OSF(Defense):
         in_range("share", self.share, 0, 1)
         one_of("modules", self.modules, SCOPES)
         self._held: list[_Held] = []
+        self._leak = 0.0
 
     @property
     def shardable(self) -> bool:
@@ -134,9 +145,12 @@ class OSF(Defense):
         """Project what moved."""
         self._project()
 
+    @torch.no_grad()
     def settle(self, model: Any) -> None:
         """Project what another part has put in the place of the weights; what is projected stays as it is."""
-        self._project()
+        if all(held.linear.adapter is None or not held.linear.adapter.merged for held in self._held):
+            self._project()
+            self._leak = max((held.leak() for held in self._held), default=0.0)
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -144,5 +158,6 @@ class OSF(Defense):
             held.weight()
 
     def summary(self) -> dict[str, Any]:
-        """Return how many directions are protected, of every matrix."""
-        return {"osf_rank": {f"{held.linear.site.name} {held.linear.name}": held.left.shape[1] for held in self._held}}
+        """Return how many directions are protected, of every matrix, and the largest leak of all, after it settled."""
+        ranks = {f"{held.linear.site.name} {held.linear.name}": held.left.shape[1] for held in self._held}
+        return {"osf_rank": ranks, "osf_leak": self._leak}
