@@ -135,6 +135,18 @@ BAD = [
         "tuning.save=adapter: accepted: merged with constraint=safe_delta, which changes merged weights",
     ),
     (["constraint=safe_delta", "tuning=lora", "guard.kl=0.1"], "guard.kl=0.1: accepted: null, or tuning=full, with"),
+    (
+        ["constraint=safe_delta", "tuning=lora", "evaluation.every_n_steps=2"],
+        "evaluation.every_n_steps=2: accepted: 0, or tuning=full, with constraint=safe_delta",
+    ),
+    (
+        ["constraint=safe_delta", "tuning=lora", "diagnostics.enabled=true", "diagnostics.every_n_steps=2"],
+        "diagnostics.every_n_steps=2: accepted: 0, or tuning=full, with constraint=safe_delta",
+    ),
+    (
+        ["constraint=[weight,osf]", "constraint.weight.projection=gradient", "tuning=lora"],
+        "constraint=[osf,weight]: accepted: one of osf | weight: each moves what another holds",
+    ),
     (["task=imdb"], "task=imdb: accepted: agnews | alpaca | chat | gsm8k | pubmedqa | sst2"),
     (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
     (["constraint=magic"], "constraint=magic: accepted: activation | asft | "),

@@ -51,7 +51,8 @@ def held_latents(model, prepared):
 
 
 @table(
-    every=2,
+    strength=2,
+    every=4,
     family=FAMILIES,
     constraint=("none", "weight", "activation", "coupled"),
     tuning=("full", "lora"),

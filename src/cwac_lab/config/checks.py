@@ -37,6 +37,12 @@ def _check_adapters(run: Run) -> None:
             raise ConfigError("tuning.save", run.tuning.save, f"{SAVED[0]} {accepted}")
         if run.guard.kl is not None:
             raise ConfigError("guard.kl", run.guard.kl, f"null, or tuning=full, {accepted}")
+        within = {"evaluation": run.evaluation.every_n_steps}
+        if run.diagnostics.enabled:
+            within["diagnostics"] = run.diagnostics.every_n_steps
+        for group, every in within.items():
+            if every:
+                raise ConfigError(f"{group}.every_n_steps", every, f"0, or tuning=full, {accepted}")
     adapted = TARGETS[run.tuning.modules]
     for name, part in run.constraint.parts.items():
         scope = getattr(part, "modules", None)

@@ -191,7 +191,7 @@ def check_together(parts: Mapping[str, Defense]) -> None:
         ConfigError: If two parts each hold the update in a space of their own, or one slows what another averages.
     """
     needs = {name: part.requirements for name, part in parts.items()}
-    exact = [name for name, each in needs.items() if each.exact_projection or each.whole_update]
+    exact = [name for name, each in needs.items() if each.exact_projection or each.whole_update or each.subspace]
     if len(exact) > 1:
         accepted = f"one of {' | '.join(exact)}: each moves what another holds"
         raise ConfigError("constraint", f"[{','.join(exact)}]", accepted)

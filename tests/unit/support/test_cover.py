@@ -54,3 +54,16 @@ def test_another_turn_gives_other_pairs():
         {row.values for row in table(turn=turn, name="abcdef", way="xyz").args[1] if not row.marks} for turn in range(3)
     ]
     assert set().union(*found) == set(product("abcdef", "xyz"))
+
+
+@pytest.mark.parametrize(
+    ("strength", "every", "sizes"), [(1, 2, (30, 2)), (1, 2, (29, 5)), (1, 3, (31, 2)), (2, 4, (14, 4, 2))]
+)
+def test_of_slow_and_fast_rows_both_have_every_value_of_the_short_factors(strength, every, sizes):
+    rows = table(strength, every=every, **{f"f{place}": range(size) for place, size in enumerate(sizes)}).args[1]
+    fast = [row.values for row in rows if not row.marks]
+    slow = [row.values for row in rows if [mark.name for mark in row.marks] == ["slow"]]
+    assert len(fast) == pytest.approx((len(fast) + len(slow)) / every, abs=1)
+    for place, size in enumerate(sizes[1:], start=1):
+        for chosen in (fast, slow):
+            assert {values[place] for values in chosen} == set(range(size))

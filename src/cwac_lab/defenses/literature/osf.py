@@ -21,7 +21,7 @@ from torch import Tensor
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import LabError, in_range, one_of
 from cwac_lab.defenses.interface import Context, Defense, Requirements
-from cwac_lab.models.adapters import held_weight
+from cwac_lab.models.adapters import held_weight, when_merged
 from cwac_lab.models.sites import SCOPES, Matrix, linears
 
 
@@ -33,6 +33,7 @@ class _Held:
     left: Float[Tensor, "m k"]
     right: Float[Tensor, "d k"]
     start: Float[Tensor, "m d"] | None
+    leaked: float | None = None
 
     @classmethod
     def of(cls, linear: Matrix, share: float) -> _Held:
@@ -72,15 +73,14 @@ class _Held:
         for factor, project in self._factors():
             factor.copy_(project(factor))
 
-    def leak(self) -> float:
-        """Return the part of the update, or of a factor, that is along what is protected, relative to its norm."""
-        if self.start is not None:
-            update = self.linear.weight.float() - self.start
-            moved = [(update, self.columns(self.rows(update)))]
-        else:
-            moved = [(factor.float(), project(factor)) for factor, project in self._factors()]
-        shares = [float((each - left).norm() / each.norm()) for each, left in moved if each.any()]
-        return max(shares, default=0.0)
+    def leak(self, update: Float[Tensor, "m d"]) -> float:
+        """Return the norm of the part of an update that is along what is protected, relative to the update's."""
+        along = update.float() - self.columns(self.rows(update))
+        return float(along.norm() / update.float().norm()) if update.any() else 0.0
+
+    def merged(self, before: Tensor, after: Tensor) -> None:
+        """Take a weight before and after its adapter is merged."""
+        self.leaked = self.leak(after.float() - before.float())
 
     def _factors(self) -> Any:
         adapter = self.linear.adapter
@@ -111,7 +111,6 @@ class OSF(Defense):
         in_range("share", self.share, 0, 1)
         one_of("modules", self.modules, SCOPES)
         self._held: list[_Held] = []
-        self._leak = 0.0
 
     @property
     def shardable(self) -> bool:
@@ -133,6 +132,9 @@ class OSF(Defense):
         """Take the directions; factors that were drawn are projected, which moves no output while B is zero."""
         if self.share:
             self._held = [_Held.of(linear, self.share) for linear in linears(context.model, self.modules)]
+        for held in self._held:
+            if held.linear.adapter is not None:
+                when_merged(held.linear.adapter, held.merged)
         self._project()
 
     @torch.no_grad()
@@ -145,19 +147,21 @@ class OSF(Defense):
         """Project what moved."""
         self._project()
 
-    @torch.no_grad()
     def settle(self, model: Any) -> None:
         """Project what another part has put in the place of the weights; what is projected stays as it is."""
-        if all(held.linear.adapter is None or not held.linear.adapter.merged for held in self._held):
-            self._project()
-            self._leak = max((held.leak() for held in self._held), default=0.0)
+        self._project()
 
     @torch.no_grad()
     def _project(self) -> None:
         for held in self._held:
             held.weight()
 
+    @torch.no_grad()
     def summary(self) -> dict[str, Any]:
-        """Return how many directions are protected, of every matrix, and the largest leak of all, after it settled."""
+        """Return how many directions are protected, of every matrix, and the largest leak of what was trained."""
+        for held in self._held:
+            if held.start is not None:
+                held.leaked = held.leak(held.linear.weight.float() - held.start)
         ranks = {f"{held.linear.site.name} {held.linear.name}": held.left.shape[1] for held in self._held}
-        return {"osf_rank": ranks, "osf_leak": self._leak}
+        leaks = [held.leaked for held in self._held if held.leaked is not None]
+        return {"osf_rank": ranks, **({"osf_leak": max(leaks)} if leaks else {})}
