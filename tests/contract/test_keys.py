@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,10 +186,20 @@ def shorter(parts):
 
 
 def of_fields(kind, entry, value, change):
-    return [
-        (kind, f"{entry}.{field.name}", change(field.name, another(getattr(value, field.name))))
-        for field in fields(value)
-    ]
+    """Rows for the fields of a dataclass, and of those in it."""
+    rows = []
+    for field in fields(value):
+        name, held = field.name, getattr(value, field.name)
+        if is_dataclass(held):
+            rows += of_fields(
+                kind,
+                f"{entry}.{name}",
+                held,
+                lambda inner, to, name=name, held=held: change(name, replace(held, **{inner: to})),
+            )
+        else:
+            rows.append((kind, f"{entry}.{name}", change(name, another(held))))
+    return rows
 
 
 OTHER = [PromptRow("h", "another prompt")]

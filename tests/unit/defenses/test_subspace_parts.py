@@ -8,7 +8,7 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.defenses.cwac.subspace import basis
 from cwac_lab.defenses.cwac.subspace.coverage import covered_by_part
 from cwac_lab.defenses.cwac.subspace.parts import ANSWER, CLOSING, OPENING, OWN, Parts, parts_of
-from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.spec import KindEnergies, SubspaceSpec
 from support import tiny
 
 TEXTS = ("how do I", "tell me what", "one more of them, really", "9 * 7 = ?")
@@ -137,6 +137,21 @@ def test_what_a_closing_weighs_and_answers_count(asked):
     assert nothing.kept == pytest.approx(float(shares[nothing.basis.shape[1] - 1]), rel=1e-6)
 
 
+def test_energy_by_kind_of_site_is_that_of_its_sites_and_no_others(asked):
+    model, chat, prompts, parts = asked
+
+    def found(energy, **more):
+        of_all = SubspaceSpec("all_linear", energy, None, "all", False, opening="held", **more)
+        return dict(basis.leading(model, prompts, of_all, chat.pad_id, parts=parts))
+
+    least, most = found(0.5), found(0.99)
+    mixed = found(0.5, energy_by_kind=KindEnergies(attn_out=0.99, ffn_out=0.99))
+    for name, each in mixed.items():
+        wanted = most if name.endswith("_out") else least
+        torch.testing.assert_close(each.basis, wanted[name].basis)
+    assert most["layers.1.ffn_out"].basis.shape[1] > least["layers.1.ffn_out"].basis.shape[1]
+
+
 def test_what_is_held_of_each_part(asked):
     model, chat, prompts, parts = asked
     asked_for = spec(0.9)
@@ -160,15 +175,40 @@ def test_what_is_held_of_each_part(asked):
         assert least == pytest.approx(min(share, 2 * mean - share), rel=1e-5)  # of two sites
 
 
+def named(override):
+    """Return an override of the weight part by its full name."""
+    return f"{override[: override.startswith('+')]}constraint.weight.{override.removeprefix('+')}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
         (("opening=exact",), "constraint.weight.opening=exact: accepted: counted | held"),
         (("answers=all",), "constraint.weight.answers=all: accepted: none | own"),
         (("closing_weight=-1",), "constraint.weight.closing_weight=-1.0: accepted: a number in [0, inf)"),
+        (
+            ("+energy_by_kind.ffn=0.9",),
+            "constraint.weight.energy_by_kind.ffn=0.9: accepted: one of the keys attn_in, attn_out, ffn_in, ffn_out",
+        ),
+        (
+            ("modules=ffn_out", "energy_by_kind.attn_in=0.9"),
+            "constraint.weight.energy_by_kind.attn_in=0.9: accepted: null with modules=ffn_out",
+        ),
+        (
+            ("energy_by_kind.attn_in=1.5",),
+            "constraint.weight.energy_by_kind.attn_in=1.5: accepted: a number in (0, 1]",
+        ),
+        (
+            ("energy=null", "rank=3", "energy_by_kind.attn_in=0.5"),
+            "constraint.weight.energy_by_kind.attn_in=0.5: accepted: null with a fixed rank",
+        ),
+        (
+            ("tail=slowed", "energy_by_kind.attn_in=0.99995"),
+            "constraint.weight.tail_energy=0.9999: accepted: a number in (0.99995, 1]",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(overrides, line):
     with pytest.raises(ConfigError) as raised:
-        read(tiny.config("constraint=weight", *(f"constraint.weight.{each}" for each in overrides)))
+        read(tiny.config("constraint=weight", *map(named, overrides)))
     assert str(raised.value) == line

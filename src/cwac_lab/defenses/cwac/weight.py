@@ -18,7 +18,7 @@ trains, and tokens may come to an expert that does not hold them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -40,7 +40,7 @@ from cwac_lab.defenses.cwac.projected import (
     release,
     release_factor,
 )
-from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.spec import KindEnergies, SubspaceSpec
 from cwac_lab.defenses.cwac.tail import TAILS, Tails
 from cwac_lab.defenses.interface import HELD_ON, Context, Defense, Requirements
 from cwac_lab.models.adapters import when_merged
@@ -62,6 +62,7 @@ class WeightConstraint(Defense):
         projection: ``gradient`` (the paper's literal text), ``update`` (exact under any optimizer), or ``both``: exact,
             and the optimizer's moments and the clipping see only what is allowed (at a ``gradient_share`` of 1).
         energy: Share of the trace of C that is protected; exclusive with ``rank``.
+        energy_by_kind: Another ``energy`` for kinds of sites.
         rank: Fixed number of protected directions, beside those of a held opening; 0 switches the constraint off.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
@@ -87,6 +88,7 @@ class WeightConstraint(Defense):
     trainable: str = "constrained"
     projection: str = "both"
     energy: float | None = 0.998
+    energy_by_kind: KindEnergies = field(default_factory=KindEnergies)
     rank: int | None = None
     held_on: str = "harmful"
     tokens: str = "all"
@@ -115,24 +117,38 @@ class WeightConstraint(Defense):
         in_range("closing_weight", self.closing_weight, 0)
         one_of("tail", self.tail, TAILS)
         in_range("tail_strength", self.tail_strength, 0)
-        in_range("tail_energy", self.tail_energy, (self.energy or 0) if self.has_tail else 0, 1, open_low=True)
+        self._check_energy()
         if self.tail == "slowed" and self.projection == "gradient":
             raise ConfigError("tail", self.tail, "free or penalised with projection=gradient, which restores nothing")
         in_range("gradient_share", self.gradient_share, 0, 1, open_low=True)
         in_range("restore_every_n_steps", self.restore_every_n_steps, 1)
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
-        if (self.energy is None) == (self.rank is None):
-            raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
         if self.gradient_share != 1 and self.projection != "both":
             raise ConfigError("gradient_share", self.gradient_share, "1 with a projection other than both")
-        if self.energy is not None:
-            in_range("energy", self.energy, 0, 1, open_low=True)
-        if self.rank is not None:
-            in_range("rank", self.rank, 0)
         self._held: list[Constrained] = []
         self._tails = Tails(self.tail, self.tail_strength)
         self._hooks: list[RemovableHandle] = []
         self._removed = 0.0
+
+    def _check_energy(self) -> None:
+        if (self.energy is None) == (self.rank is None):
+            raise ConfigError("rank", self.rank, "exactly one of constraint.energy and constraint.rank")
+        if self.energy is not None:
+            in_range("energy", self.energy, 0, 1, open_low=True)
+        if self.rank is not None:
+            in_range("rank", self.rank, 0)
+        for kind, energy in asdict(self.energy_by_kind).items():
+            if energy is None:
+                continue
+            if self.energy is None:
+                raise ConfigError(f"energy_by_kind.{kind}", energy, "null with a fixed rank")
+            if kind not in SCOPES[self.modules]:
+                raise ConfigError(f"energy_by_kind.{kind}", energy, f"null with modules={self.modules}")
+            in_range(f"energy_by_kind.{kind}", energy, 0, 1, open_low=True)
+        least = (
+            max(self.energy or 0, *(each or 0 for each in asdict(self.energy_by_kind).values())) if self.has_tail else 0
+        )
+        in_range("tail_energy", self.tail_energy, least, 1, open_low=True)
 
     @property
     def has_tail(self) -> bool:
@@ -156,6 +172,7 @@ class WeightConstraint(Defense):
         spec = SubspaceSpec(
             self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on,
             opening, self.answers, self.closing_weight, self.tail_energy if self.has_tail else None,
+            self.energy_by_kind,
         )  # fmt: skip
         return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 

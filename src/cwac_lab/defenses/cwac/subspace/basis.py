@@ -167,7 +167,7 @@ def leading(
         }
         fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
         for site in group:
-            found = held.pop(site).solve(spec.energy, ranks[site], spec.reach)
+            found = held.pop(site).solve(spec.energy_at(site.kind), ranks[site], spec.reach)
             each = {name: getattr(found, name).float().contiguous() for name in ("basis", "tail", "shares")}
             yield site.name, replace(found, **each)
 

@@ -9,6 +9,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+@dataclass
+class KindEnergies:
+    """Shares of the trace by kind of site (``Site.kind``), where they differ from that of all.
+
+    Attributes:
+        attn_in: At the inputs of q, k and v.
+        attn_out: At the input of the attention's output layer.
+        ffn_in: At the inputs of gate and up.
+        ffn_out: At the input of down.
+    """
+
+    attn_in: float | None = None
+    attn_out: float | None = None
+    ffn_in: float | None = None
+    ffn_out: float | None = None
+
+
 @dataclass(frozen=True)
 class SubspaceSpec:
     """What a defence asks of the safety subspace; also its cache key.
@@ -26,6 +43,7 @@ class SubspaceSpec:
         closing_weight: Weight of the tokens that all prompts of a form end with, where the answer is decided.
         reach: Share of the trace up to which further directions are looked up, the tail behind the protected ones;
             None: none are.
+        energy_by_kind: Another ``energy`` for kinds of sites.
     """
 
     modules: str
@@ -38,6 +56,12 @@ class SubspaceSpec:
     answers: str = "none"
     closing_weight: float = 1.0
     reach: float | None = None
+    energy_by_kind: KindEnergies = field(default_factory=KindEnergies)
+
+    def energy_at(self, kind: str) -> float | None:
+        """Return the share of the trace that is protected at a kind of site."""
+        other = getattr(self.energy_by_kind, kind)
+        return self.energy if other is None else other
 
     @property
     def weights(self) -> Float[Tensor, " P"]:
