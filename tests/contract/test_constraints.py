@@ -55,6 +55,41 @@ def test_gradients_projected_off_some_directions_leave_no_update_along_any():
     assert all(half > whole for half, whole in zip(removed[0.5][:-1], removed[1.0][:-1], strict=True))
 
 
+@pytest.mark.parametrize("energy", [0.9, 0.9999])
+def test_the_leak_between_restorations_is_that_by_the_protected_directions(energy):
+    """Also where it is computed by the directions that are free, because these are fewer."""
+    defense = WeightConstraint(energy=energy, restore_every_n_steps=100)
+    told = []
+    defense.settle = lambda _: told.append(defense.leak())  # before what leaked is taken out
+    _, prepared = train(defense, rows=ROWS, learning_rate=1e-3)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for held in defense._held:
+        moved = (held.linear.weight - prepared.start_weight(held.linear.name)).detach().double()
+        along = moved @ prepared.subspace.bases[held.linear.site.name].double()
+        sums += torch.stack([along.square().sum(), moved.square().sum()])
+    assert told[-1] == pytest.approx(float((sums[0] / sums[1]).sqrt()), rel=1e-5)
+    assert told[-1] > 1e-2
+    assert any(held.start is not None for held in defense._held) or energy < 0.99
+
+
+def test_a_layer_that_is_frozen_does_not_take_the_projection_from_those_beside_it():
+    """q, k and v read one input, and their projection is built once."""
+    model, defense = tiny.model(), WeightConstraint(energy=None, rank=28, opening="counted")
+    for layer in model.get_decoder().layers:
+        layer.self_attn.q_proj.requires_grad_(False)
+    prepared = context(model, defense)
+    defense.prepare(prepared)
+    ids = torch.arange(40).view(2, 20)
+    model(ids, labels=ids).loss.backward()
+    for held in defense._held:
+        if held.linear.site.kind == "attn_in":
+            assert (held.linear.parameter.grad is None) == held.linear.name.endswith("q_proj.weight")
+        if (gradient := held.linear.parameter.grad) is not None:
+            basis = prepared.subspace.bases[held.linear.site.name]
+            assert len(basis) / 2 < basis.shape[1] < len(basis)
+            assert 0 < float((gradient @ basis).norm()) < 1e-5 * float(gradient.norm())
+
+
 def test_the_leading_directions_are_those_that_gradients_are_projected_off():
     model, defense = tiny.model(), WeightConstraint(energy=0.9, gradient_share=0.5)
     prepared = context(model, defense)

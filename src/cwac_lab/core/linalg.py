@@ -49,7 +49,7 @@ def leading_eigenbasis(
     """Return the leading eigenvectors V of a second-moment matrix ``C = X X^T``, and each one's share of the trace.
 
     V spans the *complement* of the paper's safety subspace: the paper's ``U`` (small eigenvalues) satisfies
-    ``U U^T = I - V V^T``, and V has far fewer columns.
+    ``U U^T = I - V V^T``. At low energies V has far fewer columns.
 
     Args:
         second_moment: Symmetric positive semi-definite matrix, shape (d, d); computed on in float64.

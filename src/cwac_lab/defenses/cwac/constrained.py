@@ -56,6 +56,11 @@ class Constrained:
         return linalg.restore_off_free_(held, self.without.free, anchor)
 
     @property
+    def start(self) -> Float[Tensor, "m d"] | None:
+        """W0, where that is what restores W."""
+        return None if self.without.free is None else self.anchor
+
+    @property
     def moves(self) -> bool:
         """Whether W trains, and not all of it is free."""
         return self.linear.parameter.requires_grad and self.basis.shape[1] > 0
@@ -64,4 +69,4 @@ class Constrained:
 def note_merged(group: Sequence[Constrained], before: Tensor, after: Tensor) -> None:
     """Take a parameter before and after its adapter is merged: what is added is rounded to what the sum can hold."""
     for held in group:
-        held.merged = linalg.leak(held.linear.of(after) - held.linear.of(before), held.basis.float())
+        held.merged = held.without.leak(held.linear.of(after) - held.linear.of(before))

@@ -40,6 +40,16 @@ class WithoutSpan:
         free = self.free.float()
         return linalg.product(linalg.product(matrix.float(), free), free.T)
 
+    def leak(self, delta: Float[Tensor, "m d"]) -> tuple[float, float]:
+        """Return ``||dW V||_F^2`` and ``||dW||_F^2``, the first by U where that is fewer multiplications.
+
+        Not as ``||dW||^2 - ||dW U||^2``: little of dW lies along V, and the difference would be rounding.
+        """
+        if self.free is None:
+            return linalg.leak(delta, self.basis.float())
+        along = delta.float() - self(delta)
+        return float(along.double().square().sum()), float(delta.double().square().sum())
+
 
 # How much longer a multiplication in float32 takes than one in 16 bits on a GPU; of an H100's data sheet, rounded down.
 WIDE = 8

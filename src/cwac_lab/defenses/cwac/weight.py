@@ -63,7 +63,8 @@ class WeightConstraint(Defense):
             and the optimizer's moments and the clipping see only what is allowed (at a ``gradient_share`` of 1).
         energy: Share of the trace of C that is protected; exclusive with ``rank``.
         energy_by_kind: Another ``energy`` for kinds of sites.
-        rank: Fixed number of protected directions, beside those of a held opening; 0 switches the constraint off.
+        rank: Fixed number of protected directions, beside those of a held opening; 0 without a tail switches the
+            constraint off.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
@@ -145,9 +146,8 @@ class WeightConstraint(Defense):
             if kind not in SCOPES[self.modules]:
                 raise ConfigError(f"energy_by_kind.{kind}", energy, f"null with modules={self.modules}")
             in_range(f"energy_by_kind.{kind}", energy, 0, 1, open_low=True)
-        least = (
-            max(self.energy or 0, *(each or 0 for each in asdict(self.energy_by_kind).values())) if self.has_tail else 0
-        )
+        of_kinds = [getattr(self.energy_by_kind, kind) or self.energy or 0 for kind in SCOPES[self.modules]]
+        least = max(of_kinds) if self.has_tail else 0
         in_range("tail_energy", self.tail_energy, least, 1, open_low=True)
 
     @property
@@ -225,7 +225,7 @@ class WeightConstraint(Defense):
             elif self.projection == "update":
                 continue
             elif isinstance(linear.module, torch.nn.Linear):
-                if group[0].basis.shape[1]:
+                if group[0].moves:
                     readers.setdefault(linear.site, []).append(group[0])
             elif parts := [(held.linear, self._leading(held.without)) for held in group if held.moves]:
                 self._hooks.append(project_gradient_of(linear.parameter, parts))
@@ -308,9 +308,10 @@ class WeightConstraint(Defense):
                     if held.linear.site.expert is not None and held.linear.name not in self._copies:
                         continue  # frozen from the beginning
                     weight = held.linear.weight
-                    start = rows(weight, self._start(held.linear)).to(local(weight))
+                    before = self._start(held.linear) if held.start is None else held.start
+                    start = rows(weight, before).to(local(weight))
                     delta = local(weight).float() - start.float()
-                sums += torch.tensor(linalg.leak(delta, held.basis.float()), dtype=torch.float64)
+                sums += torch.tensor(held.without.leak(delta), dtype=torch.float64)
         if weight is not None and is_sharded(weight):
             sums = total(sums.to(weight.device), sharded=True)
         along, moved = sums.tolist()

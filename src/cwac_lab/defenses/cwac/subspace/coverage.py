@@ -38,8 +38,9 @@ def covered(
 ) -> float:
     """Return how much of the inputs of some prompts lies in the protected directions: ``||V^T x||^2 / ||x||^2``.
 
-    Squares are summed over tokens, counted and scaled as for the subspace itself; the mean is over the sites that read
-    any. Of the prompts that it was built from it is the mean of ``Subspace.energy`` over these.
+    Squares are summed over tokens, scaled as for the subspace itself, those of the opening as well, which are held to
+    rounding with ``opening=held``; the mean is over the sites that read any. With ``opening=counted`` and all weights
+    alike it is, of the prompts that the subspace was built from, the mean of ``Subspace.energy`` over these.
 
     Args:
         model: The aligned model, in evaluation mode.
