@@ -19,7 +19,6 @@ from cwac_lab.core.cli import compose
 from cwac_lab.core.memory import give_back
 from cwac_lab.core.progress import Meter, duration
 from cwac_lab.report.console import Screen
-from cwac_lab.run.execution import carry_out
 from cwac_lab.run.identity import folder_of, identity
 from cwac_lab.sweep.cells import Cells
 
@@ -56,6 +55,8 @@ def composed(overrides: Overrides) -> Run:
 
 def attempt(overrides: Overrides, screen: Screen) -> Outcome:
     """Carry one run out; whatever it raises becomes its outcome."""
+    from cwac_lab.run.execution import carry_out  # Lightning, which nothing needs where no run is missing
+
     begin, path = time.perf_counter(), None
     try:
         run = composed(overrides)
