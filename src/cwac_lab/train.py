@@ -14,10 +14,11 @@ from cwac_lab.core import cli
 
 
 def main(config: DictConfig) -> float:
-    """Check the configuration, then run it; returns what a search is told (NaN if another process is on it).
+    """Check the configuration, then run it; returns what a search is told (NaN where nothing came out).
 
     Raises:
         ConfigError: If it is a trial of a search that could not be used, or would see the test split.
+        LabError: If another process is on a trial of a search.
     """
     from cwac_lab.config.run import read
     from cwac_lab.sweep import search
@@ -26,6 +27,7 @@ def main(config: DictConfig) -> float:
     search.check(run, HydraConfig.get().sweeper)
     # What is read next takes seconds, which a mistake above need not wait for.
     from cwac_lab.core import distributed
+    from cwac_lab.core.errors import LabError
     from cwac_lab.evaluation.objectives import objective
     from cwac_lab.report.console import Screen
     from cwac_lab.results.store import METRICS
@@ -37,7 +39,11 @@ def main(config: DictConfig) -> float:
         tell(run, Screen().say)
         return math.nan
     folder = carry_out(run, HydraConfig.get().overrides.task, Screen(quiet=distributed.number() > 0))
-    return objective(run.objective, folder.read(METRICS)) if folder.status == "ok" else math.nan
+    if folder.status == "ok":
+        return objective(run.objective, folder.read(METRICS))
+    if search.searched(HydraConfig.get().sweeper):
+        raise LabError(f"{folder.path}: another process is on this trial; search again when it is finished")
+    return math.nan
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from cwac_lab import results, tables, train
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation.objectives import tuning_error
 from cwac_lab.report.console import Screen
+from cwac_lab.results.store import RunFolder
 from cwac_lab.run import identity
 from cwac_lab.sweep import cells, experiments, grid, runner
 from support import tiny
@@ -257,6 +259,7 @@ def test_tuning_takes_the_best_trial_of_the_validation_split(tiny_folder, tmp_pa
         (["evaluation.split=test"], "evaluation.split=test: accepted: validation"),
         (["hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials: no trial was made (accepted: a budget of 1 or more)"),
         (["objective=harm"], "hydra.sweeper.direction=minimize: accepted: maximize with objective=harm"),
+        (["dry=true"], "dry=True: accepted: false in a search; true with the settings of one trial, without search="),
         (
             ["objective=harm", "hydra.sweeper.direction=maximize"],
             "evaluation.perplexity=False: accepted: true with objective=harm",
@@ -268,6 +271,21 @@ def test_a_search_that_cannot_be_is_one_line(more, line, tiny_folder, tmp_path, 
     with pytest.raises(SystemExit, match="2"):
         tune(tiny_folder, tmp_path, *more)
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_trial_that_another_process_is_on_ends_the_search_in_one_line(tiny_folder, tmp_path, capsys):
+    tune(tiny_folder, tmp_path)
+    for folder in (tmp_path / "runs").iterdir():
+        (folder / "status.json").unlink()
+    with ExitStack() as held:
+        for folder in (tmp_path / "runs").iterdir():
+            assert held.enter_context(RunFolder(folder).claim())
+        with pytest.raises(SystemExit, match="2"):
+            tune(tiny_folder, tmp_path)
+    told = capsys.readouterr().err
+    assert "another process is on this trial; search again when it is finished" in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.slow

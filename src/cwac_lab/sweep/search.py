@@ -9,6 +9,11 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.objectives import DIRECTIONS
 
 
+def searched(sweeper: Any) -> bool:
+    """Tell whether the settings ``hydra.sweeper`` are of Optuna's sweeper."""
+    return "optuna" in sweeper._target_
+
+
 def check(run: Run, sweeper: Any) -> None:
     """Check that a trial is of the validation split, and that its search can use what it is told.
 
@@ -19,8 +24,10 @@ def check(run: Run, sweeper: Any) -> None:
     Raises:
         ConfigError: If not.
     """
-    if "optuna" not in sweeper._target_:
+    if not searched(sweeper):
         return
+    if run.dry:
+        raise ConfigError("dry", run.dry, "false in a search; true with the settings of one trial, without search=")
     if run.evaluation.split != "validation":
         raise ConfigError("evaluation.split", run.evaluation.split, "validation: tuning never sees the test split")
     direction = getattr(sweeper.direction, "name", sweeper.direction)
