@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
 from cwac_lab.core.errors import LabError
 from cwac_lab.defenses.cwac.weight import WeightConstraint
@@ -12,7 +13,7 @@ from cwac_lab.defenses.literature.asft import AsFT
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.defenses.literature.sppft import SPPFT
-from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, _quantized, attach
+from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, _quantized, attach, keep_layout
 from cwac_lab.models.adapters import dense as as_float
 from cwac_lab.models.sites import linears
 from support import tiny
@@ -235,6 +236,22 @@ def test_sppft_leaves_the_factors_of_its_block():
     moved = {name for name in start if not torch.equal(start[name], found[name])}
     assert moved
     assert all("layers.1." in name for name in moved)
+
+
+def test_a_layer_in_few_bits_is_read_as_it_is_used_where_bitsandbytes_has_put_it_into_another_order():
+    """As it does on CPUs with AVX-512 and bfloat16, in eval mode."""
+    layer = _quantized(torch.nn.Linear(64, 64, bias=False))
+    held = as_float(layer)
+    assert not layer.support_avx512bf16_for_cpu
+    layer.support_avx512bf16_for_cpu = True
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    keep_layout(torch.nn.Sequential(layer))
+    torch.testing.assert_close(as_float(layer), held, atol=1e-3, rtol=1e-2)
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer.eval()(inputs), inputs @ as_float(layer).T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(as_float(layer), held, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("tuning", [HALF, QLORA], ids=lambda tuning: tuning.base)

@@ -31,6 +31,7 @@ from cwac_lab.defenses.literature.safegrad import SafeGrad
 from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.integrations import protect
+from cwac_lab.models.adapters import keep_layout
 from support import tiny
 from support.held import PROMPTS, ROWS, WIDE, weights
 
@@ -157,4 +158,6 @@ def loaded(folder, way, saved):
         warnings.filterwarnings("error", message="(?i).*(missing|unexpected|not initialized|newly initialized).*")
         if way == "full":
             return AutoModelForCausalLM.from_pretrained(saved)
-        return PeftModel.from_pretrained(start(folder, way), saved)
+        base = start(folder, way)
+        keep_layout(base)  # another one has other scales
+        return PeftModel.from_pretrained(base, saved)

@@ -15,6 +15,7 @@ from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
 from cwac_lab.defenses.interface import Composite, Context, Defense
 from cwac_lab.integrations.callback import DefenseCallback
 from cwac_lab.integrations.checks import check_given, check_model, check_trainer, check_unasked, read_features
+from cwac_lab.models.adapters import keep_layout
 from cwac_lab.models.chat import ChatFormat
 
 
@@ -89,6 +90,7 @@ def protect(
     rows = [PromptRow(str(i), prompt) for i, prompt in enumerate(harmful)]
     reference = [chat.prompt_ids(prompt) for prompt in harmful]
     subspace = None
+    keep_layout(model)
     model.eval()
     held_at = read_features(Path(features), needs.features, model) if needs.features and features else ()
     if needs.subspace is not None:

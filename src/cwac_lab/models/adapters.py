@@ -239,7 +239,20 @@ def _quantized(linear: torch.nn.Linear) -> torch.nn.Linear:
         linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype, quant_type="nf4"
     )
     made.load_state_dict(linear.state_dict())
+    keep_layout(made)
     return made.to(linear.weight.device).requires_grad_(False)
+
+
+def keep_layout(model: torch.nn.Module) -> None:
+    """Have layers in 4 bits keep the layout that ``dense`` reads, in place.
+
+    Where the CPU has AVX-512 with bfloat16, bitsandbytes (0.50.2) puts the bytes of such a layer into another order
+    when it is first asked in eval mode, and rounds the scales. PEFT then reads other weights than the model uses.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # puts what is in that order back
 
 
 def dense(linear: torch.nn.Linear) -> Float[Tensor, "m d"]:

@@ -252,7 +252,8 @@ def test_preparing_tells_what_is_held_of_every_form_and_of_the_prompts_to_come(t
     to_come = [f"{kind} prompts of test as attack=template_shift asks" for kind in ("harmful", "harmless")]
     assert list(shares) == [*(f"harmful reference prompts, {name}" for name in held), *to_come]
     assert all(0.9 < float(share) <= 1 for share in shares.values())
-    tiny.launch(prepare.main, [*small, "constraint=weight", "data.harmless.test.instructions=0"])
+    more = ["constraint.weight.energy=0.99", "data.harmless.test.instructions=0"]
+    tiny.launch(prepare.main, [*small, "constraint=weight", *more])
     said = " ".join(capsys.readouterr().out.split())
     assert "harmful prompts of test as attack=mixed asks: 0.9" in said
     assert "harmless prompts of test" not in said
