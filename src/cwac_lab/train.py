@@ -41,7 +41,7 @@ def main(config: DictConfig) -> float:
     folder = carry_out(run, HydraConfig.get().overrides.task, Screen(quiet=distributed.number() > 0))
     if folder.status == "ok":
         return objective(run.objective, folder.read(METRICS))
-    if search.searched(HydraConfig.get().sweeper):
+    if search.searched(HydraConfig.get().sweeper) and not distributed.launched():
         raise LabError(f"{folder.path}: another process is on this trial; search again when it is finished")
     return math.nan
 

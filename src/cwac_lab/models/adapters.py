@@ -252,7 +252,10 @@ def keep_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # puts what is in that order back
+            module.state_dict()  # puts what is in that order back, but for scales that are not quantised themselves
+            state = module.weight.quant_state
+            if state is not None and state.absmax.ndim == 2:
+                state.absmax = state.absmax.T.reshape(-1).float().contiguous()
 
 
 def dense(linear: torch.nn.Linear) -> Float[Tensor, "m d"]:

@@ -203,8 +203,8 @@ def named(override):
             "constraint.weight.energy_by_kind.attn_in=0.5: accepted: null with a fixed rank",
         ),
         (
-            ("tail=slowed", "energy_by_kind.attn_in=0.999995"),
-            "constraint.weight.tail_energy=0.99999: accepted: a number in (0.999995, 1]",
+            ("tail=slowed", "energy_by_kind.attn_in=0.99995"),
+            "constraint.weight.tail_energy=0.9999: accepted: a number in (0.99995, 1]",
         ),
     ],
 )

@@ -195,5 +195,7 @@ def test_bad_settings_of_the_tail_are_one_line(fields, key):
 
 
 def test_the_tail_is_part_of_what_a_run_is():
-    asked = read(tiny.config("constraint=weight", "constraint.weight.tail=slowed"))
+    asked = read(
+        tiny.config("constraint=weight", "constraint.weight.tail=slowed", "constraint.weight.tail_energy=0.99999")
+    )
     assert asked.constraint.requirements.subspace.reach == 0.99999

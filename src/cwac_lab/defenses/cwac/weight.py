@@ -98,7 +98,7 @@ class WeightConstraint(Defense):
     answers: str = "none"
     closing_weight: float = 1.0
     tail: str = "free"
-    tail_energy: float = 0.99999
+    tail_energy: float = 0.9999
     tail_strength: float = 100.0
     gradient_share: float = 1.0
     restore_every_n_steps: int = 12
