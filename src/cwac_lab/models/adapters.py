@@ -249,6 +249,7 @@ def keep_layout(model: torch.nn.Module) -> None:
     Where the CPU has AVX-512 with bfloat16, bitsandbytes (0.50.2) puts the bytes of such a layer into another order
     when it is first asked in eval mode, and rounds the scales. PEFT then reads other weights than the model uses.
     """
+    module: Any
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
