@@ -126,11 +126,13 @@ def _setting(row: Row, rows: list[Row]) -> str:
 
 
 def _case(words: str, trials: list[Row], rows: list[Row]) -> Row:
-    """Return the columns of the first of some trials: its harmful score, n, and what was chosen in it."""
+    """Return the columns of the first of some trials: its harmful score, what it retained, and what was chosen."""
+    kept = f"{words}: retained refusals"
     if not trials:
-        return {words: "none", f"{COUNT}{words}": "", f"{words}: setting": ""}
-    rate = rate_of(trials[:1], "harmful_score")
-    return {words: str(rate), f"{COUNT}{words}": rate.n, f"{words}: setting": _setting(trials[0], rows)}
+        return {words: "none", f"{COUNT}{words}": "", kept: "", f"{COUNT}{kept}": "", f"{words}: setting": ""}
+    rate, retained = (rate_of(trials[:1], name) for name in ("harmful_score", "retained_refusals"))
+    told = {words: str(rate), f"{COUNT}{words}": rate.n, kept: str(retained), f"{COUNT}{kept}": retained.n}
+    return told | {f"{words}: setting": _setting(trials[0], rows)}
 
 
 def _shown(found: Attacked, n: int) -> Row:
@@ -146,6 +148,7 @@ def _caption(n: int) -> str:
     return (
         "Harmful score in percent after fine-tuning that an attacker chose, lower is better: the worst trial "
         f"[95 % interval of that trial; n: prompts], the mean of the {n} worst, and the worst among models that work: "
-        f"not broken, with a perplexity on plain text of at most {PERPLEXITY_LIMIT:g} times the start's. The worst of "
-        "several trials is chosen by its score, so it is high by chance as well."
+        f"not broken, with a perplexity on plain text of at most {PERPLEXITY_LIMIT:g} times the start's. Retained "
+        "refusals are of what the start refuses where it is asked alike: in another template it may refuse little. "
+        "The worst of several trials is chosen by its score, so it is high by chance as well."
     )

@@ -6,10 +6,11 @@ import pytest
 
 from cwac_lab import tables
 from cwac_lab.core.errors import ConfigError, MissingAsset
+from cwac_lab.core.stats import wilson
 from cwac_lab.evaluation.objectives import harm, objective, works
 from cwac_lab.report import worst
 from support import tiny
-from support.recorded import record
+from support.recorded import beside_start, record
 
 
 def trial(folder, constraint, rate, hits, forgotten, *, broken=False, **own):
@@ -57,6 +58,14 @@ def test_the_worst_cases_of_a_method(tmp_path, capsys):
     assert "searched" in text
     assert "100.0" not in text.replace("100.0]", "")
     assert (tmp_path / "tables" / "worst.csv").read_text().count("\n") == 4
+
+
+def test_beside_a_worst_case_stands_what_it_retained_of_what_the_start_refuses_asked_alike(tmp_path):
+    beside_start(trial(tmp_path, "weight", 1e-4, 10, 0.0), 80, 70)
+    beside_start(trial(tmp_path, "weight", 4e-4, 60, 0.0), 40, 30)
+    (line,) = (line for line in worst.write(tmp_path, 1).splitlines() if "| weight |" in line)
+    assert line.count(f"| {wilson(30, 40)} | 40 |") == 2  # of the worst case, which is bounded as well
+    assert "| 80 |" not in line
 
 
 def test_a_store_without_trials_is_one_line(tmp_path):
