@@ -11,7 +11,10 @@ from support import tiny
 
 pytestmark = pytest.mark.slow
 
-SHARED = ("constraint=weight", "trainer.epochs=2", "trainer.learning_rate=1e-3", "trainer.export=true")
+SHARED = (
+    *("constraint=weight", "constraint.weight.energy=0.9"),
+    *("trainer.epochs=2", "trainer.learning_rate=1e-3", "trainer.export=true"),
+)
 FOLLOWED = ("evaluation.every_n_steps=3", "evaluation.watched=2")
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,15 +273,15 @@ def test_a_search_that_cannot_be_is_one_line(more, line, tiny_folder, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_trial_that_another_process_is_on_ends_the_search_in_one_line(tiny_folder, tmp_path, capsys):
-    tune(tiny_folder, tmp_path)
-    for folder in (tmp_path / "runs").iterdir():
-        (folder / "status.json").unlink()
-    with ExitStack() as held:
-        for folder in (tmp_path / "runs").iterdir():
-            assert held.enter_context(RunFolder(folder).claim())
+def test_a_trial_that_another_process_is_on_is_told_in_one_line(tiny_folder, tmp_path, capsys):
+    one = ["hydra.sweeper.params={constraint.l2.strength:'choice(2.0)'}", "hydra.sweeper.n_trials=1"]
+    tune(tiny_folder, tmp_path, *one)
+    (folder,) = (tmp_path / "runs").iterdir()
+    (folder / "status.json").unlink()
+    with RunFolder(folder).claim() as mine:
+        assert mine
         with pytest.raises(SystemExit, match="2"):
-            tune(tiny_folder, tmp_path)
+            tune(tiny_folder, tmp_path, *one)
     told = capsys.readouterr().err
     assert "another process is on this trial; search again when it is finished" in told
     assert "Traceback" not in told

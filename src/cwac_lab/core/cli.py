@@ -155,11 +155,13 @@ def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> Non
         _report(error)
     except OSError as error:  # Hydra makes the folder of a sweep before its first job
         _report_of_system(error, {}, "output_root, hydra.sweep.dir or hydra.run.dir")
-    except ValueError as error:
-        # A search has no best trial where every one failed, each with its line above, or where there was none.
-        if "No trials are completed" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        # A search has no best trial where every one failed, each with its line above, or where there was none. One over
+        # a grid cannot end where the last trial failed (seen with hydra-optuna-sweeper 1.3.0).
+        failed = any(Path(os.environ[_FAILURES]).iterdir())
+        if "No trials are completed" not in str(error) and not (failed and "`Study.stop` is supposed" in str(error)):
             raise
-        if not any(Path(os.environ[_FAILURES]).iterdir()):
+        if not failed:
             _report(LabError("hydra.sweeper.n_trials: no trial was made (accepted: a budget of 1 or more)"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
