@@ -123,7 +123,7 @@ BAD = [
     (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
     (["seed=-1"], "seed=-1: accepted"),
     (
-        ["constraint=[weight,ema]", "constraint.weight.tail=slowed"],
+        ["constraint=[weight,ema]", "constraint.weight.tail=slowed", "constraint.weight.tail_energy=1"],
         "constraint.weight.tail=slowed: accepted: free | penalised beside ema: a tail is slowed from the last weights",
     ),
     (
