@@ -13,6 +13,7 @@ from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.ldifs import LDIFS
 from cwac_lab.defenses.literature.lisa import Lisa
 from cwac_lab.defenses.literature.osf import OSF
+from cwac_lab.defenses.literature.pgm import PGM
 from cwac_lab.defenses.literature.safe_delta import SafeDelta
 from cwac_lab.defenses.literature.safe_instruct import SafeInstruct
 from cwac_lab.defenses.literature.safegrad import SafeGrad
@@ -48,6 +49,7 @@ ZERO = {
     "safe_delta": lambda: SafeDelta(strength=None, excluded=0.0, others="trained"),
     "asft": lambda: AsFT(strength=0),
     "ema": lambda: EMA(decay=0),
+    "pgm": lambda: PGM(radius=None),
 }
 ACTIVE = {
     "none": lambda: Composite(),
@@ -80,6 +82,8 @@ ACTIVE = {
     "safe_delta": lambda: SafeDelta(strength=50.0),
     "asft": lambda: AsFT(strength=2.0),
     "ema": lambda: EMA(decay=0.7),
+    "pgm": lambda: PGM(radius=0.05),
+    "pgm_frobenius": lambda: PGM(radius=0.03, norm="frobenius"),
     "ema+osf": lambda: Composite({"ema": EMA(decay=0.7), "osf": OSF(share=0.3)}),
     "ema+weight": lambda: Composite({"ema": EMA(decay=0.7), "weight": WeightConstraint(energy=0.9)}),
     "lisa+weight": lambda: Composite({"lisa": Lisa(1, 2, warmup_share=0.0), "weight": WeightConstraint(energy=0.9)}),

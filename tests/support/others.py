@@ -26,6 +26,7 @@ from cwac_lab.defenses.literature.kl import KL
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.ldifs import LDIFS
 from cwac_lab.defenses.literature.lisa import Lisa
+from cwac_lab.defenses.literature.pgm import PGM
 from cwac_lab.defenses.literature.safe_delta import SafeDelta
 from cwac_lab.defenses.literature.safegrad import SafeGrad
 from cwac_lab.defenses.literature.safelora import SafeLoRA
@@ -43,6 +44,7 @@ COMMON = {
     "constrained_sft": lambda: ConstrainedSFT(beta=0.5),
     "ldifs": lambda: LDIFS(strength=3),
     "lisa": lambda: Lisa(safety_steps=1, user_steps=2, strength=1),
+    "pgm": lambda: PGM(radius=0.05),
     "safegrad": lambda: SafeGrad(strength=1),
     "sppft": lambda: SPPFT(block=[0.0, 0.5]),
 }

@@ -24,7 +24,7 @@ from support.held import FULL, LORA, ROWS, Kill, Killed, train, weights
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
-WHOLE = {"safegrad", "osf", "safe_delta", "ema", "weight_slowed", "weight_penalised"}
+WHOLE = {"safegrad", "osf", "safe_delta", "ema", "pgm", "pgm_frobenius", "weight_slowed", "weight_penalised"}
 SHARDABLE = [name for name in ACTIVE if not WHOLE & {name, *name.split("+")}]
 TUNINGS = {"full": FULL, "lora": LORA}
 # Every defence under both strategies and in both ways of tuning: the other way under the other strategy.

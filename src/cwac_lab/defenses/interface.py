@@ -188,7 +188,7 @@ def check_together(parts: Mapping[str, Defense]) -> None:
     """Check that no part of a composition moves weights where another has put them.
 
     Raises:
-        ConfigError: If two parts each hold the update in a space of their own, or one slows what another averages.
+        ConfigError: If two parts each hold the update in a space of their own, or one slows what another changes.
     """
     needs = {name: part.requirements for name, part in parts.items()}
     exact = [name for name, each in needs.items() if each.exact_projection or each.whole_update or each.subspace]
@@ -196,9 +196,9 @@ def check_together(parts: Mapping[str, Defense]) -> None:
         accepted = f"one of {' | '.join(exact)}: each moves what another holds"
         raise ConfigError("constraint", f"[{','.join(exact)}]", accepted)
     slowed = [name for name, part in parts.items() if getattr(part, "tail", None) == "slowed"]
-    averaged = [name for name, part in parts.items() if part.settles_factors]
-    if slowed and averaged:
-        accepted = f"free | penalised beside {averaged[0]}: a tail is slowed from the last weights, not their average"
+    moved = [name for name, part in parts.items() if part.settles_factors]
+    if slowed and moved:
+        accepted = f"free | penalised beside {moved[0]}: a tail is slowed from the last weights, which that changes"
         raise ConfigError(f"constraint.{slowed[0]}.tail", "slowed", accepted)
 
 
