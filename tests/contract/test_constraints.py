@@ -49,8 +49,8 @@ def test_gradients_projected_off_some_directions_leave_no_update_along_any():
         defense._restore = lambda of=defense, taken=taken: (WeightConstraint._restore(of), taken.append(of._removed))
         _, prepared = train(defense, rows=ROWS * 3, learning_rate=1e-3)
         for held in defense._held:
-            basis = prepared.subspace.bases[held.linear.site.name]
-            assert held.basis.shape == basis.shape
+            basis = prepared.subspace.spans[held.linear.site.name].basis
+            assert held.span.rank == basis.shape[1]
         assert defense.summary()["leak"] < 1e-5
     assert all(half > whole for half, whole in zip(removed[0.5][:-1], removed[1.0][:-1], strict=True))
 
@@ -65,7 +65,7 @@ def test_the_leak_between_restorations_is_that_by_the_protected_directions(energ
     sums = torch.zeros(2, dtype=torch.float64)
     for held in defense._held:
         moved = (held.linear.weight - prepared.start_weight(held.linear.name)).detach().double()
-        along = moved @ prepared.subspace.bases[held.linear.site.name].double()
+        along = moved @ prepared.subspace.spans[held.linear.site.name].basis.double()
         sums += torch.stack([along.square().sum(), moved.square().sum()])
     assert told[-1] == pytest.approx(float((sums[0] / sums[1]).sqrt()), rel=1e-5)
     assert told[-1] > 1e-2
@@ -85,7 +85,7 @@ def test_a_layer_that_is_frozen_does_not_take_the_projection_from_those_beside_i
         if held.linear.site.kind == "attn_in":
             assert (held.linear.parameter.grad is None) == held.linear.name.endswith("q_proj.weight")
         if (gradient := held.linear.parameter.grad) is not None:
-            basis = prepared.subspace.bases[held.linear.site.name]
+            basis = prepared.subspace.spans[held.linear.site.name].basis
             assert len(basis) / 2 < basis.shape[1] < len(basis)
             assert 0 < float((gradient @ basis).norm()) < 1e-5 * float(gradient.norm())
 
@@ -95,8 +95,8 @@ def test_the_leading_directions_are_those_that_gradients_are_projected_off():
     prepared = context(model, defense)
     defense.prepare(prepared)
     for held in defense._held:
-        basis = prepared.subspace.bases[held.linear.site.name]
-        leading = held.linear.module.projection.without.basis
+        basis = prepared.subspace.spans[held.linear.site.name].basis
+        leading = held.linear.module.projection.span.basis
         assert leading.shape[1] == math.ceil(basis.shape[1] / 2) < basis.shape[1]
         torch.testing.assert_close(leading, basis[:, : leading.shape[1]])
 
@@ -139,7 +139,7 @@ def test_dense_projection_gives_the_same_weights():
     options = TrainerConfig(batch_size=4, learning_rate=1e-2, weight_decay=0.1, progress_bar=False)
     fit(model, examples, chat.pad_id, dense, options, 0)
     start, site = tiny.model().state_dict(), "model.layers.1.mlp.down_proj.weight"
-    basis = prepared.subspace.bases["layers.1.ffn_out"]
+    basis = prepared.subspace.spans["layers.1.ffn_out"].basis
     projector = torch.eye(len(basis)) - basis @ basis.T
     expected = start[site] + (model.state_dict()[site] - start[site]) @ projector
     torch.testing.assert_close(low_rank.state_dict()[site], expected, atol=1e-6, rtol=1e-5)
@@ -163,7 +163,7 @@ def test_full_protection_keeps_the_reference_answers():
             outputs[name] = model(torch.tensor([prompt])).logits
             elsewhere[name] = model(torch.tensor([chat.prompt_ids("quite another sentence")])).logits
     # The protected span is that of the prompt's tokens: far from the whole space, so there is room to learn.
-    assert all(basis.shape[1] <= len(prompt) < basis.shape[0] / 2 for basis in prepared.subspace.bases.values())
+    assert all(span.rank <= len(prompt) < span.width / 2 for span in prepared.subspace.spans.values())
     torch.testing.assert_close(outputs["held"], outputs["start"], atol=2e-3, rtol=0)
     assert (outputs["free"] - outputs["start"]).abs().max() > 0.1
     assert (elsewhere["held"] - elsewhere["start"]).abs().max() > 0.1

@@ -16,6 +16,7 @@ from cwac_lab.core import linalg
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import collate
 from cwac_lab.defenses.cwac.subspace import basis, coverage, reading
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.models.adapters import attach
@@ -92,11 +93,11 @@ def test_an_expert_that_reads_no_token_is_free_and_counted(rank):
     assert {name for name, each in found.items() if not each.basis.shape[1]} == free
     for name, rows in expected.items():  # fewer tokens than the rank have no other directions
         assert found[name].basis.shape[1] <= (len(rows) if rank is None else min(rank, len(rows)))
-    subspace = basis.subspace_of(found)
+    subspace = basis.subspace_of(found.items(), spec)
     assert basis.unread(subspace) == (len(free) / 2, 32)
     within = [each.kept for name, each in found.items() if name in expected]
     assert coverage.covered(model, prompts, subspace, spec, 0) == pytest.approx(sum(within) / len(within), rel=1e-4)
-    dense = Subspace({"layers.0.ffn_in": torch.zeros(4, 1)}, {"layers.0.ffn_in": 0.9})
+    dense = Subspace({"layers.0.ffn_in": Span(torch.zeros(4, 1))}, {"layers.0.ffn_in": 0.9})
     assert basis.unread(dense) == (0, 0)
 
 
@@ -125,7 +126,7 @@ def test_gradients_are_those_of_the_plain_model_projected(family, share):
     of_plain = {name: parameter.grad for name, parameter in plain.named_parameters()}
     apart = of_plain.keys() - {matrix.name for matrix in linears(held, "all_linear")}  # routers among them
     for matrix in linears(held, "all_linear"):
-        v = prepared.subspace.bases[matrix.site.name]
+        v = prepared.subspace.spans[matrix.site.name].basis
         v = v[:, : math.ceil(share * v.shape[1])]
         gradient = matrix.of(of_plain[matrix.name])
         expected = gradient - gradient @ v @ v.T
@@ -169,7 +170,7 @@ def test_the_leak_of_experts_is_that_of_the_dense_updates():
     before, after, sums = weights(start("mixtral", FULL)), weights(model), torch.zeros(2, dtype=torch.float64)
     for matrix in linears(model, "all_linear"):
         update = matrix.of(after[matrix.name] - before[matrix.name])
-        sums += torch.tensor(linalg.leak(update, prepared.subspace.bases[matrix.site.name]), dtype=torch.float64)
+        sums += torch.tensor(linalg.leak(update, prepared.subspace.spans[matrix.site.name].basis), dtype=torch.float64)
     assert defense.leak() == pytest.approx(float((sums[0] / sums[1]).sqrt()), rel=1e-5)
     assert defense.leak() > 1e-3
 

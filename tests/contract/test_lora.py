@@ -103,7 +103,7 @@ def test_the_weight_constraint_equals_factors_that_read_projected_inputs(project
     """The reference feeds ``(I - V V^T) x`` into A by a hook, and projects A before it is merged."""
     defense = WeightConstraint(energy=0.9, projection=projection)
     model, prepared = train(defense, tuning=LORA)
-    bases = prepared.subspace.bases
+    bases = {name: span.basis for name, span in prepared.subspace.spans.items()}
 
     class Fed(Defense):
         def prepare(self, context):

@@ -66,7 +66,7 @@ def test_what_a_constraint_holds_in_a_family_is_held(family, constraint, tuning)
     for matrix, update in moves(model, before):
         assert update.any() or matrix.site.expert is not None, matrix.name
         if "weight" in held:
-            basis = prepared.subspace.bases[matrix.site.name].double()
+            basis = prepared.subspace.spans[matrix.site.name].basis.double()
             assert 0 < basis.shape[1] < len(basis)
             assert (update @ basis).norm() <= 1e-4 * update.norm(), matrix.site.name
     assert weights(model).keys() == before.keys()
@@ -117,7 +117,7 @@ def test_a_saved_adapter_is_what_peft_computes_and_what_is_merged(family, tmp_pa
     for each in (model, added, theirs):
         torch.testing.assert_close(each(ids).logits, logits, atol=1e-4, rtol=1e-4)
     for matrix, update in moves(model, before):
-        basis = prepared.subspace.bases[matrix.site.name].double()
+        basis = prepared.subspace.spans[matrix.site.name].basis.double()
         assert (update @ basis).norm() < 1e-5 * update.norm(), matrix.site.name
         assert torch.linalg.matrix_rank(update, atol=1e-4) <= LORA.rank
     assert 0 < defense.leak() < 1e-5

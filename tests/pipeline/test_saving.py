@@ -205,7 +205,7 @@ def test_the_leak_that_is_told_is_that_of_the_merged_model(dtype, folder, tmp_pa
     for held in defense._held:
         if held.linear.adapter is None:
             continue
-        name, basis = held.linear.name, held.basis.float()
+        name, basis = held.linear.name, held.span.basis.float()
         sums += torch.tensor(linalg.leak(merged[name] - reference[name].float(), basis), dtype=torch.float64)
         to_bits = merged[name].bfloat16().float()
         rounded += torch.tensor(linalg.leak(to_bits - reference[name].float(), basis), dtype=torch.float64)

@@ -29,8 +29,7 @@ def context(model, defense, reference=None, **more):
     reference = reference or [chat.prompt_ids(prompt) for prompt in PROMPTS]
     subspace = None
     if needs.subspace is not None:
-        found = dict(leading(model, reference, needs.subspace, chat.pad_id))
-        subspace = subspace_of(found)
+        subspace = subspace_of(leading(model, reference, needs.subspace, chat.pad_id), needs.subspace)
     features = ()
     if needs.features is not None:
         source = torch.Generator().manual_seed(1)

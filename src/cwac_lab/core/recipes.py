@@ -112,11 +112,12 @@ START_TEXT = Recipe(
 )
 SUBSPACE = Recipe(
     "subspace",
-    2,
+    3,
     ("model", "dtype", "prompts", "spec"),
     (
-        *_of("defenses.cwac.subspace.basis", "leading", "build", "_Weighed", "_beside"),
-        *("defenses.cwac.subspace.reading", "defenses.cwac.subspace.spec", "run.protected:texts"),
+        *_of("defenses.cwac.subspace.basis", "leading", "build", "subspace_of", "_Weighed", "_beside"),
+        *("defenses.cwac.subspace.reading", "defenses.cwac.subspace.spec", "defenses.cwac.subspace.span:Span.of"),
+        *("run.protected:texts", "core.linalg:complement"),
         *("defenses.cwac.subspace.parts", "defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),
         *_of("models.sites", "linears", "_of_experts", "SCOPES", "PROJECTIONS", "JOINED", "OF_EXPERTS", "paths_in"),
         *_of("core.linalg", "leading_eigenbasis", "leading_directions", "range_finder", "OVERSAMPLING"),

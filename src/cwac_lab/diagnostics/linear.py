@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.core import linalg
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.models.sites import Matrix, Site, linears
 
 # Leading directions of the inputs that are compared before and after; tokens up to which they are found exactly.
@@ -123,7 +124,7 @@ class LinearProbe:
 
     @torch.no_grad()
     def measure(
-        self, model: Any, seen: dict[Site, Float[Tensor, "N d"]], bases: dict[str, Float[Tensor, "d k"]] | None = None,
+        self, model: Any, seen: dict[Site, Float[Tensor, "N d"]], spans: dict[str, Span] | None = None,
         *, bounds: bool = False,
     ) -> list[Drift]:  # fmt: skip
         """Return how every linear layer of the scope has moved.
@@ -131,24 +132,25 @@ class LinearProbe:
         Args:
             model: The model now, with adapters or without.
             seen: What it has for inputs, of the same tokens.
-            bases: Directions V of a safety subspace by site name.
+            spans: Those of a safety subspace's directions V, by site name.
             bounds: Compute the bounds too, where there are directions: three spectral norms a layer.
         """
         angles = {site: overlap(self._leading[site], leading(h)) for site, h in seen.items()}
         with linalg.full_float32(torch.device("cpu")):
-            return [self._drift(matrix, seen, angles, bases or {}, bounds) for matrix in linears(model, self._scope)]
+            return [self._drift(matrix, seen, angles, spans or {}, bounds) for matrix in linears(model, self._scope)]
 
     def _drift(
         self, matrix: Matrix, now: dict[Site, Float[Tensor, "N d"]], angles: dict[Site, float],
-        bases: dict[str, Float[Tensor, "d k"]], bounds: bool,
+        spans: dict[str, Span], bounds: bool,
     ) -> Drift:  # fmt: skip
         w0 = matrix.of(self._start_weight(matrix.name)).float().cpu()
         dw = matrix.update(lambda: w0.to(matrix.parameter.device)).cpu()
         h0, h = self._start[matrix.site], now[matrix.site]
-        basis, leak, most = bases.get(matrix.site.name), None, None
-        if basis is not None:
-            leaked, moved = linalg.leak(dw, basis.cpu())
+        span, leak, most = spans.get(matrix.site.name), None, None
+        if span is not None:
+            span = span.to(dw.device)
+            leaked, moved = span.leak(dw)
             leak = (leaked / moved) ** 0.5 if moved else 0.0
-            most = bound(h0, h, w0, dw, basis.cpu()) if bounds else None
+            most = bound(h0, h, w0, dw, span.basis) if bounds else None
         parts = decompose(h0, h, w0, dw)
         return Drift(matrix.name, matrix.site.layer, **parts, overlap=angles[matrix.site], leak=leak, bound=most)

@@ -63,7 +63,7 @@ class Probe:
             features: Encoders and safety latents.
             explains: By layer, how well the start's autoencoder describes activations.
         """
-        self._bases = subspace.bases if subspace is not None else {}
+        self._spans = subspace.spans if subspace is not None else {}
         self._features, self._explains = [feature.to(torch.device("cpu")) for feature in features], explains
         hooked = {feature.layer for feature in features} | set(explains or ())
         rows = {kind: [first_tokens(row) for row in answered[kind]] for kind in KINDS}
@@ -90,7 +90,7 @@ class Probe:
         if not all(seen.finite() for seen in now.values()):
             raise Diverged(_NO_NUMBERS)
         layers = {
-            kind: probe.measure(model, now[kind].inputs, self._bases, bounds=bounds)
+            kind: probe.measure(model, now[kind].inputs, self._spans, bounds=bounds)
             for kind, probe in self._linear.items()
         }
         found = {**self.facts, **stream_drift(self._start, now, self._features, self._explains)}

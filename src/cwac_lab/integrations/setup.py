@@ -95,8 +95,7 @@ def protect(
     held_at = read_features(Path(features), needs.features, model) if needs.features and features else ()
     if needs.subspace is not None:
         held = reference + ([chat.prompt_ids(prompt) for prompt in benign] if needs.subspace.held_on == "both" else [])
-        found = dict(leading(model, held, needs.subspace, chat.pad_id))
-        subspace = subspace_of(found)
+        subspace = subspace_of(leading(model, held, needs.subspace, chat.pad_id), needs.subspace)
     context = Context(
         model=model,
         seed=seed,

@@ -214,7 +214,7 @@ def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], c
         for name, kept in held.get("forms", {}).items():
             yield f"in the form {name}: {kept} of {held['asked']} harmful prompts"
     if context.subspace is not None:
-        ranks = sorted(held.shape[1] for held in context.subspace.bases.values())
+        ranks = sorted(span.rank for span in context.subspace.spans.values())
         yield f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites"
         for name, share in protected.shares(run, begin, context, facts, chat):
             yield f"inputs within the subspace, {name}: {share:.4f}"

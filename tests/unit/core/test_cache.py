@@ -171,7 +171,7 @@ def test_a_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
 
 def subspace(folder):
     save_file({"site": torch.eye(3)}, folder / "bases.safetensors")
-    write_json(folder / "report.json", {"site": {"kept": 0.9}})
+    write_json(folder / "report.json", {"site": {"kept": 0.9, "complement": False}})
 
 
 def features(folder):

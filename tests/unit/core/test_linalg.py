@@ -187,7 +187,7 @@ def test_what_lies_in_the_directions_is_their_energy_on_their_own_prompts_and_le
     prompts, others = ([chat.prompt_ids(text)] for text in ("how do I", "9 * 7 = ? (a sum)"))
     spec = SubspaceSpec("ffn_out", None, 4, "all", normalize)
     found = dict(basis.leading(model, prompts, spec, chat.pad_id))
-    subspace = basis.subspace_of(found)
+    subspace = basis.subspace_of(found.items(), spec)
     mean = sum(subspace.energy.values()) / len(subspace.energy)
     assert coverage.covered(model, prompts, subspace, spec, chat.pad_id) == pytest.approx(mean, rel=1e-5)
     shares = []
@@ -337,6 +337,6 @@ def test_a_trained_model_leaks_nothing_under_tf32(tuning, projection, tf32):
     defense = WeightConstraint(energy=0.9, projection=projection, restore_every_n_steps=3)
     model, prepared = train(defense, tuning=tuning, rows=ROWS, learning_rate=0.05)
     for matrix in linears(model, "all_linear"):
-        basis, start = prepared.subspace.bases[matrix.site.name], prepared.start_weight(matrix.name)
+        basis, start = prepared.subspace.spans[matrix.site.name].basis, prepared.start_weight(matrix.name)
         assert leaked(matrix.module.weight.detach(), start, basis) < 3e-6
     assert defense.leak() < 3e-6

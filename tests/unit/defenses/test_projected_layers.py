@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cwac_lab.core import linalg
 from cwac_lab.defenses.cwac import projected
-from cwac_lab.defenses.cwac.projected import Projection, WithoutSpan, cheapest_order, project_gradients, release
+from cwac_lab.defenses.cwac.projected import Projection, cheapest_order, project_gradients, release
+from cwac_lab.defenses.cwac.subspace.span import Span
 
 
 @pytest.mark.parametrize("n_tokens", [16, 128])
@@ -22,7 +23,7 @@ def test_gradients_are_projected_in_float32_under_autocast(directions, n_tokens)
     tokens = torch.randn(n_tokens, directions, generator=source) @ basis.T
     tokens = 10 * tokens + torch.randn(n_tokens, 96, generator=source)
     layer = torch.nn.Linear(96, 64)
-    project_gradients([layer], WithoutSpan(basis))
+    project_gradients([layer], Span.of(basis))
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(tokens)
     gradient = torch.randn(out.shape, generator=source)
@@ -39,7 +40,7 @@ def test_a_projected_layer_has_projected_gradients(directions, tokens, bias):
     source = torch.Generator().manual_seed(0)
     plain, basis = torch.nn.Linear(12, 10, bias=bias), torch.linalg.qr(torch.randn(12, directions, generator=source)).Q
     held = copy.deepcopy(plain)
-    project_gradients([held], WithoutSpan(basis))
+    project_gradients([held], Span.of(basis))
     held = copy.deepcopy(held)
     x = torch.randn(2, tokens // 2, 12, generator=source)
     grads = {}
@@ -64,7 +65,7 @@ def site(rows, source, directions=3):
     """Return layers that read one input of width 12, projected off some directions, and the dense projector."""
     basis = torch.linalg.qr(torch.randn(12, directions, generator=source)).Q
     layers = [torch.nn.Linear(12, each, bias=False) for each in rows]
-    project_gradients(layers, WithoutSpan(basis))
+    project_gradients(layers, Span.of(basis))
     return layers, torch.eye(12) - basis @ basis.T
 
 
@@ -83,7 +84,7 @@ def test_layers_of_one_input_share_its_projection(tokens, directions, order, mon
     by = (12, 12 - directions)
     seen = lambda *given: (given[1].shape == by and calls.append(given[0].shape), product(*given))[1]  # noqa: E731
     monkeypatch.setattr(linalg, "product", seen)
-    assert cheapest_order(tokens, 12, 24, directions) == order
+    assert cheapest_order(tokens, 12, 24, min(directions, 12 - directions), free=directions > 6) == order
     shared = order != "gradients"
 
     def check(read, inputs, expected):
@@ -130,14 +131,14 @@ def test_layers_of_one_input_share_its_projection(tokens, directions, order, mon
 )
 def test_the_order_of_products_is_the_one_with_fewest_multiplications(n, width, rows, k, order):
     """Counted by torch on the very products, in every order."""
-    assert cheapest_order(n, width, rows, k) == order
+    assert cheapest_order(n, width, rows, min(k, width - k), free=2 * k > width) == order
     counted = {}
     x, g = torch.randn(n, width), torch.randn(n, rows)
     basis = torch.linalg.qr(torch.randn(width, k)).Q
     for each in ("tokens", "gradients", "coordinates") if 2 * k > width else ("tokens", "gradients"):
-        projection = Projection(WithoutSpan(basis), 1, rows)
+        projection = Projection(Span.of(basis), 1, rows)
         with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
-            patch.setattr(projected, "cheapest_order", lambda *_, each=each: each)
+            patch.setattr(projected, "cheapest_order", lambda *_, each=each, **__: each)
             found = projection.gradient(g, x)
         counted[each] = counter.get_total_flops()
         expected = g.T @ (x - x @ basis @ basis.T)

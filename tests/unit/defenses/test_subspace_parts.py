@@ -1,5 +1,8 @@
 """Which tokens the safety subspace is built from, and what each weighs: against dense references made by hand."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.defenses.cwac.subspace import basis
 from cwac_lab.defenses.cwac.subspace.coverage import covered_by_part
 from cwac_lab.defenses.cwac.subspace.parts import ANSWER, CLOSING, OPENING, OWN, Parts, parts_of
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import KindEnergies, SubspaceSpec
 from support import tiny
 
@@ -156,7 +160,7 @@ def test_what_is_held_of_each_part(asked):
     model, chat, prompts, parts = asked
     asked_for = spec(0.9)
     found = dict(basis.leading(model, prompts, asked_for, chat.pad_id, parts=parts))
-    subspace = basis.subspace_of(found)
+    subspace = basis.subspace_of(found.items(), asked_for)
     answered = [[*ids, ids[1], ids[0]] for ids in prompts]
     told = covered_by_part(model, answered, parts, subspace, asked_for, chat.pad_id, batch_size=2)
     assert list(told) == ["ffn_out"]
@@ -212,3 +216,37 @@ def test_what_cannot_be_is_one_line(overrides, line):
     with pytest.raises(ConfigError) as raised:
         read(tiny.config("constraint=weight", *map(named, overrides)))
     assert str(raised.value) == line
+
+
+@pytest.mark.parametrize("k", [0, 3, 6, 7, 12])
+def test_a_span_is_held_by_the_shorter_half_and_computes_the_same(k):
+    source = torch.Generator().manual_seed(k)
+    basis = torch.linalg.qr(torch.randn(12, k, generator=source)).Q
+    span, long = Span.of(basis), Span.of(basis, ordered=True)
+    assert (span.free, span.columns.shape) == (k > 6, (12, min(k, 12 - k)))
+    assert (long.free, long.rank, span.rank, span.width) == (False, k, k, 12)
+    matrix, projector = torch.randn(5, 12, generator=source), basis @ basis.T
+    for each in (span, long):
+        torch.testing.assert_close(each.without(matrix), matrix - matrix @ projector, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(each.squares(matrix), (matrix @ projector).square().sum(1), atol=1e-4, rtol=1e-5)
+        along, moved = each.leak(matrix)
+        assert along == pytest.approx(float((matrix @ projector).square().sum()), rel=1e-4, abs=1e-9)
+        assert moved == pytest.approx(float(matrix.square().sum()), rel=1e-5)
+        torch.testing.assert_close(each.basis @ each.basis.T, projector, atol=1e-5, rtol=0)
+        assert each.to(matrix.double()).columns.dtype == torch.float64
+
+
+def test_a_saved_subspace_is_the_one_that_was_built(asked, tmp_path):
+    model, chat, prompts, parts = asked
+    for energy, ordered in ((0.9999, False), (0.9999, True), (0.3, False)):
+        folder = tmp_path / f"{energy}{ordered}"
+        folder.mkdir()
+        wanted = replace(spec(energy), ordered=ordered)
+        basis.build(model, prompts, parts, wanted, chat.pad_id, folder)
+        built = basis.subspace_of(basis.leading(model, prompts, wanted, chat.pad_id, parts=parts), wanted)
+        loaded, report = basis.load(folder), json.loads((folder / "report.json").read_text())
+        assert loaded.energy == built.energy
+        for name, span in built.spans.items():
+            assert torch.equal(loaded.spans[name].columns, span.columns)
+            assert loaded.spans[name].free == span.free == (energy > 0.5 and not ordered)
+            assert report[name]["rank"] == span.rank

@@ -151,7 +151,7 @@ def test_with_lora_the_factor_is_slowed_and_the_update_is_that_of_the_preconditi
     defense.prepare(prepared)
     for linear in linears(model, "all_linear"):
         name = linear.site.name
-        v, t = prepared.subspace.bases[name], prepared.subspace.tails[name]
+        v, t = prepared.subspace.spans[name].basis, prepared.subspace.tails[name]
         taken = slowing(prepared.subspace.shares[name], len(v), 5.0)
         dense = torch.eye(len(v)) - v @ v.T - t @ torch.diag(taken) @ t.T
         torch.testing.assert_close(linear.factors()[1], raw[linear.name] @ dense, atol=1e-5, rtol=1e-4)

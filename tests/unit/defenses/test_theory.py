@@ -97,7 +97,7 @@ def test_the_bound_holds_on_trained_models_and_holding_weights_lowers_it():
     }.items():
         model, _ = train(defense, learning_rate=3e-3)
         space = context(tiny.model(), WeightConstraint(modules="ffn_out", energy=0.99, tokens="all")).subspace
-        drifts = probe.measure(model, reader.read(model).inputs, space.bases, bounds=True)
+        drifts = probe.measure(model, reader.read(model).inputs, space.spans, bounds=True)
         assert all(drift.total <= drift.bound + 1e-6 for drift in drifts)
         bounds[name] = max(drift.bound for drift in drifts)
     assert bounds["weight"] < bounds["none"]

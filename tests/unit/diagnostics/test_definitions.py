@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import Subspace
 from cwac_lab.diagnostics import seen
 from cwac_lab.diagnostics.evidence import correlations
@@ -209,7 +210,7 @@ def test_leak_is_that_of_the_update():
     start = tiny.lively("llama")
     after = moved(start)
     basis = torch.linalg.qr(torch.randn(48, 5, generator=torch.Generator().manual_seed(3))).Q
-    space = Subspace({f"layers.{i}.ffn_out": basis for i in range(2)}, {})
+    space = Subspace({f"layers.{i}.ffn_out": Span.of(basis) for i in range(2)}, {})
     layer = probe(start, subspace=space).measure(after)["layers"]["harmful"][0]
     dw = after.get_parameter(layer["name"]) - start.get_parameter(layer["name"])
     assert layer["leak"] == pytest.approx(float((dw.detach() @ basis).norm() / dw.detach().norm()), rel=1e-4)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.core import linalg
-from cwac_lab.defenses.cwac.projected import WithoutSpan
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.models.shards import local, rows, whole
 from cwac_lab.models.sites import Matrix
 
@@ -20,53 +20,47 @@ class Constrained:
 
     Attributes:
         linear: The matrix.
-        without: V, shape (d, k), and the projection off it.
-        anchor: What restores W: ``W0 V`` (m, k), or W0 (m, d) where V's complement has fewer columns, whole in every
+        span: That of V.
+        anchor: What restores W: ``W0 V`` (m, k), or W0 (m, d) where the span is held by its complement, whole in every
             process; None where W itself does not train, or is never restored.
         merged: The squares of what merged adapters moved, along V and in all.
     """
 
     linear: Matrix
-    without: WithoutSpan
+    span: Span
     anchor: Float[Tensor, "m c"] | None
     merged: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, linear: Matrix, without: WithoutSpan, *, restores: bool) -> Constrained:
+    def of(cls, linear: Matrix, span: Span, *, restores: bool) -> Constrained:
         """Return a matrix at its start under a constraint; ``restores`` tells whether it will be put back at all."""
         if not restores or linear.adapter is not None or not linear.parameter.requires_grad:
-            return cls(linear, without, None)
+            return cls(linear, span, None)
         weight = linear.weight.detach()
-        if without.free is not None:
-            return cls(linear, without, whole(weight).clone())
-        return cls(linear, without, linalg.product(weight, without.basis))
-
-    @property
-    def basis(self) -> Float[Tensor, "d k"]:
-        """V."""
-        return self.without.basis
+        if span.free:
+            return cls(linear, span, whole(weight).clone())
+        return cls(linear, span, linalg.product(weight, span.columns))
 
     def restore(self) -> Tensor:
         """Take out of W what moved along V, and return it (its norm is what counts)."""
         assert self.anchor is not None
         weight = self.linear.weight
         held, anchor = local(weight), rows(weight, self.anchor)
-        if self.without.free is None:
-            return linalg.restore_on_span_(held, self.basis, anchor)
-        return linalg.restore_off_free_(held, self.without.free, anchor)
+        restore = linalg.restore_off_free_ if self.span.free else linalg.restore_on_span_
+        return restore(held, self.span.columns, anchor)
 
     @property
     def start(self) -> Float[Tensor, "m d"] | None:
         """W0, where that is what restores W."""
-        return None if self.without.free is None else self.anchor
+        return self.anchor if self.span.free else None
 
     @property
     def moves(self) -> bool:
         """Whether W trains, and not all of it is free."""
-        return self.linear.parameter.requires_grad and self.basis.shape[1] > 0
+        return self.linear.parameter.requires_grad and self.span.rank > 0
 
 
 def note_merged(group: Sequence[Constrained], before: Tensor, after: Tensor) -> None:
     """Take a parameter before and after its adapter is merged: what is added is rounded to what the sum can hold."""
     for held in group:
-        held.merged = held.without.leak(held.linear.of(after) - held.linear.of(before))
+        held.merged = held.span.leak(held.linear.of(after) - held.linear.of(before))

@@ -15,63 +15,31 @@ from torch.utils.hooks import RemovableHandle
 
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import LabError
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.models.shards import whole
 from cwac_lab.models.sites import Matrix
-
-
-class WithoutSpan:
-    """``M -> M (I - V V^T)``, in float32, by V or by its complement U, whichever has fewer columns.
-
-    Attributes:
-        basis: V, shape (d, k).
-        free: U, shape (d, d - k), where V has more than half of the directions; else None.
-    """
-
-    def __init__(self, basis: Float[Tensor, "d k"], *, complement: bool = True) -> None:
-        """Take V, orthonormal, and whether its complement may be used."""
-        width, k = basis.shape
-        self.basis = basis
-        self.free = linalg.complement(basis) if complement and 2 * k > width else None
-
-    def __call__(self, matrix: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        """Return the rows of a matrix without their parts in the span of V."""
-        if self.free is None:
-            return linalg.remove_span(matrix.float(), self.basis.float())
-        free = self.free.float()
-        return linalg.product(linalg.product(matrix.float(), free), free.T)
-
-    def leak(self, delta: Float[Tensor, "m d"]) -> tuple[float, float]:
-        """Return ``||dW V||_F^2`` and ``||dW||_F^2``, the first by U where that is fewer multiplications.
-
-        Not as ``||dW||^2 - ||dW U||^2``: little of dW lies along V, and the difference would be rounding.
-        """
-        if self.free is None:
-            return linalg.leak(delta, self.basis.float())
-        along = delta.float() - self(delta)
-        return float(along.double().square().sum()), float(delta.double().square().sum())
-
 
 # How much longer a multiplication in float32 takes than one in 16 bits on a GPU; of an H100's data sheet, rounded down.
 WIDE = 8
 
 
-def cheapest_order(n: int, width: int, rows: int, k: int, wide: int = 1) -> str:
+def cheapest_order(n: int, width: int, rows: int, columns: int, wide: int = 1, *, free: bool = False) -> str:
     """Return the order of products that takes the fewest multiplications for ``g^T x (I - V V^T)``.
 
     Args:
         n: Tokens T of x.
         width: Width d of x.
         rows: Rows m of the weights that read x, together.
-        k: Columns of V.
+        columns: Columns of V or U, by which the span is held.
         wide: What a multiplication with V or U counts, which is in float32; one with g counts 1.
+        free: Whether it is held by U.
 
     Returns:
-        ``tokens``: x is projected first. ``gradients``: ``g^T x`` is. ``coordinates``, where V has more than half of
-        the directions: ``(g^T (x U)) U^T``, which can take fewer than the plain gradient ``g^T x``.
+        ``tokens``: x is projected first. ``gradients``: ``g^T x`` is. ``coordinates``, with U: ``(g^T (x U)) U^T``,
+        which can take fewer than the plain gradient ``g^T x``.
     """
-    columns = min(k, width - k)
     costs = {"tokens": n * width * (2 * wide * columns + rows), "gradients": rows * width * (2 * wide * columns + n)}
-    if 2 * k > width:
+    if free:
         costs["coordinates"] = columns * (wide * n * width + n * rows + wide * rows * width)
     return min(costs, key=costs.__getitem__)
 
@@ -86,9 +54,9 @@ class Projection:
     # Input, its version, the projection it is of, and its projected tokens (or their coordinates).
     _last: ClassVar[tuple[Tensor, int, Projection, Tensor] | None] = None
 
-    def __init__(self, without: WithoutSpan, readers: int, rows: int) -> None:
-        """Take the projection, how many layers read x, and how many rows their weights have together."""
-        self.without, self.readers, self.rows = without, readers, rows
+    def __init__(self, span: Span, readers: int, rows: int) -> None:
+        """Take the span of V, how many layers read x, and how many rows their weights have together."""
+        self.span, self.readers, self.rows = span, readers, rows
 
     def _kept(self, x: Float[Tensor, "*B d"]) -> Float[Tensor, "T c"] | None:
         if Projection._last is None:
@@ -113,15 +81,15 @@ class Projection:
         Products with g are in the precision of training; what their rounding moves along V is taken out where weights
         are restored.
         """
-        width, k = self.without.basis.shape
+        span = self.span
         short = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
-        order = cheapest_order(len(rows), width, self.rows, k, WIDE if short else 1)
+        n, factor = len(rows), WIDE if short else 1
+        order = cheapest_order(n, span.width, self.rows, span.columns.shape[1], factor, free=span.free)
         if order == "tokens":
-            return rows.T @ self._once(x, self.without).to(rows.dtype)
+            return rows.T @ self._once(x, span.without).to(rows.dtype)
         if order == "gradients":
-            return self.without(rows.T @ x.flatten(0, -2).to(rows.dtype))
-        assert self.without.free is not None
-        free = self.without.free.float()
+            return span.without(rows.T @ x.flatten(0, -2).to(rows.dtype))
+        free = span.columns.float()
         coordinates = self._once(x, lambda tokens: linalg.product(tokens, free))
         return linalg.product((rows.T @ coordinates.to(rows.dtype)).float(), free.T)
 
@@ -165,9 +133,9 @@ class ProjectedLinear(torch.nn.Linear):
         return _Linear.apply(input, self.weight, self.bias, self.projection)  # type: ignore[no-untyped-call]
 
 
-def project_gradients(modules: Sequence[torch.nn.Linear], without: WithoutSpan) -> None:
+def project_gradients(modules: Sequence[torch.nn.Linear], span: Span) -> None:
     """Turn linear layers that read one input into projected ones, in place; their parameters stay as they are."""
-    projection = Projection(without, len(modules), sum(module.out_features for module in modules))
+    projection = Projection(span, len(modules), sum(module.out_features for module in modules))
     for module in modules:
         module.__class__ = ProjectedLinear
         cast("ProjectedLinear", module).projection = projection
@@ -180,7 +148,7 @@ def release(module: torch.nn.Linear) -> None:
     Projection._last = None
 
 
-def project_gradient_of(parameter: torch.nn.Parameter, parts: Sequence[tuple[Matrix, WithoutSpan]]) -> RemovableHandle:
+def project_gradient_of(parameter: torch.nn.Parameter, parts: Sequence[tuple[Matrix, Span]]) -> RemovableHandle:
     """Project the gradient ``G -> G (I - V V^T)`` of every matrix that a parameter holds, until the handle is removed.
 
     For parameters that are no linear layer's (m, d): those of GPT-2, of experts. It is the whole gradient that is
@@ -189,35 +157,44 @@ def project_gradient_of(parameter: torch.nn.Parameter, parts: Sequence[tuple[Mat
 
     def project(gradient: Tensor) -> Tensor:
         kept = gradient.clone()
-        for matrix, without in parts:
+        for matrix, span in parts:
             plain = matrix.of(kept)
-            plain.copy_(without(plain))
+            plain.copy_(span.without(plain))
         return kept
 
     handle: RemovableHandle = parameter.register_hook(project)  # type: ignore[no-untyped-call]
     return handle
 
 
-class _FactorWithoutSpan(torch.nn.Module):
-    """``A -> A (I - V diag(s) V^T)`` for A of shape (r, d), a basis V of shape (d, k) and shares s of shape (k,).
+# Directions T (d, t) beside those of a span, and what of the parts along each is taken out, s (t,).
+Beside = tuple[Float[Tensor, "d t"], Float[Tensor, " t"]]
 
-    Of E experts A is (r E, d), and every block of r rows has a basis of its own.
+
+class _FactorWithoutSpan(torch.nn.Module):
+    """``A -> A (I - V V^T - T diag(s) T^T)`` for A of shape (r, d), the span of V, and directions T orthogonal to it.
+
+    Of E experts A is (r E, d), and every block of r rows has a span of its own.
     """
 
-    def __init__(self, bases: Sequence[Float[Tensor, "d k"]], shares: Sequence[Float[Tensor, " k"] | None]) -> None:
+    def __init__(self, spans: Sequence[Span], beside: Sequence[Beside | None]) -> None:
         super().__init__()
-        self.n = len(bases)
-        for number, (basis, share) in enumerate(zip(bases, shares, strict=True)):
-            self.register_buffer(f"basis{number}", basis, persistent=False)
-            self.register_buffer(f"share{number}", share, persistent=False)
+        self._free, self._beside = [span.free for span in spans], [each is not None for each in beside]
+        for number, (span, each) in enumerate(zip(spans, beside, strict=True)):
+            self.register_buffer(f"columns{number}", span.columns, persistent=False)
+            for name, held in zip(("tail", "share"), each or (), strict=False):
+                self.register_buffer(f"{name}{number}", held, persistent=False)
+
+    def _projected(self, part: Float[Tensor, "r d"], number: int) -> Float[Tensor, "r d"]:
+        kept = Span(getattr(self, f"columns{number}"), self._free[number]).without(part)
+        if self._beside[number]:
+            kept = linalg.remove_span(kept, getattr(self, f"tail{number}"), getattr(self, f"share{number}"))
+        return kept.to(part.dtype)
 
     def forward(self, factor: Float[Tensor, "R d"]) -> Float[Tensor, "R d"]:
         """Return the projected factor."""
-        kept = [
-            linalg.remove_span(part, getattr(self, f"basis{number}"), getattr(self, f"share{number}"))
-            for number, part in enumerate(whole(factor).chunk(self.n))
-        ]
-        return kept[0] if self.n == 1 else torch.cat(kept)
+        parts = whole(factor).chunk(len(self._free))
+        kept = [self._projected(part, number) for number, part in enumerate(parts)]
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
 # What a parametrised factor is called among a model's parameters, and in a plain adapter.
@@ -236,13 +213,11 @@ def _loaded_as_used(module: Any, state: dict[str, Any], prefix: str, *_: Any) ->
         state[prefix + _AS_TRAINED] = state.pop(prefix + _AS_USED)
 
 
-def project_factor(
-    adapter: Any, bases: Sequence[Float[Tensor, "d k"]], shares: Sequence[Float[Tensor, " k"] | None] | None = None
-) -> None:
+def project_factor(adapter: Any, spans: Sequence[Span], beside: Sequence[Beside | None] | None = None) -> None:
     """Project the factor A of a LoRA layer, in place and for good: ``B A (I - V V^T) x`` is what the layer adds to W x.
 
-    Experts that share the factor have a basis each, in their order, and a linear layer one. With ``shares`` s only
-    these of the parts along V are taken out, ``I - V diag(s) V^T``.
+    Experts that share the factor have a span of V each, in their order, and a linear layer one. With ``beside`` shares
+    of the parts along further directions, orthogonal to V, are taken out as well.
 
     So the update has no part in the span of V under any optimizer, PEFT merges the projected factor, and a state that
     is saved at any time holds it under the name that a plain adapter gives it.
@@ -254,7 +229,7 @@ def project_factor(
     factor = adapter.lora_A[key]
     if is_parametrized(factor):
         raise LabError("an adapter is under a constraint already (accepted: a new one)")
-    register_parametrization(factor, "weight", _FactorWithoutSpan(bases, shares or [None] * len(bases)))
+    register_parametrization(factor, "weight", _FactorWithoutSpan(spans, beside or [None] * len(spans)))
     factor.register_state_dict_post_hook(_saved_as_used)
     factor.register_load_state_dict_pre_hook(_loaded_as_used)
 

@@ -124,18 +124,10 @@ class Tails:
         with parametrize.cached():  # all experts' factors are projected at once
             return {"tail": self.strength * torch.stack([tail.penalty() for tail in self._held]).sum()}
 
-    def beside(self, site: str, basis: Float[Tensor, "d k"]) -> tuple[Float[Tensor, "d n"], Float[Tensor, " n"] | None]:
-        """Return the directions of an adapter's site, V and then a slowed tail, and what is taken out of each.
-
-        Args:
-            site: Name of the site.
-            basis: V, all of which is taken out.
-        """
+    def beside(self, site: str) -> tuple[Float[Tensor, "d t"], Float[Tensor, " t"]] | None:
+        """Return the slowed tail of an adapter's site, by name, and what is taken out of each of its directions."""
         found = self._of.get(site) if self.how == "slowed" else None
-        if found is None:
-            return basis, None
-        taken = slowing(found.shares, len(basis), self.strength)
-        return torch.cat([basis, found.basis], 1), torch.cat([taken.new_ones(basis.shape[1]), taken])
+        return None if found is None else (found.basis, slowing(found.shares, len(found.basis), self.strength))
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights along slowed tails, as they were when these were slowed last."""

@@ -2,8 +2,9 @@
 
 For a linear layer with inputs X on reference harmful prompts, ``C = X X^T``, the paper keeps updates in the span U of
 the eigenvectors of small eigenvalues, ``dW <- dW U U^T``, so that ``dW X ~= 0``. Here the complement V (leading
-eigenvectors, ``U U^T = I - V V^T``) is stored. By default gradients are projected and the *applied* update as well,
-because AdamW moves weights out of the subspace even when every gradient lies in it (elementwise scaling, weight decay).
+eigenvectors, ``U U^T = I - V V^T``) is stored, or U where that has fewer columns. By default gradients are projected
+and the *applied* update as well, because AdamW moves weights out of the subspace even when every gradient lies in it
+(elementwise scaling, weight decay).
 Gradients are projected where they arise, in the constrained layers; terms that reach a weight by another way (``l2``,
 AsFT's, Lisa's proximal term) are caught by the update's projection only, so not at all with ``projection=gradient``.
 
@@ -33,13 +34,13 @@ from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.defenses.cwac.constrained import Constrained, note_merged
 from cwac_lab.defenses.cwac.projected import (
     ProjectedLinear,
-    WithoutSpan,
     project_factor,
     project_gradient_of,
     project_gradients,
     release,
     release_factor,
 )
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import KindEnergies, SubspaceSpec
 from cwac_lab.defenses.cwac.tail import TAILS, Tails
 from cwac_lab.defenses.interface import HELD_ON, Context, Defense, Requirements
@@ -172,7 +173,7 @@ class WeightConstraint(Defense):
         spec = SubspaceSpec(
             self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on,
             opening, self.answers, self.closing_weight, self.tail_energy if self.has_tail else None,
-            self.energy_by_kind,
+            self.energy_by_kind, self.gradient_share != 1,
         )  # fmt: skip
         return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 
@@ -181,18 +182,14 @@ class WeightConstraint(Defense):
         assert context.subspace is not None
         self._subspace = context.subspace
         groups: dict[str, list[Constrained]] = {}
-        known: dict[tuple[Any, ...], WithoutSpan] = {}  # of layers that read one input
+        known: dict[tuple[Site, bool], Span] = {}  # of layers that read one input
         for linear in linears(context.model, self.modules):
             adapted = linear.adapter is not None
-            itself = (
-                not adapted and linear.parameter.requires_grad
-            )  # of an adapter the factor is projected, it is short
-            alike = linear.site, adapted, itself
-            if alike not in known:
-                basis = context.subspace.bases[linear.site.name].to(context.model.device)
-                known[alike] = WithoutSpan(basis if adapted else basis.to(linear.weight), complement=itself)
+            if (linear.site, adapted) not in known:
+                span = context.subspace.spans[linear.site.name]
+                known[linear.site, adapted] = span.to(context.model.device if adapted else linear.weight)
             restores = self.projection != "gradient"
-            self._held.append(Constrained.of(linear, known[alike], restores=restores))
+            self._held.append(Constrained.of(linear, known[linear.site, adapted], restores=restores))
             groups.setdefault(linear.name, []).append(self._held[-1])
         # Files hold the weights of experts under other names.
         self._start_weight, apart = context.start_weight, (group[0].linear for group in groups.values())
@@ -219,23 +216,23 @@ class WeightConstraint(Defense):
             linear = group[0].linear
             if linear.adapter is not None:
                 when_merged(linear.adapter, partial(note_merged, group))
-                beside = [self._tails.beside(held.linear.site.name, held.basis) for held in group]
-                if any(basis.shape[1] for basis, _ in beside):
-                    project_factor(linear.adapter, *zip(*beside, strict=True))
+                beside = [self._tails.beside(held.linear.site.name) for held in group]
+                if any(held.span.rank for held in group) or any(beside):
+                    project_factor(linear.adapter, [held.span for held in group], beside)
             elif self.projection == "update":
                 continue
             elif isinstance(linear.module, torch.nn.Linear):
                 if group[0].moves:
                     readers.setdefault(linear.site, []).append(group[0])
-            elif parts := [(held.linear, self._leading(held.without)) for held in group if held.moves]:
+            elif parts := [(held.linear, self._leading(held.span)) for held in group if held.moves]:
                 self._hooks.append(project_gradient_of(linear.parameter, parts))
         for together in readers.values():
-            project_gradients([held.linear.module for held in together], self._leading(together[0].without))
+            project_gradients([held.linear.module for held in together], self._leading(together[0].span))
 
-    def _leading(self, without: WithoutSpan) -> WithoutSpan:
-        """Return the projection of gradients: off the leading directions."""
-        n = math.ceil(self.gradient_share * without.basis.shape[1])
-        return without if n == without.basis.shape[1] else WithoutSpan(without.basis[:, :n])
+    def _leading(self, span: Span) -> Span:
+        """Return what gradients are projected off: the leading directions."""
+        n = math.ceil(self.gradient_share * span.rank)
+        return span if n == span.rank else span.leading(n)
 
     def _restores(self, step: int) -> bool:
         if self.projection == "gradient" or not (self._moving or self._tails.slows):
@@ -311,7 +308,7 @@ class WeightConstraint(Defense):
                     before = self._start(held.linear) if held.start is None else held.start
                     start = rows(weight, before).to(local(weight))
                     delta = local(weight).float() - start.float()
-                sums += torch.tensor(held.without.leak(delta), dtype=torch.float64)
+                sums += torch.tensor(held.span.leak(delta), dtype=torch.float64)
         if weight is not None and is_sharded(weight):
             sums = total(sums.to(weight.device), sharded=True)
         along, moved = sums.tolist()
@@ -328,6 +325,6 @@ class WeightConstraint(Defense):
         """Return the leak at the end, the rank and the share of variance kept of every site."""
         return {
             "leak": self.leak(),
-            "rank": {name: int(basis.shape[1]) for name, basis in self._subspace.bases.items()},
+            "rank": {name: span.rank for name, span in self._subspace.spans.items()},
             "variance_kept": dict(self._subspace.energy),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cwac_lab.core.cache import read_json, reading, write_json
 from cwac_lab.defenses.cwac.subspace.parts import Parts
 from cwac_lab.defenses.cwac.subspace.reading import Text, batched, fill, passes
 from cwac_lab.defenses.cwac.subspace.solvers import Routed, Solver, cheapest
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.models.sites import Site, linears
 
@@ -42,14 +43,19 @@ class Directions:
     shares: Float[Tensor, " t"]
 
 
-def subspace_of(found: Mapping[str, Directions]) -> Subspace:
-    """Return the directions of sites, by name, as a defence is given them."""
-    return Subspace(
-        {name: each.basis for name, each in found.items()},
-        {name: each.kept for name, each in found.items()},
-        {name: each.tail for name, each in found.items() if each.tail.shape[1]},
-        {name: each.shares for name, each in found.items() if each.tail.shape[1]},
-    )
+def subspace_of(found: Iterable[tuple[str, Directions]], spec: SubspaceSpec) -> Subspace:
+    """Return the directions of sites, as a defence is given them; of each site the shorter half is kept.
+
+    Args:
+        found: What ``leading`` yields.
+        spec: What was asked for.
+    """
+    subspace = Subspace({}, {})
+    for name, each in found:
+        subspace.spans[name], subspace.energy[name] = Span.of(each.basis, ordered=spec.ordered), each.kept
+        if each.tail.shape[1]:
+            subspace.tails[name], subspace.shares[name] = each.tail, each.shares
+    return subspace
 
 
 class _Weighed:
@@ -175,17 +181,26 @@ def leading(
 def build(
     model: Any, prompts: Sequence[Sequence[int]], parts: Sequence[Parts], spec: SubspaceSpec, pad_id: int, folder: Path
 ) -> None:
-    """Compute the bases of all sites and save them with a report of rank, share of variance kept and solver."""
-    found = dict(leading(model, prompts, spec, pad_id, parts=parts))
-    save_file({name: each.basis.cpu() for name, each in found.items()}, folder / BASES)
-    subspace = subspace_of(found)
+    """Compute the spans of all sites and save them with a report of rank, share of variance kept and solver."""
+    solvers: dict[str, str] = {}
+
+    def noted() -> Iterator[tuple[str, Directions]]:
+        for name, each in leading(model, prompts, spec, pad_id, parts=parts):
+            solvers[name] = each.solver
+            yield name, each
+
+    subspace = subspace_of(noted(), spec)
+    save_file({name: span.columns.cpu() for name, span in subspace.spans.items()}, folder / BASES)
     if subspace.tails:
         for what, file in ((subspace.tails, TAILS), (subspace.shares, SHARES)):
             save_file({name: value.cpu() for name, value in what.items()}, folder / file)
     report = {
-        name: {"rank": each.basis.shape[1], "width": each.basis.shape[0], "kept": each.kept, "solver": each.solver}
-        for name, each in found.items()
-    }
+        name: {
+            "rank": span.rank, "width": span.width, "kept": subspace.energy[name], "solver": solvers[name],
+            "complement": span.free,
+        }
+        for name, span in subspace.spans.items()
+    }  # fmt: skip
     write_json(folder / "report.json", report)
 
 
@@ -207,6 +222,7 @@ def load(folder: Path) -> Subspace:
     """
     with reading(folder):
         report = read_json(folder / "report.json")
-        bases = load_file(folder / BASES)
+        columns = load_file(folder / BASES)
+        spans = {name: Span(each, bool(report[name]["complement"])) for name, each in columns.items()}
         tails, shares = (load_file(folder / file) if (folder / file).is_file() else {} for file in (TAILS, SHARES))
-        return Subspace(bases, {name: report[name]["kept"] for name in bases}, tails, shares)
+        return Subspace(spans, {name: report[name]["kept"] for name in spans}, tails, shares)

@@ -11,19 +11,20 @@ from torch import Tensor
 
 from cwac_lab.defenses.cwac.subspace.parts import NAMES, Parts
 from cwac_lab.defenses.cwac.subspace.reading import Text, batched, fill
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.models.sites import Site, linears
 
 
 class _Share:
-    """Adds up, by part, what of the inputs of a site lies in directions V of shape (d, k), and all of it."""
+    """Adds up, by part, what of the inputs of a site lies in a span, and all of it."""
 
-    def __init__(self, basis: Float[Tensor, "d k"]) -> None:
-        self.basis = basis.double()
-        self.within, self.whole = (torch.zeros(len(NAMES), dtype=torch.float64, device=basis.device) for _ in range(2))
+    def __init__(self, span: Span, device: torch.device) -> None:
+        self.span = span.to(device)
+        self.within, self.whole = (torch.zeros(len(NAMES), dtype=torch.float64, device=device) for _ in range(2))
 
     def add(self, rows: Float[Tensor, "N d"], labels: Int[Tensor, " N"]) -> None:
-        self.within.index_add_(0, labels, (rows @ self.basis).square().sum(1))
+        self.within.index_add_(0, labels, self.span.squares(rows))
         self.whole.index_add_(0, labels, rows.square().sum(1))
 
 
@@ -59,7 +60,7 @@ def _shares(
     model: Any, batches: Sequence[Sequence[Text]], subspace: Subspace, spec: SubspaceSpec, pad_id: int
 ) -> dict[Site, _Share]:
     sites = dict.fromkeys(matrix.site for matrix in linears(model, spec.modules))
-    shares = {site: _Share(subspace.bases[site.name].to(model.device)) for site in sites}
+    shares = {site: _Share(subspace.spans[site.name], model.device) for site in sites}
     fill(shares, model, batches, spec, pad_id)
     return shares
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cwac_lab.defenses.cwac.subspace.span import Span
+
 
 @dataclass
 class KindEnergies:
@@ -44,6 +46,7 @@ class SubspaceSpec:
         reach: Share of the trace up to which further directions are looked up, the tail behind the protected ones;
             None: none are.
         energy_by_kind: Another ``energy`` for kinds of sites.
+        ordered: Whether the protected directions are held themselves, in their order, however many they are.
     """
 
     modules: str
@@ -57,6 +60,7 @@ class SubspaceSpec:
     closing_weight: float = 1.0
     reach: float | None = None
     energy_by_kind: KindEnergies = field(default_factory=KindEnergies)
+    ordered: bool = False
 
     def energy_at(self, kind: str) -> float | None:
         """Return the share of the trace that is protected at a kind of site."""
@@ -74,13 +78,13 @@ class Subspace:
     """What is held of the inputs of sites, each by its name.
 
     Attributes:
-        bases: The protected directions V, shape (d_in, k).
+        spans: The protected directions.
         energy: The share of the trace that they hold.
         tails: The directions T behind them, shape (d_in, t), where a defence asks for them.
         shares: The share of the trace that each of T holds, shape (t,), falling.
     """
 
-    bases: dict[str, Float[Tensor, "d k"]]
+    spans: dict[str, Span]
     energy: dict[str, float]
     tails: dict[str, Float[Tensor, "d t"]] = field(default_factory=dict)
     shares: dict[str, Float[Tensor, " t"]] = field(default_factory=dict)
