@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from itertools import compress, cycle
 
@@ -17,7 +18,7 @@ from cwac_lab.training.checkpoint import Resume
 from support import tiny
 from support.cover import beyond, some, table
 from support.defenses import ACTIVE, WAYS, ZERO
-from support.held import FULL, LORA, ROWS, Kill, Killed, assert_moved_alike, same, train, weights
+from support.held import FULL, LORA, ROWS, Kill, Killed, assert_moved_alike, context, same, train, weights
 
 
 @cache
@@ -37,6 +38,39 @@ def test_an_active_constraint_changes_the_outcome(name, way):
     trained = weights(train(ACTIVE[name](), **WAYS[way])[0])
     assert not same(trained, plain(way))
     assert all(value.isfinite().all() for value in trained.values())
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_what_is_switched_off_keeps_no_copy(name):
+    assert ZERO[name]().copies == 0
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVE if ACTIVE[name]().copies])
+def test_the_copies_that_it_keeps_are_those_that_it_tells(name):
+    """Counted among all tensors that can be reached from it, bases and factors included."""
+    model, defense = tiny.model(), ACTIVE[name]()
+    prepared = context(model, defense)
+    own = {id(tensor) for tensor in reachable(prepared)}
+    defense.prepare(prepared)
+    defense.begin(3, [])
+    kept = [tensor for tensor in reachable(defense) if id(tensor) not in own and not tensor.requires_grad]
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert 0.4 < sum(tensor.numel() for tensor in kept) / (defense.copies * trained) < 1.6
+
+
+def reachable(root):
+    """Return the tensors that can be reached from an object, through instances, containers and closures."""
+    found, seen, left = [], set(), [root]
+    while left:
+        each = left.pop()
+        if id(each) in seen or isinstance(each, type):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif hasattr(each, "__dict__") or isinstance(each, dict | list | tuple | set):
+            left += [next_ for next_ in gc.get_referents(each) if not isinstance(next_, type)]
+    return found
 
 
 # What is tuned, in how many pieces a step is taken, and the step of the checkpoint before the run is killed.

@@ -109,6 +109,11 @@ class Defense:
         return True
 
     @property
+    def copies(self) -> int:
+        """How many copies of what trains it keeps beside it, in full tuning; with factors these are small."""
+        return 0
+
+    @property
     def settles_once(self) -> bool:
         """Whether ``settle`` would change settled weights, or put others in their place."""
         return False
@@ -268,6 +273,11 @@ class Composite(Defense):
     def shardable(self) -> bool:
         """Whether all parts are."""
         return all(part.shardable for part in self.parts.values())
+
+    @property
+    def copies(self) -> int:
+        """Those of all parts."""
+        return sum(part.copies for part in self.parts.values())
 
     @property
     def requirements(self) -> Requirements:

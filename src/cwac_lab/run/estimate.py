@@ -51,6 +51,7 @@ class Estimate:
         parameters: Of the model.
         trained: Parameters that are trained.
         memory: Bytes of weights, gradients and AdamW's moments; activations come on top.
+        kept: Bytes of the copies of weights that the constraint keeps beside them.
         disk: Bytes that are written at most: what is saved, and two checkpoints, while one takes the other's place.
         seconds: Of training, roughly.
     """
@@ -61,6 +62,7 @@ class Estimate:
     parameters: int
     trained: int
     memory: int
+    kept: int
     disk: int
     seconds: float
 
@@ -68,7 +70,8 @@ class Estimate:
         """Yield it in words."""
         yield f"{self.rows} examples, {self.steps} steps, {self.tokens} tokens"
         yield f"{self.parameters / 1e6:.0f} M parameters, {self.trained / 1e6:.1f} M of them trained"
-        yield f"memory: {self.memory / _GB:.1f} GB for weights, gradients and moments; activations come on top"
+        kept = f", {self.kept / _GB:.1f} GB for the constraint's copies" if self.kept else ""
+        yield f"memory: {self.memory / _GB:.1f} GB for weights, gradients and moments{kept}; activations come on top"
         yield f"disk: {self.disk / _GB:.1f} GB"
         yield f"training: about {duration(self.seconds)}; preparing and evaluating come on top"
 
@@ -116,9 +119,10 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * used_share(model) * (4 * parameters + 2 * trained)
     memory = width * parameters + (width if trained == parameters else 4) * trained + 8 * trained
+    kept = run.constraint.copies * width * trained if run.tuning.method == "full" else 0
     disk = sum(saved(run, parameters, trained).values()) + checkpoints(run, trained)
     return Estimate(
-        len(examples), len(plan), tokens, parameters, trained, memory, disk,
+        len(examples), len(plan), tokens, parameters, trained, memory, kept, disk,
         flops / (_REACHED * speed(trainer.device, run.dtype)),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cwac_lab import train
+from cwac_lab.config.run import read
 from cwac_lab.models.adapters import TARGETS, TuningConfig, attach
 from cwac_lab.run import estimate
 from support import tiny
@@ -56,4 +57,20 @@ def test_a_dry_run_tells_rows_steps_memory_disk_and_time(tiny_folder, tmp_path, 
         "training: about",
     ):
         assert part in told
+    assert "copies" not in told
+    tiny.launch(train.main, [*given[:-1], "constraint=[weight,lisa]", "dry=true"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "moments, 0.0 GB for the constraint's copies;" in told
     assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize(("constraint", "copies"), [("none", 0), ("weight", 1), ("[weight,lisa]", 3), ("kl", 0)])
+def test_copies_of_weights_are_counted_with_full_tuning(constraint, copies):
+    model, width = tiny.model(), 4
+    size = sum(each.numel() for each in model.parameters())
+    example = tiny.chat().encode("a question", "an answer")
+    for tuning in ("full", "lora"):
+        run = read(tiny.config(f"constraint={constraint}", f"tuning={tuning}"))
+        found = estimate.estimate(run, model, [example] * 8)
+        assert found.kept == (copies * width * size if tuning == "full" else 0)
+    assert estimate.estimate(read(tiny.config()), model, [example] * 8).memory == width * 4 * size

@@ -162,6 +162,11 @@ class WeightConstraint(Defense):
         return not self.has_tail
 
     @property
+    def copies(self) -> int:
+        """What restores the weights, about one."""
+        return int(self.projection != "gradient" and self.rank != 0)
+
+    @property
     def settles_once(self) -> bool:
         """What moved along the tail is slowed, and would be slowed again."""
         return self.has_tail and self.tail == "slowed"

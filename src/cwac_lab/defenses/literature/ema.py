@@ -40,6 +40,11 @@ class EMA(Defense):
         in_range("decay", self.decay, 0, 1)
 
     @property
+    def copies(self) -> int:
+        """The average."""
+        return int(self.decay > 0)
+
+    @property
     def shardable(self) -> bool:
         """Averages are kept whole."""
         return False

@@ -39,6 +39,11 @@ class L2(Defense):
         """Check the field."""
         in_range("strength", self.strength, 0)
 
+    @property
+    def copies(self) -> int:
+        """The start."""
+        return int(self.strength > 0)
+
     def prepare(self, context: Context) -> None:
         """Remember the start."""
         if not self.strength:

@@ -44,6 +44,11 @@ class LDIFS(Defense):
         if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
             raise ConfigError("depths", list(self.depths), "a list of relative depths in [0, 1)")
 
+    @property
+    def copies(self) -> int:
+        """The start."""
+        return int(self.strength > 0)
+
     def prepare(self, context: Context) -> None:
         """Keep the start."""
         self._start = StartModel(context.model) if self.strength else None

@@ -54,6 +54,11 @@ class Lisa(Defense):
         in_range("warmup_share", self.warmup_share, 0, 1)
 
     @property
+    def copies(self) -> int:
+        """The two anchors."""
+        return 2 * int(self.strength > 0)
+
+    @property
     def requirements(self) -> Requirements:
         """The refusals."""
         return Requirements(reference_prompts=self.safety_steps > 0)

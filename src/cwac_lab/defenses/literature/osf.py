@@ -113,6 +113,11 @@ class OSF(Defense):
         self._held: list[_Held] = []
 
     @property
+    def copies(self) -> int:
+        """The start."""
+        return int(self.share > 0)
+
+    @property
     def shardable(self) -> bool:
         """Weights and gradients are projected whole."""
         return False

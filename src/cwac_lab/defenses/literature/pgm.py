@@ -106,6 +106,11 @@ class PGM(Defense):
         self._held: list[_Free | _Adapted] = []
 
     @property
+    def copies(self) -> int:
+        """The start."""
+        return int(self.radius is not None)
+
+    @property
     def shardable(self) -> bool:
         """Weights are taken whole."""
         return False
