@@ -127,6 +127,11 @@ BAD = [
         "constraint.weight.tail=slowed: accepted: free | penalised beside ema: a tail is slowed from the last weights",
     ),
     (
+        ["constraint=pgm", "trainer.precision=bf16-true"],
+        "bf16-true: accepted: 32-true | bf16-mixed: bf16 weights round",
+    ),
+    (["constraint=[osf,pgm]"], "constraint.pgm.norm=mars: accepted: frobenius beside osf, which holds what an update"),
+    (
         ["constraint=[weight,osf]"],
         "constraint=[osf,weight]: accepted: one of osf | weight: each moves what another holds",
     ),

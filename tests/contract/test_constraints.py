@@ -11,13 +11,14 @@ import torch
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.defenses.cwac import activation
 from cwac_lab.defenses.cwac.activation import ActivationConstraint
+from cwac_lab.defenses.cwac.subspace.basis import leading
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Defense
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
 from support import tiny
 from support.cover import some
-from support.held import ROWS, context, train
+from support.held import PROMPTS, ROWS, context, train
 
 
 @pytest.mark.parametrize("architecture", some(tiny.ARCHITECTURES, "qwen2", "gemma2"))
@@ -62,10 +63,13 @@ def test_the_leak_between_restorations_is_that_by_the_protected_directions(energ
     told = []
     defense.settle = lambda _: told.append(defense.leak())  # before what leaked is taken out
     _, prepared = train(defense, rows=ROWS, learning_rate=1e-3)
+    chat = tiny.chat()
+    asked = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    built = dict(leading(tiny.model(), asked, defense.requirements.subspace, chat.pad_id))
     sums = torch.zeros(2, dtype=torch.float64)
     for held in defense._held:
         moved = (held.linear.weight - prepared.start_weight(held.linear.name)).detach().double()
-        along = moved @ prepared.subspace.spans[held.linear.site.name].basis.double()
+        along = moved @ built[held.linear.site.name].basis.double()
         sums += torch.stack([along.square().sum(), moved.square().sum()])
     assert told[-1] == pytest.approx(float((sums[0] / sums[1]).sqrt()), rel=1e-5)
     assert told[-1] > 1e-2

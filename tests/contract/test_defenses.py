@@ -40,22 +40,21 @@ def test_an_active_constraint_changes_the_outcome(name, way):
     assert all(value.isfinite().all() for value in trained.values())
 
 
-@pytest.mark.parametrize("name", ZERO)
-def test_what_is_switched_off_keeps_no_copy(name):
-    assert ZERO[name]().copies == 0
+KEPT = {f"{how}-{name}": made for how, table in (("off", ZERO), ("on", ACTIVE)) for name, made in table.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in ACTIVE if ACTIVE[name]().copies])
+@pytest.mark.parametrize("name", KEPT)
 def test_the_copies_that_it_keeps_are_those_that_it_tells(name):
-    """Counted among all tensors that can be reached from it, bases and factors included."""
-    model, defense = tiny.model(), ACTIVE[name]()
+    """Counted among all tensors that can be reached from it; a head, or matrices of attention, are less than a copy."""
+    model, defense = tiny.model(), KEPT[name]()
     prepared = context(model, defense)
     own = {id(tensor) for tensor in reachable(prepared)}
     defense.prepare(prepared)
     defense.begin(3, [])
     kept = [tensor for tensor in reachable(defense) if id(tensor) not in own and not tensor.requires_grad]
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    assert 0.4 < sum(tensor.numel() for tensor in kept) / (defense.copies * trained) < 1.6
+    found = sum(tensor.numel() for tensor in kept) / trained  # of the tiny model half are embeddings
+    assert 0.4 * defense.copies <= found <= 1.25 * defense.copies + 0.65
 
 
 def reachable(root):

@@ -93,7 +93,7 @@ def test_an_expert_that_reads_no_token_is_free_and_counted(rank):
     assert {name for name, each in found.items() if not each.basis.shape[1]} == free
     for name, rows in expected.items():  # fewer tokens than the rank have no other directions
         assert found[name].basis.shape[1] <= (len(rows) if rank is None else min(rank, len(rows)))
-    subspace = basis.subspace_of(found.items(), spec)
+    subspace = basis.subspace_of(found.items())
     assert basis.unread(subspace) == (len(free) / 2, 32)
     within = [each.kept for name, each in found.items() if name in expected]
     assert coverage.covered(model, prompts, subspace, spec, 0) == pytest.approx(sum(within) / len(within), rel=1e-4)

@@ -29,7 +29,7 @@ def context(model, defense, reference=None, **more):
     reference = reference or [chat.prompt_ids(prompt) for prompt in PROMPTS]
     subspace = None
     if needs.subspace is not None:
-        subspace = subspace_of(leading(model, reference, needs.subspace, chat.pad_id), needs.subspace)
+        subspace = subspace_of(leading(model, reference, needs.subspace, chat.pad_id))
     features = ()
     if needs.features is not None:
         source = torch.Generator().manual_seed(1)

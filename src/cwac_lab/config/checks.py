@@ -154,10 +154,10 @@ def cross_check(run: Run) -> None:
         except ConfigError as error:
             needed = f"{error.accepted}: constraint={run.constraint_name} needs it"
             raise ConfigError(error.key, error.value, needed) from None
-    if run.finetune and needs.exact_projection and run.trainer.precision == "bf16-true":
-        raise ConfigError(
-            "trainer.precision", "bf16-true", "32-true | bf16-mixed: bf16 weights round an exact projection away"
-        )
+    exact = needs.exact_projection or needs.float32_weights
+    if run.finetune and exact and run.trainer.precision == "bf16-true":
+        what = "an exact projection" if needs.exact_projection else "what the constraint puts there"
+        raise ConfigError("trainer.precision", "bf16-true", f"32-true | bf16-mixed: bf16 weights round {what} away")
     if run.finetune and run.tuning.method == "lora":
         _check_adapters(run)
     if run.finetune:

@@ -132,6 +132,7 @@ HELD_SHARE = Recipe(
     (
         *("defenses.cwac.subspace.reading", "defenses.cwac.subspace.parts", "models.capture"),
         *_of("defenses.cwac.subspace.coverage", "covered", "_shares", "_Share"),
+        "defenses.cwac.subspace.span:Span.squares",
     ),
 )
 # ``library`` is the version of sae-lens, which trains it.

@@ -30,7 +30,8 @@ HELD_ON = ("harmful", "both")
 class Requirements:
     """What must be prepared before a defence can start; None and False mean not needed.
 
-    With ``whole_update`` it settles weights, and cannot settle factors of adapters: these must be merged before.
+    With ``whole_update`` it settles weights, and cannot settle factors of adapters: these must be merged before. With
+    ``exact_projection`` or ``float32_weights`` weights that train in bfloat16 would round away what it puts there.
     """
 
     reference_prompts: bool = False
@@ -40,6 +41,7 @@ class Requirements:
     base_weights: bool = False
     own_refusals: bool = False
     whole_update: bool = False
+    float32_weights: bool = False
 
     @property
     def alignment_refusals(self) -> bool:
@@ -56,6 +58,7 @@ class Requirements:
             self.base_weights or other.base_weights,
             self.own_refusals or other.own_refusals,
             self.whole_update or other.whole_update,
+            self.float32_weights or other.float32_weights,
         )
 
 
@@ -74,7 +77,7 @@ class Context:
         own_refusals: The start's own refusals to the harmful reference prompts as they stand, in their order: token
             ids, the prompt before.
         base_weight: Reader of a weight of the model before its alignment, where asked for.
-        subspace: Bases of the weight constraint, where asked for.
+        subspace: Directions of the weight constraint, where asked for.
         features: Encoders of the activation constraint, where asked for.
         autocast: Enters the precision that training computes in, so that values at the start compare with later ones.
     """
@@ -98,7 +101,8 @@ class Defense:
     """Base of all defences; the fields of a subclass are its config keys, checked in ``__post_init__``.
 
     ``precedence`` orders the parts of a composition: what freezes (0), what changes weights (1), what runs the model
-    (2), what penalises the weights themselves (3; last, so that of a sharded model their gradients are there first).
+    (2), what penalises the weights themselves (3; so late that of a sharded model their gradients are there first),
+    what bounds the update that all others leave (4).
     """
 
     precedence: ClassVar[int] = 2
@@ -109,9 +113,19 @@ class Defense:
         return True
 
     @property
-    def copies(self) -> int:
-        """How many copies of what trains it keeps beside it, in full tuning; with factors these are small."""
-        return 0
+    def copies(self) -> float:
+        """About how many copies of all that trains it keeps, in full tuning; a head or some matrices are none."""
+        return 0.0
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether it scales the rows of an update one by one."""
+        return False
+
+    @property
+    def holds_outputs(self) -> bool:
+        """Whether it holds what an update writes, so that its rows cannot be scaled one by one."""
+        return False
 
     @property
     def settles_once(self) -> bool:
@@ -205,6 +219,11 @@ def check_together(parts: Mapping[str, Defense]) -> None:
     if slowed and moved:
         accepted = f"free | penalised beside {moved[0]}: a tail is slowed from the last weights, which that changes"
         raise ConfigError(f"constraint.{slowed[0]}.tail", "slowed", accepted)
+    scaled = [name for name, part in parts.items() if part.scales_rows]
+    outputs = [name for name, part in parts.items() if part.holds_outputs]
+    if scaled and outputs:
+        accepted = f"frobenius beside {outputs[0]}, which holds what an update writes"
+        raise ConfigError(f"constraint.{scaled[0]}.norm", "mars", accepted)
 
 
 def parts_of(defense: Defense) -> list[Defense]:
@@ -275,7 +294,7 @@ class Composite(Defense):
         return all(part.shardable for part in self.parts.values())
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> float:
         """Those of all parts."""
         return sum(part.copies for part in self.parts.values())
 

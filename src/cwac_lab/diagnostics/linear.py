@@ -73,7 +73,7 @@ def decompose(
 
 def bound(
     h0: Float[Tensor, "N d"], h: Float[Tensor, "N d"], w0: Float[Tensor, "m d"], dw: Float[Tensor, "m d"],
-    basis: Float[Tensor, "d k"],
+    span: Span,
 ) -> float:  # fmt: skip
     """Return an upper bound of ``||W h - W0 h0||_F``, relative to ``||W0 h0||_F``, that both constraints enter.
 
@@ -86,11 +86,10 @@ def bound(
         h: Inputs of the same tokens now.
         w0: Weight before.
         dw: How far it has moved.
-        basis: Directions V of the safety subspace, orthonormal.
+        span: That of the safety subspace's directions V.
     """
-    inside = h0 @ basis
-    held, free = inside.norm(), (h0 - inside @ basis.T).norm()
-    leaked, moved, start = (torch.linalg.matrix_norm(each, 2) for each in (dw @ basis, dw, w0))
+    held, free = span.squares(h0).sum().sqrt(), span.without(h0).norm()
+    leaked, moved, start = (torch.linalg.matrix_norm(each, 2) for each in (dw - span.without(dw), dw, w0))
     most = leaked * held + moved * free + (start + moved) * (h - h0).norm()
     return float(most / (h0 @ w0.T).norm().clamp_min(torch.finfo(most.dtype).tiny))
 
@@ -151,6 +150,6 @@ class LinearProbe:
             span = span.to(dw.device)
             leaked, moved = span.leak(dw)
             leak = (leaked / moved) ** 0.5 if moved else 0.0
-            most = bound(h0, h, w0, dw, span.basis) if bounds else None
+            most = bound(h0, h, w0, dw, span) if bounds else None
         parts = decompose(h0, h, w0, dw)
         return Drift(matrix.name, matrix.site.layer, **parts, overlap=angles[matrix.site], leak=leak, bound=most)

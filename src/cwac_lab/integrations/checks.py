@@ -61,9 +61,10 @@ def check_model(needs: Requirements, model: Any) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    exact = needs.exact_projection or needs.float32_weights
     if not has_adapters(model):
-        if needs.exact_projection and model.dtype != torch.float32:
-            raise ConfigError("protect: dtype", model.dtype, "float32 weights: others round an exact projection away")
+        if exact and model.dtype != torch.float32:
+            raise ConfigError("protect: dtype", model.dtype, "float32 weights: others round what is put there away")
         return
     if needs.whole_update:
         raise ConfigError("protect: model", "with adapters", "plain weights: the defence cannot change factors")
@@ -78,7 +79,7 @@ def check_model(needs: Requirements, model: Any) -> None:
         if any(bool(factor.weight.any()) for factor in layer.lora_B.values()):
             raise ConfigError("protect: lora_B", "not zero", "new adapters: the start is the model without them")
         factors = [factor.weight for factor in layer.lora_A.values()]
-        if needs.exact_projection and any(factor.dtype != torch.float32 for factor in factors):
+        if exact and any(factor.dtype != torch.float32 for factor in factors):
             raise ConfigError("protect: dtype of lora_A", factors[0].dtype, "float32 factors (autocast_adapter_dtype)")
     others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     if others:

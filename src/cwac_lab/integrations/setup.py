@@ -95,7 +95,7 @@ def protect(
     held_at = read_features(Path(features), needs.features, model) if needs.features and features else ()
     if needs.subspace is not None:
         held = reference + ([chat.prompt_ids(prompt) for prompt in benign] if needs.subspace.held_on == "both" else [])
-        subspace = subspace_of(leading(model, held, needs.subspace, chat.pad_id), needs.subspace)
+        subspace = subspace_of(leading(model, held, needs.subspace, chat.pad_id))
     context = Context(
         model=model,
         seed=seed,

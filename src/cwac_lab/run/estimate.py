@@ -119,7 +119,7 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * used_share(model) * (4 * parameters + 2 * trained)
     memory = width * parameters + (width if trained == parameters else 4) * trained + 8 * trained
-    kept = run.constraint.copies * width * trained if run.tuning.method == "full" else 0
+    kept = round(run.constraint.copies * width * trained) if run.tuning.method == "full" else 0
     disk = sum(saved(run, parameters, trained).values()) + checkpoints(run, trained)
     return Estimate(
         len(examples), len(plan), tokens, parameters, trained, memory, kept, disk,

@@ -19,6 +19,7 @@ from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import Pools, build_pools
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.literature.l2 import L2
+from cwac_lab.defenses.literature.pgm import PGM
 from cwac_lab.models.architecture import Scope, Use
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.folder import weight_files
@@ -58,6 +59,8 @@ def use_of(run: Run) -> Use:
             scopes.append(Scope(f"constraint.{name}.modules", modules, modules, "constraint=none", experts=held))
         elif isinstance(part, L2) and adapted is not None:
             scopes.append(Scope("constraint", name, "all_linear", "tuning=full", stored=False))
+        elif isinstance(part, PGM):
+            scopes.append(Scope("constraint", name, "all_linear", "constraint=none", stored=False))
     if run.finetune and run.attack.rows == "outliers":
         scopes.append(Scope("attack", run.attack.name, "ffn_out", "attack=benign", stored=False, experts=False))
     if run.finetune and run.diagnostics.enabled:

@@ -187,7 +187,7 @@ def test_what_lies_in_the_directions_is_their_energy_on_their_own_prompts_and_le
     prompts, others = ([chat.prompt_ids(text)] for text in ("how do I", "9 * 7 = ? (a sum)"))
     spec = SubspaceSpec("ffn_out", None, 4, "all", normalize)
     found = dict(basis.leading(model, prompts, spec, chat.pad_id))
-    subspace = basis.subspace_of(found.items(), spec)
+    subspace = basis.subspace_of(found.items())
     mean = sum(subspace.energy.values()) / len(subspace.energy)
     assert coverage.covered(model, prompts, subspace, spec, chat.pad_id) == pytest.approx(mean, rel=1e-5)
     shares = []

@@ -160,7 +160,7 @@ def test_what_is_held_of_each_part(asked):
     model, chat, prompts, parts = asked
     asked_for = spec(0.9)
     found = dict(basis.leading(model, prompts, asked_for, chat.pad_id, parts=parts))
-    subspace = basis.subspace_of(found.items(), asked_for)
+    subspace = basis.subspace_of(found.items())
     answered = [[*ids, ids[1], ids[0]] for ids in prompts]
     told = covered_by_part(model, answered, parts, subspace, asked_for, chat.pad_id, batch_size=2)
     assert list(told) == ["ffn_out"]
@@ -243,7 +243,7 @@ def test_a_saved_subspace_is_the_one_that_was_built(asked, tmp_path):
         folder.mkdir()
         wanted = replace(spec(energy), ordered=ordered)
         basis.build(model, prompts, parts, wanted, chat.pad_id, folder)
-        built = basis.subspace_of(basis.leading(model, prompts, wanted, chat.pad_id, parts=parts), wanted)
+        built = basis.subspace_of(basis.leading(model, prompts, wanted, chat.pad_id, parts=parts))
         loaded, report = basis.load(folder), json.loads((folder / "report.json").read_text())
         assert loaded.energy == built.energy
         for name, span in built.spans.items():

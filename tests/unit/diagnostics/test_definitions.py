@@ -81,19 +81,21 @@ def test_the_parts_of_a_change_are_their_definition():
 
 def test_the_bound_holds_and_is_reached():
     source = torch.Generator().manual_seed(0)
-    for _ in range(50):
+    for turn in range(50):
         h0, h = torch.randn(7, 5, generator=source), torch.randn(7, 5, generator=source)
         w0, dw = torch.randn(3, 5, generator=source), torch.randn(3, 5, generator=source)
-        basis = torch.linalg.qr(torch.randn(5, 2, generator=source)).Q
-        assert decompose(h0, h, w0, dw)["total"] <= bound(h0, h, w0, dw, basis) + 1e-6
+        basis = torch.linalg.qr(torch.randn(5, 2 + 2 * (turn % 2), generator=source)).Q
+        by_v, by_u = (bound(h0, h, w0, dw, Span.of(basis, ordered=ordered)) for ordered in (True, False))
+        assert by_v == pytest.approx(by_u, rel=1e-5)
+        assert decompose(h0, h, w0, dw)["total"] <= bound(h0, h, w0, dw, Span.of(basis)) + 1e-6
     held = dw - dw @ basis @ basis.T
-    inside = torch.randn(7, 2, generator=source) @ basis.T
-    assert bound(inside, inside, w0, held, basis) < 1e-5  # an exact weight constraint, inputs within V, none moved
+    inside = torch.randn(7, basis.shape[1], generator=source) @ basis.T
+    assert bound(inside, inside, w0, held, Span.of(basis)) < 1e-5  # exact, inputs within V, none moved
     one = torch.tensor([[1.0, 0, 0, 0, 0]])
     w0, dw = torch.zeros(3, 5), torch.zeros(3, 5)
     w0[0, 0], dw[0, 0] = 2.0, 1.0
     basis = torch.eye(5)[:, 4:]
-    assert bound(one, 2 * one, w0, dw, basis) == pytest.approx(decompose(one, 2 * one, w0, dw)["total"])
+    assert bound(one, 2 * one, w0, dw, Span.of(basis)) == pytest.approx(decompose(one, 2 * one, w0, dw)["total"])
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -79,8 +79,8 @@ class WeightConstraint(Defense):
         tail_energy: Share of the trace up to which they count as the tail; what is behind it is free.
         tail_strength: How strongly they are held, s; a direction of mean energy is slowed by ``1 + s``.
         gradient_share: With ``both``, the share of the protected directions, the leading ones, that gradients are
-            projected off; what the optimizer moves along the others is taken out where weights are restored. A step's
-            projections cost in proportion to it. With LoRA all directions count.
+            projected off; what the optimizer moves along the others is taken out where weights are restored. At low
+            energies less of them costs less; at high ones all cost least. With LoRA all directions count.
         restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
             between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
@@ -162,9 +162,9 @@ class WeightConstraint(Defense):
         return not self.has_tail
 
     @property
-    def copies(self) -> int:
-        """What restores the weights, about one."""
-        return int(self.projection != "gradient" and self.rank != 0)
+    def copies(self) -> float:
+        """What restores the weights; with a fixed rank that is some columns."""
+        return float(self.projection != "gradient" and self.rank is None)
 
     @property
     def settles_once(self) -> bool:
@@ -188,11 +188,12 @@ class WeightConstraint(Defense):
         self._subspace = context.subspace
         groups: dict[str, list[Constrained]] = {}
         known: dict[tuple[Site, bool], Span] = {}  # of layers that read one input
+        needs_order = self.gradient_share != 1
         for linear in linears(context.model, self.modules):
             adapted = linear.adapter is not None
             if (linear.site, adapted) not in known:
-                span = context.subspace.spans[linear.site.name]
-                known[linear.site, adapted] = span.to(context.model.device if adapted else linear.weight)
+                span = context.subspace.spans[linear.site.name].to(context.model.device if adapted else linear.weight)
+                known[linear.site, adapted] = Span.of(span.columns) if needs_order else span
             restores = self.projection != "gradient"
             self._held.append(Constrained.of(linear, known[linear.site, adapted], restores=restores))
             groups.setdefault(linear.name, []).append(self._held[-1])
@@ -229,15 +230,17 @@ class WeightConstraint(Defense):
             elif isinstance(linear.module, torch.nn.Linear):
                 if group[0].moves:
                     readers.setdefault(linear.site, []).append(group[0])
-            elif parts := [(held.linear, self._leading(held.span)) for held in group if held.moves]:
+            elif parts := [(held.linear, self._leading(held)) for held in group if held.moves]:
                 self._hooks.append(project_gradient_of(linear.parameter, parts))
         for together in readers.values():
-            project_gradients([held.linear.module for held in together], self._leading(together[0].span))
+            project_gradients([held.linear.module for held in together], self._leading(together[0]))
 
-    def _leading(self, span: Span) -> Span:
+    def _leading(self, held: Constrained) -> Span:
         """Return what gradients are projected off: the leading directions."""
-        n = math.ceil(self.gradient_share * span.rank)
-        return span if n == span.rank else span.leading(n)
+        n = math.ceil(self.gradient_share * held.span.rank)
+        if n == held.span.rank:
+            return held.span
+        return Span.of(self._subspace.spans[held.linear.site.name].to(held.linear.weight).columns[:, :n])
 
     def _restores(self, step: int) -> bool:
         if self.projection == "gradient" or not (self._moving or self._tails.slows):

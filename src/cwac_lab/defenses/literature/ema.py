@@ -40,9 +40,9 @@ class EMA(Defense):
         in_range("decay", self.decay, 0, 1)
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> float:
         """The average."""
-        return int(self.decay > 0)
+        return float(self.decay > 0)
 
     @property
     def shardable(self) -> bool:

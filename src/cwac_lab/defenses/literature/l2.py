@@ -40,9 +40,9 @@ class L2(Defense):
         in_range("strength", self.strength, 0)
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> float:
         """The start."""
-        return int(self.strength > 0)
+        return float(self.strength > 0)
 
     def prepare(self, context: Context) -> None:
         """Remember the start."""

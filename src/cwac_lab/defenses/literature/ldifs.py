@@ -45,9 +45,9 @@ class LDIFS(Defense):
             raise ConfigError("depths", list(self.depths), "a list of relative depths in [0, 1)")
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> float:
         """The start."""
-        return int(self.strength > 0)
+        return float(self.strength > 0)
 
     def prepare(self, context: Context) -> None:
         """Keep the start."""

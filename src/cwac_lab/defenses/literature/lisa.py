@@ -54,9 +54,9 @@ class Lisa(Defense):
         in_range("warmup_share", self.warmup_share, 0, 1)
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> float:
         """The two anchors."""
-        return 2 * int(self.strength > 0)
+        return 2.0 * (self.strength > 0)
 
     @property
     def requirements(self) -> Requirements:

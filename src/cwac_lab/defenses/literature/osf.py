@@ -113,9 +113,14 @@ class OSF(Defense):
         self._held: list[_Held] = []
 
     @property
-    def copies(self) -> int:
-        """The start."""
-        return int(self.share > 0)
+    def copies(self) -> float:
+        """The start, and of a square matrix twice the share as directions."""
+        return 1 + 2 * self.share if self.share else 0.0
+
+    @property
+    def holds_outputs(self) -> bool:
+        """By the left directions."""
+        return self.share > 0
 
     @property
     def shardable(self) -> bool:

@@ -135,6 +135,11 @@ class SafeDelta(Defense):
     others: str = "start"
 
     @property
+    def copies(self) -> float:
+        """The start and second moments of inputs, in the memory of the CPU."""
+        return 2.0
+
+    @property
     def settles_once(self) -> bool:
         """What is left of an update would be limited again."""
         return True

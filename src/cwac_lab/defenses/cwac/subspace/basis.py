@@ -30,6 +30,7 @@ class Directions:
 
     Attributes:
         basis: V, shape (d_in, k), orthonormal.
+        span: The span of it, made in float64.
         kept: The share of the trace that it holds.
         solver: Name of the way.
         tail: T, shape (d_in, t), orthonormal and orthogonal to V.
@@ -37,22 +38,18 @@ class Directions:
     """
 
     basis: Float[Tensor, "d k"]
+    span: Span
     kept: float
     solver: str
     tail: Float[Tensor, "d t"]
     shares: Float[Tensor, " t"]
 
 
-def subspace_of(found: Iterable[tuple[str, Directions]], spec: SubspaceSpec) -> Subspace:
-    """Return the directions of sites, as a defence is given them; of each site the shorter half is kept.
-
-    Args:
-        found: What ``leading`` yields.
-        spec: What was asked for.
-    """
+def subspace_of(found: Iterable[tuple[str, Directions]]) -> Subspace:
+    """Return the directions of sites that ``leading`` yields, as a defence is given them."""
     subspace = Subspace({}, {})
     for name, each in found:
-        subspace.spans[name], subspace.energy[name] = Span.of(each.basis, ordered=spec.ordered), each.kept
+        subspace.spans[name], subspace.energy[name] = each.span, each.kept
         if each.tail.shape[1]:
             subspace.tails[name], subspace.shares[name] = each.tail, each.shares
     return subspace
@@ -77,7 +74,9 @@ class _Weighed:
             rows = rows - within @ self.beside.T
         self.solver.add(rows)
 
-    def solve(self, energy: float | None, rank: int | None, reach: float | None) -> Directions:
+    def solve(
+        self, energy: float | None, rank: int | None, reach: float | None, *, ordered: bool = False
+    ) -> Directions:
         """Return the directions, Q first, and as the tail those up to the share of the trace that ``reach`` is."""
         within, whole = distributed.summed(self.sums).tolist() if self.beside.shape[1] else (0.0, 1.0)
         rest = whole - within
@@ -103,7 +102,8 @@ class _Weighed:
         if q:
             basis = torch.linalg.qr(torch.cat([self.beside, basis], 1)).Q
         kept = float(shares[:n].sum()) + (within / whole if whole else 0.0)
-        return Directions(basis[:, : q + n], kept, self.solver.name, basis[:, q + n :], shares[n:])
+        span = Span.of(basis[:, : q + n], ordered=ordered)
+        return Directions(basis[:, : q + n], span, kept, self.solver.name, basis[:, q + n :], shares[n:])
 
     def _solved(self, energy: float | None, rank: int | None) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
         """Return the solver's directions, none where none of the energy is left to them."""
@@ -173,9 +173,9 @@ def leading(
         }
         fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
         for site in group:
-            found = held.pop(site).solve(spec.energy_at(site.kind), ranks[site], spec.reach)
+            found = held.pop(site).solve(spec.energy_at(site.kind), ranks[site], spec.reach, ordered=spec.ordered)
             each = {name: getattr(found, name).float().contiguous() for name in ("basis", "tail", "shares")}
-            yield site.name, replace(found, **each)
+            yield site.name, replace(found, span=found.span.to(torch.float32), **each)
 
 
 def build(
@@ -189,8 +189,8 @@ def build(
             solvers[name] = each.solver
             yield name, each
 
-    subspace = subspace_of(noted(), spec)
-    save_file({name: span.columns.cpu() for name, span in subspace.spans.items()}, folder / BASES)
+    subspace = subspace_of(noted())
+    save_file({name: span.columns.cpu().contiguous() for name, span in subspace.spans.items()}, folder / BASES)
     if subspace.tails:
         for what, file in ((subspace.tails, TAILS), (subspace.shares, SHARES)):
             save_file({name: value.cpu() for name, value in what.items()}, folder / file)

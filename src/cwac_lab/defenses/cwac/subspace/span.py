@@ -44,14 +44,9 @@ class Span:
         """V, or as many other orthonormal directions with the same span."""
         return linalg.complement(self.columns) if self.free else self.columns
 
-    def to(self, like: Tensor | torch.device) -> Span:
-        """Return it on a device, or on the device and in the type of a tensor."""
+    def to(self, like: Tensor | torch.device | torch.dtype) -> Span:
+        """Return it on a device, in a type, or both as of a tensor."""
         return Span(self.columns.to(like), self.free)
-
-    def leading(self, n: int) -> Span:
-        """Return the span of the first n directions; it has to be held by V."""
-        assert not self.free
-        return Span(self.columns[:, :n])
 
     def without(self, matrix: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """Return the rows of a matrix without their parts in the span, ``M (I - V V^T)``, in float32."""
@@ -62,8 +57,8 @@ class Span:
 
     def squares(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Return ``||V^T x||^2`` of every row x, of shape (n,), in the precision of the rows."""
-        along = (rows @ self.columns.to(rows.dtype)).square().sum(1)
-        return rows.square().sum(1) - along if self.free else along
+        found = (rows @ self.columns.to(rows.dtype)).square().sum(1)
+        return (rows.square().sum(1) - found).clamp_min(0) if self.free else found
 
     def leak(self, delta: Float[Tensor, "m d"]) -> tuple[float, float]:
         """Return ``||dW V||_F^2`` and ``||dW||_F^2``.
