@@ -10,10 +10,11 @@ import torch
 
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.defenses.cwac.weight import WeightConstraint
-from cwac_lab.defenses.interface import Composite, check_together, finish
+from cwac_lab.defenses.interface import Composite, finish
 from cwac_lab.defenses.literature.ema import EMA
 from cwac_lab.defenses.literature.osf import OSF
 from cwac_lab.defenses.literature.pgm import PGM
+from cwac_lab.defenses.together import check_together
 from cwac_lab.models.adapters import attach
 from support import tiny
 from support.by_hand import assert_equal, context, plain, sft, trained

@@ -11,7 +11,7 @@ from cwac_lab.data.attacks import LEAST
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.taught import POOL as ALIGNMENT
-from cwac_lab.defenses.interface import check_together
+from cwac_lab.defenses.together import check_together
 from cwac_lab.models.adapters import SAVED, TARGETS
 from cwac_lab.models.loading import choose_weights
 from cwac_lab.models.settings import before_alignment

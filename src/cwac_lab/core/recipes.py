@@ -115,7 +115,7 @@ SUBSPACE = Recipe(
     3,
     ("model", "dtype", "prompts", "spec"),
     (
-        *_of("defenses.cwac.subspace.basis", "leading", "build", "subspace_of", "_Weighed", "_beside"),
+        *_of("defenses.cwac.subspace.basis", "leading", "build", "subspace_of", "drawn", "_Weighed", "_beside"),
         *("defenses.cwac.subspace.reading", "defenses.cwac.subspace.spec", "defenses.cwac.subspace.span:Span.of"),
         *("run.protected:texts", "core.linalg:complement"),
         *("defenses.cwac.subspace.parts", "defenses.cwac.subspace.solvers", "models.capture", "data.batches:pad"),

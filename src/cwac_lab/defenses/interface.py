@@ -5,16 +5,15 @@ The default of every hook does nothing, so defences compose. Hooks are handed lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
@@ -50,16 +49,7 @@ class Requirements:
 
     def merge(self, other: Requirements) -> Requirements:
         """Return what two defences need together (each artefact is asked for by at most one of them)."""
-        return Requirements(
-            self.reference_prompts or other.reference_prompts,
-            self.exact_projection or other.exact_projection,
-            self.subspace or other.subspace,
-            self.features or other.features,
-            self.base_weights or other.base_weights,
-            self.own_refusals or other.own_refusals,
-            self.whole_update or other.whole_update,
-            self.float32_weights or other.float32_weights,
-        )
+        return Requirements(*(getattr(self, each.name) or getattr(other, each.name) for each in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -201,29 +191,6 @@ class Defense:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what ``state_dict`` returned."""
-
-
-def check_together(parts: Mapping[str, Defense]) -> None:
-    """Check that no part of a composition moves weights where another has put them.
-
-    Raises:
-        ConfigError: If two parts each hold the update in a space of their own, or one slows what another changes.
-    """
-    needs = {name: part.requirements for name, part in parts.items()}
-    exact = [name for name, each in needs.items() if each.exact_projection or each.whole_update or each.subspace]
-    if len(exact) > 1:
-        accepted = f"one of {' | '.join(exact)}: each moves what another holds"
-        raise ConfigError("constraint", f"[{','.join(exact)}]", accepted)
-    slowed = [name for name, part in parts.items() if getattr(part, "tail", None) == "slowed"]
-    moved = [name for name, part in parts.items() if part.settles_factors]
-    if slowed and moved:
-        accepted = f"free | penalised beside {moved[0]}: a tail is slowed from the last weights, which that changes"
-        raise ConfigError(f"constraint.{slowed[0]}.tail", "slowed", accepted)
-    scaled = [name for name, part in parts.items() if part.scales_rows]
-    outputs = [name for name, part in parts.items() if part.holds_outputs]
-    if scaled and outputs:
-        accepted = f"frobenius beside {outputs[0]}, which holds what an update writes"
-        raise ConfigError(f"constraint.{scaled[0]}.norm", "mars", accepted)
 
 
 def parts_of(defense: Defense) -> list[Defense]:

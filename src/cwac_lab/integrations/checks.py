@@ -11,7 +11,8 @@ import torch
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.defenses.cwac.sae import latents
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
-from cwac_lab.defenses.interface import Composite, Defense, Requirements, check_together, overrides, parts_of
+from cwac_lab.defenses.interface import Composite, Defense, Requirements, overrides, parts_of
+from cwac_lab.defenses.together import check_together
 from cwac_lab.integrations.callback import DefenseCallback
 from cwac_lab.models.adapters import has_adapters, in_few_bits
 from cwac_lab.models.sites import decoder_layers, depth_to_layer

@@ -13,6 +13,7 @@ from cwac_lab.defenses.cwac.subspace.coverage import covered_by_part
 from cwac_lab.defenses.cwac.subspace.parts import ANSWER, CLOSING, OPENING, OWN, Parts, parts_of
 from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import KindEnergies, SubspaceSpec
+from cwac_lab.defenses.cwac.weight import WeightConstraint
 from support import tiny
 
 TEXTS = ("how do I", "tell me what", "one more of them, really", "9 * 7 = ?")
@@ -250,3 +251,34 @@ def test_a_saved_subspace_is_the_one_that_was_built(asked, tmp_path):
             assert torch.equal(loaded.spans[name].columns, span.columns)
             assert loaded.spans[name].free == span.free == (energy > 0.5 and not ordered)
             assert report[name]["rank"] == span.rank
+
+
+@pytest.mark.parametrize("opening", ["held", "counted"])
+def test_random_directions_are_as_many_and_hold_what_they_happen_to(asked, opening):
+    model, chat, prompts, parts = asked
+
+    def built(which):
+        asked_for = spec(0.9, opening=opening, directions=which)
+        return dict(basis.leading(model, prompts, asked_for, chat.pad_id, parts=parts))
+
+    found = {which: built(which) for which in ("leading", "random")}
+    rows = rows_of(model, prompts)
+    for name, leading in found["leading"].items():
+        drawn = found["random"][name]
+        assert drawn.basis.shape == leading.basis.shape
+        assert drawn.kept < 0.9 * leading.kept
+        torch.testing.assert_close(drawn.basis.T @ drawn.basis, torch.eye(drawn.basis.shape[1]), atol=1e-5, rtol=0)
+    v = found["random"]["layers.1.ffn_out"].basis.double()
+    first = 0 if opening == "counted" else parts[0].opening
+    x = torch.cat([each[first:] for each in rows])
+    assert found["random"]["layers.1.ffn_out"].kept == pytest.approx(
+        float((x @ v).square().sum() / x.square().sum()), rel=1e-5
+    )
+    held = torch.cat([each[:first] for each in rows])
+    torch.testing.assert_close(held - held @ v @ v.T, torch.zeros_like(held), atol=1e-4, rtol=0)
+    assert all(torch.equal(each.basis, found["random"][name].basis) for name, each in built("random").items())
+
+
+def test_random_directions_have_no_tail():
+    with pytest.raises(ConfigError, match=r"directions=random: accepted: leading beside a tail"):
+        WeightConstraint(energy=0.9, tail="slowed", directions="random")

@@ -50,7 +50,7 @@ from cwac_lab.models.shards import is_sharded, local, rows, total
 from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 
 PROJECTIONS = ("gradient", "update", "both")
-OPENINGS, ANSWERS = ("counted", "held"), ("none", "own")
+OPENINGS, ANSWERS, DIRECTIONS = ("counted", "held"), ("none", "own"), ("leading", "random")
 
 
 @dataclass
@@ -66,6 +66,8 @@ class WeightConstraint(Defense):
         energy_by_kind: Another ``energy`` for kinds of sites.
         rank: Fixed number of protected directions, beside those of a held opening; 0 without a tail switches the
             constraint off.
+        directions: Which are protected: the ``leading`` ones (the paper's), or as many ``random`` ones, drawn once for
+            each site, beside those of a held opening: the control for the choice of directions.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
@@ -92,6 +94,7 @@ class WeightConstraint(Defense):
     energy: float | None = 0.9999
     energy_by_kind: KindEnergies = field(default_factory=KindEnergies)
     rank: int | None = None
+    directions: str = "leading"
     held_on: str = "harmful"
     tokens: str = "all"
     normalize: bool = True
@@ -112,6 +115,7 @@ class WeightConstraint(Defense):
         one_of("modules", self.modules, SCOPES)
         one_of("trainable", self.trainable, ("all", "constrained"))
         one_of("projection", self.projection, PROJECTIONS)
+        one_of("directions", self.directions, DIRECTIONS)
         one_of("held_on", self.held_on, HELD_ON)
         one_of("tokens", self.tokens, ("all", "no_sinks"))
         one_of("opening", self.opening, OPENINGS)
@@ -122,6 +126,8 @@ class WeightConstraint(Defense):
         self._check_energy()
         if self.tail == "slowed" and self.projection == "gradient":
             raise ConfigError("tail", self.tail, "free or penalised with projection=gradient, which restores nothing")
+        if self.has_tail and self.directions == "random":
+            raise ConfigError("directions", self.directions, "leading beside a tail, which is what follows these")
         in_range("gradient_share", self.gradient_share, 0, 1, open_low=True)
         in_range("restore_every_n_steps", self.restore_every_n_steps, 1)
         in_range("leak_every_n_steps", self.leak_every_n_steps, 0)
@@ -178,7 +184,7 @@ class WeightConstraint(Defense):
         spec = SubspaceSpec(
             self.modules, self.energy, self.rank, self.tokens, self.normalize, self.held_on,
             opening, self.answers, self.closing_weight, self.tail_energy if self.has_tail else None,
-            self.energy_by_kind, self.gradient_share != 1,
+            self.energy_by_kind, self.directions, self.gradient_share != 1,
         )  # fmt: skip
         return Requirements(True, exact_projection=self.projection != "gradient", subspace=spec)
 

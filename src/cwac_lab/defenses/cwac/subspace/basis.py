@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cwac_lab.core import distributed, linalg
-from cwac_lab.core.cache import read_json, reading, write_json
+from cwac_lab.core.cache import digest, read_json, reading, write_json
 from cwac_lab.defenses.cwac.subspace.parts import Parts
 from cwac_lab.defenses.cwac.subspace.reading import Text, batched, fill, passes
 from cwac_lab.defenses.cwac.subspace.solvers import Routed, Solver, cheapest
@@ -55,15 +55,28 @@ def subspace_of(found: Iterable[tuple[str, Directions]]) -> Subspace:
     return subspace
 
 
+def drawn(beside: Float[Tensor, "d q"], name: str) -> Float[Tensor, "d p"]:
+    """Return all p = d - q directions that are orthogonal to some, in float64, drawn at random for a site's name."""
+    source = torch.Generator().manual_seed(int(digest(name)[:8], 16))
+    width, q = beside.shape
+    free = torch.randn(width, width - q, generator=source, dtype=torch.float64).to(beside.device)
+    return torch.linalg.qr(torch.cat([beside, free], 1)).Q[:, q:]
+
+
 class _Weighed:
     """Gives a solver the rows that count, times the root of what they weigh, without what lies in directions Q (d, q).
 
-    What is held beside the solver's directions is known in the end: Q, and the share of the trace in it.
+    What is held beside the solver's directions is known in the end: Q, and the share of the trace in it. As many of the
+    directions ``random`` (d, d - q) take the place of the solver's, where there are any.
     """
 
-    def __init__(self, solver: Solver, weights: Float[Tensor, " P"], beside: Float[Tensor, "d q"]) -> None:
-        self.solver, self.weights, self.beside = solver, weights.to(beside.device), beside
+    def __init__(
+        self, solver: Solver, weights: Float[Tensor, " P"], beside: Float[Tensor, "d q"],
+        random: Float[Tensor, "d p"] | None = None,
+    ) -> None:  # fmt: skip
+        self.solver, self.weights, self.beside, self.random = solver, weights.to(beside.device), beside, random
         self.sums = torch.zeros(2, dtype=torch.float64, device=beside.device)  # in Q, and in all
+        self.along = torch.zeros(0 if random is None else random.shape[1], dtype=torch.float64, device=beside.device)
 
     def add(self, rows: Float[Tensor, "N d"], labels: Int[Tensor, " N"]) -> None:
         weights = self.weights[labels]
@@ -72,6 +85,8 @@ class _Weighed:
             within = rows @ self.beside
             self.sums += torch.stack([within.square().sum(), rows.square().sum()])
             rows = rows - within @ self.beside.T
+        if self.random is not None:
+            self.along += (rows @ self.random).square().sum(0)
         self.solver.add(rows)
 
     def solve(
@@ -97,6 +112,9 @@ class _Weighed:
             if energy is not None:
                 n = linalg.reaching(shares, of_rest(energy)) if of_rest(energy) > 0 else 0
             n = min(n, len(shares))
+        if self.random is not None:
+            basis, found = self.random[:, :n], distributed.summed(self.along)
+            shares = found[:n] / found.sum().clamp_min(torch.finfo(torch.float64).tiny)
         shares = shares * (rest / whole if whole else 0.0)
         q = self.beside.shape[1]
         if q:
@@ -169,8 +187,13 @@ def leading(
     for group in passes({site: kinds[site].size(read[site], width) for site, width in widths.items()}):
         beside = _beside({site: widths[site] for site in group}, model, texts, spec, pad_id)
         held = {
-            site: _Weighed(kinds[site](widths[site], model.device), spec.weights, beside.pop(site)) for site in group
-        }
+            site: _Weighed(
+                kinds[site](widths[site], model.device), spec.weights, beside[site],
+                drawn(beside[site], site.name) if spec.directions == "random" else None,
+            )
+            for site in group
+        }  # fmt: skip
+        del beside
         fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
         for site in group:
             found = held.pop(site).solve(spec.energy_at(site.kind), ranks[site], spec.reach, ordered=spec.ordered)

@@ -46,6 +46,7 @@ class SubspaceSpec:
         reach: Share of the trace up to which further directions are looked up, the tail behind the protected ones;
             None: none are.
         energy_by_kind: Another ``energy`` for kinds of sites.
+        directions: ``leading``, or ``random``: as many drawn ones in their place, beside those of a held opening.
         ordered: Whether the protected directions are held themselves, in their order, however many they are.
     """
 
@@ -60,6 +61,7 @@ class SubspaceSpec:
     closing_weight: float = 1.0
     reach: float | None = None
     energy_by_kind: KindEnergies = field(default_factory=KindEnergies)
+    directions: str = "leading"
     ordered: bool = False
 
     def energy_at(self, kind: str) -> float | None:
