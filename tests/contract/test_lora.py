@@ -329,3 +329,53 @@ def test_a_merged_model_is_saved_as_a_plain_one(tmp_path):
     model, _ = train(Defense(), tuning=LORA)
     model.save_pretrained(tmp_path)
     assert same(weights(AutoModelForCausalLM.from_pretrained(tmp_path)), weights(model))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_what_is_left_of_a_factor_has_the_norm_that_it_was_drawn_with(architecture):
+    model = start_of(architecture, LORA)
+    defense = WeightConstraint(energy=0.9, factor_norm="kept")
+    prepared = context(model, defense)
+    attach(model, LORA, 0)
+    drawn = {name: value.clone() for name, value in model.named_parameters() if "lora_A" in name}
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+    defense.prepare(prepared)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    seen = 0
+    for held in defense._held:
+        (key,) = held.linear.adapter.active_adapters
+        used, span = held.linear.factors()[1], prepared.subspace.spans[held.linear.site.name]
+        first = next(value for name, value in drawn.items() if held.linear.adapter.lora_A[key] is owner(model, name))
+        was = first.norm(dim=1) if held.linear.site.expert is None else used.norm(dim=1)
+        torch.testing.assert_close(used.norm(dim=1), was, atol=1e-5, rtol=1e-4)
+        assert (used @ span.basis).norm() < 1e-5 * used.norm() or not span.rank
+        seen += held.linear.site.expert is None
+    assert seen
+
+
+def owner(model, name):
+    return model.get_submodule(name.rpartition(".")[0].replace(".parametrizations.weight", ""))
+
+
+def test_a_factor_that_keeps_its_norm_trains_more_and_leaks_nothing():
+    moved = {}
+    for norm in ("projected", "kept"):
+        defense = WeightConstraint(energy=0.99, factor_norm=norm)
+        model, prepared = train(defense, tuning=LORA, rows=ROWS)
+        assert defense.summary()["leak"] < 1e-5
+        moved[norm] = sum(
+            float((value - prepared.start_weight(name)).square().sum()) for name, value in weights(model).items()
+        )
+    assert moved["kept"] > 1.5 * moved["projected"]
+
+
+def test_a_factor_of_which_nothing_is_left_stays_zero():
+    model = start_of("llama", LORA)
+    defense = WeightConstraint(energy=None, rank=10**6, factor_norm="kept")
+    prepared = context(model, defense)
+    attach(model, LORA, 0)
+    defense.prepare(prepared)
+    assert all(not held.linear.factors()[1].any() for held in defense._held)

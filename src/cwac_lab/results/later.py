@@ -9,7 +9,13 @@ BEFORE: dict[str, dict[str, Any]] = {
     "weight": {
         "energy_by_kind": {"attn_in": None, "attn_out": None, "ffn_in": None, "ffn_out": None},
         **{"opening": "counted", "answers": "none", "closing_weight": 1.0},
-        **{"directions": "leading", "tail": "free", "tail_energy": 0.9999, "tail_strength": 100.0},
+        **{
+            "directions": "leading",
+            "factor_norm": "projected",
+            "tail": "free",
+            "tail_energy": 0.9999,
+            "tail_strength": 100.0,
+        },
     },
     "activation": {"answer_tokens": 0},
 }

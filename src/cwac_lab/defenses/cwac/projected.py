@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from cwac_lab.core import linalg
 from cwac_lab.core.errors import LabError
 from cwac_lab.defenses.cwac.subspace.span import Span
-from cwac_lab.models.shards import whole
+from cwac_lab.models.shards import like, whole
 from cwac_lab.models.sites import Matrix
 
 # How much longer a multiplication in float32 takes than one in 16 bits on a GPU; of an H100's data sheet, rounded down.
@@ -213,11 +213,14 @@ def _loaded_as_used(module: Any, state: dict[str, Any], prefix: str, *_: Any) ->
         state[prefix + _AS_TRAINED] = state.pop(prefix + _AS_USED)
 
 
-def project_factor(adapter: Any, spans: Sequence[Span], beside: Sequence[Beside | None] | None = None) -> None:
+def project_factor(
+    adapter: Any, spans: Sequence[Span], beside: Sequence[Beside | None] | None = None, *, keep_norm: bool = False
+) -> None:
     """Project the factor A of a LoRA layer, in place and for good: ``B A (I - V V^T) x`` is what the layer adds to W x.
 
     Experts that share the factor have a span of V each, in their order, and a linear layer one. With ``beside`` shares
-    of the parts along further directions, orthogonal to V, are taken out as well.
+    of the parts along further directions, orthogonal to V, are taken out as well. With ``keep_norm`` the rows of A, or
+    of A's blocks, get back the norm that they had.
 
     So the update has no part in the span of V under any optimizer, PEFT merges the projected factor, and a state that
     is saved at any time holds it under the name that a plain adapter gives it.
@@ -229,7 +232,14 @@ def project_factor(adapter: Any, spans: Sequence[Span], beside: Sequence[Beside 
     factor = adapter.lora_A[key]
     if is_parametrized(factor):
         raise LabError("an adapter is under a constraint already (accepted: a new one)")
+    before = whole(factor.weight.detach()).norm(dim=1, keepdim=True)
     register_parametrization(factor, "weight", _FactorWithoutSpan(spans, beside or [None] * len(spans)))
+    if keep_norm:
+        with torch.no_grad():
+            left, trained = whole(factor.weight), factor.parametrizations.weight.original
+            norm = left.norm(dim=1, keepdim=True)
+            # What is smaller is rounding: nothing is left.
+            trained.copy_(like(trained, torch.where(norm > 1e-4 * before, left * before / norm, left)))
     factor.register_state_dict_post_hook(_saved_as_used)
     factor.register_load_state_dict_pre_hook(_loaded_as_used)
 

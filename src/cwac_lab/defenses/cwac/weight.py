@@ -51,6 +51,7 @@ from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 
 PROJECTIONS = ("gradient", "update", "both")
 OPENINGS, ANSWERS, DIRECTIONS = ("counted", "held"), ("none", "own"), ("leading", "random")
+FACTOR_NORMS = ("projected", "kept")
 
 
 @dataclass
@@ -83,6 +84,9 @@ class WeightConstraint(Defense):
         gradient_share: With ``both``, the share of the protected directions, the leading ones, that gradients are
             projected off; what the optimizer moves along the others is taken out where weights are restored. At low
             energies less of them costs less; at high ones all cost least. With LoRA all directions count.
+        factor_norm: With LoRA, the norm that the rows of A begin with: ``projected``, what is left of it, or ``kept``,
+            that which they were drawn with. AdamW moves B alike whatever A is, so what is left is about how much less
+            is learned.
         restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
             between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
@@ -105,6 +109,7 @@ class WeightConstraint(Defense):
     tail_energy: float = 0.9999
     tail_strength: float = 100.0
     gradient_share: float = 1.0
+    factor_norm: str = "projected"
     restore_every_n_steps: int = 12
     leak_every_n_steps: int = 10
 
@@ -116,6 +121,7 @@ class WeightConstraint(Defense):
         one_of("trainable", self.trainable, ("all", "constrained"))
         one_of("projection", self.projection, PROJECTIONS)
         one_of("directions", self.directions, DIRECTIONS)
+        one_of("factor_norm", self.factor_norm, FACTOR_NORMS)
         one_of("held_on", self.held_on, HELD_ON)
         one_of("tokens", self.tokens, ("all", "no_sinks"))
         one_of("opening", self.opening, OPENINGS)
@@ -230,7 +236,8 @@ class WeightConstraint(Defense):
                 when_merged(linear.adapter, partial(note_merged, group))
                 beside = [self._tails.beside(held.linear.site.name) for held in group]
                 if any(held.span.rank for held in group) or any(beside):
-                    project_factor(linear.adapter, [held.span for held in group], beside)
+                    spans = [held.span for held in group]
+                    project_factor(linear.adapter, spans, beside, keep_norm=self.factor_norm == "kept")
             elif self.projection == "update":
                 continue
             elif isinstance(linear.module, torch.nn.Linear):
