@@ -84,7 +84,7 @@ class WeightConstraint(Defense):
         gradient_share: With ``both``, the share of the protected directions, the leading ones, that gradients are
             projected off; what the optimizer moves along the others is taken out where weights are restored. At low
             energies less of them costs less; at high ones all cost least. With LoRA all directions count.
-        factor_norm: With LoRA, the norm that the rows of A begin with: ``projected``, what is left of it, or ``kept``, as
+        factor_norm: With LoRA, the norm that rows of A begin with: ``projected``, what is left of it, or ``kept``, as
             drawn. AdamW moves B alike whatever A is, so with a smaller A less is learned.
         restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
             between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
