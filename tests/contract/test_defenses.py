@@ -54,7 +54,7 @@ def test_the_copies_that_it_keeps_are_those_that_it_tells(name):
     kept = [tensor for tensor in reachable(defense) if id(tensor) not in own and not tensor.requires_grad]
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     found = sum(tensor.numel() for tensor in kept) / trained  # of the tiny model half are embeddings
-    assert 0.4 * defense.copies <= found <= 1.25 * defense.copies + 0.65
+    assert 0.4 * defense.copies <= found <= 1.25 * defense.copies + (0.65 if name.startswith("on-") else 0.02)
 
 
 def reachable(root):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cwac_lab.core.errors import LabError
+from cwac_lab.defenses.cwac.tail import slowing
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Composite, Defense
 from cwac_lab.defenses.literature.asft import AsFT
@@ -14,7 +15,7 @@ from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, _quantized, attach, keep_layout
 from cwac_lab.models.adapters import dense as as_float
-from cwac_lab.models.sites import linears
+from cwac_lab.models.sites import linears, rights
 from support import tiny
 from support.held import HALF, LORA, QLORA, ROWS, context, same, train, weights
 from support.held import start as start_of
@@ -349,10 +350,11 @@ def test_what_is_left_of_a_factor_has_the_norm_that_it_was_drawn_with(architectu
         (key,) = held.linear.adapter.active_adapters
         used, span = held.linear.factors()[1], prepared.subspace.spans[held.linear.site.name]
         first = next(value for name, value in drawn.items() if held.linear.adapter.lora_A[key] is owner(model, name))
-        was = first.norm(dim=1) if held.linear.site.expert is None else used.norm(dim=1)
+        expert = held.linear.site.expert
+        was = (first if expert is None else rights(first, held.linear.module.num_experts)[expert]).norm(dim=1)
         torch.testing.assert_close(used.norm(dim=1), was, atol=1e-5, rtol=1e-4)
         assert (used @ span.basis).norm() < 1e-5 * used.norm() or not span.rank
-        seen += held.linear.site.expert is None
+        seen += expert is not None if architecture == "qwen3_moe" else 1
     assert seen
 
 
@@ -379,3 +381,21 @@ def test_a_factor_of_which_nothing_is_left_stays_zero():
     attach(model, LORA, 0)
     defense.prepare(prepared)
     assert all(not held.linear.factors()[1].any() for held in defense._held)
+
+
+def test_beside_a_slowed_tail_a_factor_keeps_its_norm_and_is_slowed_once():
+    model = tiny.model()
+    defense = WeightConstraint(energy=0.7, tail="slowed", tail_strength=1.0, factor_norm="kept")
+    prepared = context(model, defense)
+    attach(model, LORA, 0)
+    drawn = {linear.name: linear.factors()[1].clone() for linear in linears(model, "all_linear")}
+    defense.prepare(prepared)
+    for linear in linears(model, "all_linear"):
+        name, used, was = linear.site.name, linear.factors()[1], drawn[linear.name]
+        v, t = prepared.subspace.spans[name].basis, prepared.subspace.tails[name]
+        once = was @ (
+            torch.eye(len(v)) - v @ v.T - t @ torch.diag(slowing(prepared.subspace.shares[name], len(v), 1.0)) @ t.T
+        )
+        torch.testing.assert_close(
+            used, once * was.norm(dim=1, keepdim=True) / once.norm(dim=1, keepdim=True), atol=1e-4, rtol=1e-3
+        )

@@ -14,6 +14,8 @@ from cwac_lab.defenses.interface import Composite, finish
 from cwac_lab.defenses.literature.ema import EMA
 from cwac_lab.defenses.literature.osf import OSF
 from cwac_lab.defenses.literature.pgm import PGM
+from cwac_lab.defenses.literature.safe_delta import SafeDelta
+from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.defenses.together import check_together
 from cwac_lab.models.adapters import attach
 from support import tiny
@@ -104,6 +106,12 @@ def test_rows_are_not_scaled_beside_what_holds_outputs(norm, leak):
     check_together({"osf": osf, "pgm": bounded})
     train(Composite({"osf": osf, "pgm": bounded}))
     assert osf.summary()["osf_leak"] < leak
+
+
+@pytest.mark.parametrize("other", [SafeLoRA(share=0.5), SafeDelta(strength=50.0)], ids=["safelora", "safe_delta"])
+def test_weights_are_not_changed_after_training_beside_it(other):
+    with pytest.raises(ConfigError, match=r"constraint=\[other,pgm\]: accepted: one of other \| pgm: other changes"):
+        check_together({"pgm": PGM(), "other": other})
 
 
 @pytest.mark.parametrize("way", ["lora", "qlora"])

@@ -108,6 +108,11 @@ class Defense:
         return 0.0
 
     @property
+    def bounds_update(self) -> bool:
+        """Whether it holds the size of an update, which what is done to weights after training could change."""
+        return False
+
+    @property
     def scales_rows(self) -> bool:
         """Whether it scales the rows of an update one by one."""
         return False

@@ -24,6 +24,12 @@ def check_together(parts: Mapping[str, Defense]) -> None:
     if slowed and moved:
         accepted = f"free | penalised beside {moved[0]}: a tail is slowed from the last weights, which that changes"
         raise ConfigError(f"constraint.{slowed[0]}.tail", "slowed", accepted)
+    bounded = [name for name, part in parts.items() if part.bounds_update]
+    after = [name for name, part in parts.items() if part.settles_once and not part.settles_factors]
+    if bounded and after:
+        pair = sorted((bounded[0], after[0]))
+        accepted = f"one of {' | '.join(pair)}: {after[0]} changes after training what {bounded[0]} bounds"
+        raise ConfigError("constraint", f"[{','.join(pair)}]", accepted)
     scaled = [name for name, part in parts.items() if part.scales_rows]
     outputs = [name for name, part in parts.items() if part.holds_outputs]
     if scaled and outputs:

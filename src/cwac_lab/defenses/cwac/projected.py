@@ -184,16 +184,16 @@ class _FactorWithoutSpan(torch.nn.Module):
             for name, held in zip(("tail", "share"), each or (), strict=False):
                 self.register_buffer(f"{name}{number}", held, persistent=False)
 
-    def _projected(self, part: Float[Tensor, "r d"], number: int) -> Float[Tensor, "r d"]:
+    def _projected(self, part: Float[Tensor, "r d"], number: int, beside: bool) -> Float[Tensor, "r d"]:
         kept = Span(getattr(self, f"columns{number}"), self._free[number]).without(part)
-        if self._beside[number]:
+        if beside and self._beside[number]:
             kept = linalg.remove_span(kept, getattr(self, f"tail{number}"), getattr(self, f"share{number}"))
         return kept.to(part.dtype)
 
-    def forward(self, factor: Float[Tensor, "R d"]) -> Float[Tensor, "R d"]:
-        """Return the projected factor."""
+    def forward(self, factor: Float[Tensor, "R d"], beside: bool = True) -> Float[Tensor, "R d"]:
+        """Return the projected factor; with ``beside`` off only the span is taken out."""
         parts = whole(factor).chunk(len(self._free))
-        kept = [self._projected(part, number) for number, part in enumerate(parts)]
+        kept = [self._projected(part, number, beside) for number, part in enumerate(parts)]
         return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
@@ -236,8 +236,11 @@ def project_factor(
     register_parametrization(factor, "weight", _FactorWithoutSpan(spans, beside or [None] * len(spans)))
     if keep_norm:
         with torch.no_grad():
-            left, trained = whole(factor.weight), factor.parametrizations.weight.original
-            norm = left.norm(dim=1, keepdim=True)
+            trained = factor.parametrizations.weight.original
+            left, norm = (
+                factor.parametrizations.weight[0](trained, False),
+                whole(factor.weight).norm(dim=1, keepdim=True),
+            )
             # What is smaller is rounding: nothing is left.
             trained.copy_(like(trained, torch.where(norm > 1e-4 * before, left * before / norm, left)))
     factor.register_state_dict_post_hook(_saved_as_used)

@@ -68,7 +68,7 @@ class WeightConstraint(Defense):
         rank: Fixed number of protected directions, beside those of a held opening; 0 without a tail switches the
             constraint off.
         directions: Which are protected: the ``leading`` ones (the paper's), or as many ``random`` ones, drawn once for
-            each site, beside those of a held opening: the control for the choice of directions.
+            each site whatever the seed, beside those of a held opening: the control for their choice.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
@@ -174,8 +174,8 @@ class WeightConstraint(Defense):
 
     @property
     def copies(self) -> float:
-        """What restores the weights; with a fixed rank that is some columns."""
-        return float(self.projection != "gradient" and self.rank is None)
+        """What restores the weights: about one, less with a small fixed rank."""
+        return float(self.projection != "gradient" and self.rank != 0)
 
     @property
     def settles_once(self) -> bool:

@@ -5,8 +5,9 @@ norm of a row is the sum of its absolute values. With ``frobenius`` it is done w
 for whatever holds a model by moving it less: it says nothing of directions.
 
 Fidelity: variant. The rule, both norms and one radius for all layers are those of the released code (commit 00e5cce,
-in Keras). There biases are free, scales of a norm layer are held one by one under both norms, and the new classifier
-has a radius of its own. Here everything that trains is held: embeddings by rows, and vectors as diagonal matrices.
+in Keras). There biases are free, scales of a norm layer are held one by one, over the root of the variance, under both
+norms, and the new classifier is held around zero with a radius of its own. Here everything that trains is held around
+the start: embeddings by rows, and vectors as diagonal matrices.
 With LoRA it is ``alpha / r B A`` that stays within the radius, by the rows of B, until it is merged.
 
 Beside the weight constraint it acts last, so both hold. Between two restorations what moved along V counts too.
@@ -123,6 +124,11 @@ class PGM(Defense):
     def copies(self) -> float:
         """The start."""
         return float(self.radius is not None)
+
+    @property
+    def bounds_update(self) -> bool:
+        """By the radius."""
+        return self.radius is not None
 
     @property
     def scales_rows(self) -> bool:

@@ -66,7 +66,8 @@ class SafeLoRA(Defense):
 
     def prepare(self, context: Context) -> None:
         """Compute C of every layer in scope."""
-        self._layers = list(directed(context, self.modules, self.mode, self.rank))
+        chosen = self.share > 0 or self.threshold is not None
+        self._layers = list(directed(context, self.modules, self.mode, self.rank)) if chosen else []
         self._projected: dict[str, dict[str, float]] = {}
 
     @torch.no_grad()

@@ -184,7 +184,9 @@ def leading(
     read = {site: round(n * matrix.share) for site, matrix in matrices.items()}
     batches = batched(prompts, parts, batch_size)
     texts = [text for batch in batches for text in batch]
-    for group in passes({site: kinds[site].size(read[site], width) for site, width in widths.items()}):
+    extra = 16 if spec.directions == "random" else 0  # bytes a number of what is drawn, and of its factors for a moment
+    sizes = {site: kinds[site].size(read[site], width) + extra * width**2 for site, width in widths.items()}
+    for group in passes(sizes):
         beside = _beside({site: widths[site] for site in group}, model, texts, spec, pad_id)
         held = {
             site: _Weighed(
