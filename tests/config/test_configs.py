@@ -126,10 +126,7 @@ BAD = [
         ["constraint=[weight,ema]", "constraint.weight.tail=slowed", "constraint.weight.tail_energy=1"],
         "constraint.weight.tail=slowed: accepted: free | penalised beside ema: a tail is slowed from the last weights",
     ),
-    (
-        ["constraint=pgm", "trainer.precision=bf16-true"],
-        "bf16-true: accepted: 32-true | bf16-mixed: bf16 weights round",
-    ),
+    (["constraint=pgm", "trainer.precision=bf16-true"], "bf16-true: accepted: 32-true | bf16-mixed: bf16 weights"),
     (["constraint=[osf,pgm]"], "constraint.pgm.norm=mars: accepted: frobenius beside osf, which holds what an update"),
     (
         ["constraint=[weight,osf]"],
