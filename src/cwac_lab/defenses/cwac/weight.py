@@ -85,7 +85,7 @@ class WeightConstraint(Defense):
             projected off; what the optimizer moves along the others is taken out where weights are restored. At low
             energies less of them costs less; at high ones all cost least. With LoRA all directions count.
         factor_norm: With LoRA, the norm that rows of A begin with: ``projected``, what is left of it, or ``kept``, as
-            drawn. AdamW moves B alike whatever A is, so with a smaller A less is learned.
+            drawn. AdamW moves B alike whatever A is, so with a smaller A the weights move less.
         restore_every_n_steps: With ``both``, how often what moved along V is taken out, and once at the end; in
             between, what the optimizer moves along V stands, and the logged leak shows it. ``update`` does it always.
         leak_every_n_steps: How often the leak is computed (it reads the start weights); 0 leaves it to the end.
