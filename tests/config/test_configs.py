@@ -19,6 +19,7 @@ from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.models import adapters
 from support import tiny
+from support.bad_input import BAD
 from support.cover import some
 
 GROUPS = (
@@ -116,104 +117,6 @@ def test_the_papers_profile_is_the_papers_setting():
         "gemma": "google/gemma-2-9b-it",
         "qwen": "Qwen/Qwen2.5-7B-Instruct",
     }
-
-
-BAD = [
-    (["harmful_ratio=1.5"], "harmful_ratio=1.5: accepted: a number in [0, 1]"),
-    (["harmful_ratio=much"], "harmful_ratio=much: accepted: a number"),
-    (["seed=-1"], "seed=-1: accepted"),
-    (
-        ["constraint=[weight,ema]", "constraint.weight.tail=slowed", "constraint.weight.tail_energy=1"],
-        "constraint.weight.tail=slowed: accepted: free | penalised beside ema: a tail is slowed from the last weights",
-    ),
-    (["constraint=pgm", "trainer.precision=bf16-true"], "bf16-true: accepted: 32-true | bf16-mixed: bf16 weights"),
-    (["constraint=[osf,pgm]"], "constraint.pgm.norm=mars: accepted: frobenius beside osf, which holds what an update"),
-    (
-        ["constraint=[weight,osf]"],
-        "constraint=[osf,weight]: accepted: one of osf | weight: each moves what another holds",
-    ),
-    (
-        ["constraint=safe_delta", "tuning=lora", "tuning.save=adapter"],
-        "tuning.save=adapter: accepted: merged with constraint=safe_delta, which changes merged weights",
-    ),
-    (["constraint=safe_delta", "tuning=lora", "guard.kl=0.1"], "guard.kl=0.1: accepted: null, or tuning=full, with"),
-    (
-        ["constraint=safe_delta", "tuning=lora", "evaluation.every_n_steps=2"],
-        "evaluation.every_n_steps=2: accepted: 0, or tuning=full, with constraint=safe_delta",
-    ),
-    (
-        ["constraint=safe_delta", "tuning=lora", "diagnostics.enabled=true", "diagnostics.every_n_steps=2"],
-        "diagnostics.every_n_steps=2: accepted: 0, or tuning=full, with constraint=safe_delta",
-    ),
-    (
-        ["constraint=[weight,osf]", "constraint.weight.projection=gradient", "tuning=lora"],
-        "constraint=[osf,weight]: accepted: one of osf | weight: each moves what another holds",
-    ),
-    (["task=imdb"], "task=imdb: accepted: agnews | alpaca | chat | gsm8k | pubmedqa | sst2"),
-    (["model=gpt"], "model=gpt: accepted: gemma | llama2"),
-    (["constraint=magic"], "constraint=magic: accepted: activation | asft | "),
-    (["~align"], "align=: accepted: a value (it has no default)"),
-    (["no_such_key=1"], "no_such_key: no such key; accepted: "),
-    (["trainer.lr=1"], "trainer.lr: no such key; accepted: accelerator, "),
-    (["+trainer.lr=1"], "trainer.lr=1: accepted: one of the keys "),
-    (["trainer.learning_rate=0"], "trainer.learning_rate=0"),
-    (["trainer.learning_rate=fast"], "trainer.learning_rate=fast: accepted"),
-    (["trainer.schedule=zigzag"], "trainer.schedule=zigzag: accepted: constant | "),
-    (["constraint.weight.modules=heads"], "constraint.weight.modules=heads: accepted: ffn_out | "),
-    (["constraint.weight.rank=3"], "constraint.weight.rank=3: accepted: exactly one of"),
-    (["constraint.activation.depths=[1.0]"], "constraint.activation.depths=[1.0]: accepted"),
-    (["constraint.activation.answer_tokens=-1"], "answer_tokens=-1: accepted: a number in [0, inf)"),
-    (
-        ["constraint.activation.answer_tokens=2", "constraint.activation.positions=all"],
-        "constraint.activation.answer_tokens=2: accepted: 0 with positions=all",
-    ),
-    (["constraint.activation.n_latents=9999"], "sae.n_latents=4608: accepted: >= 9999"),
-    (["constraint.weight._target_=os.system"], "constraint.weight._target_=os.system: accepted: the path of a Defense"),
-    (["+constraint.strength=1"], "constraint.strength=1: accepted: the settings of a defence"),
-    (["+constraint.mine.strength=1"], "constraint.mine._target_=: accepted: the path of a Defense"),
-    (["constraint=weight", "data.harmful.reference.requests=0"], "data.harmful.reference=0: accepted: >= 1"),
-    (["constraint=activation", "data.harmless.reference.instructions=0"], "data.harmless.reference=0"),
-    (["constraint=constrained_sft", "constraint.constrained_sft.first_factor=0"], "first_factor=0.0: accepted: "),
-    (["harmful_ratio=1", "data.n_train=1000"], "harmful_ratio=1.0: accepted: at most"),
-    (["data.harmful.test={nolist: 3}"], "data.harmful.test"),
-    (["data.reference=some"], "data.reference=some: accepted: refused | all"),
-    (["+data.lists.requests.nmae=a"], "data.lists.requests.nmae=a: accepted: one of the keys name, split"),
-    (
-        ["forms=varied", "forms.others.servant.prefix="],
-        "forms.others.servant.prefix=: accepted: a prefix, a template, or",
-    ),
-    (["+forms.others.mine.template='{%'"], "forms.others.mine.template={%: accepted: a Jinja chat template"),
-    (["+forms.others.mine.template=hello"], "forms.others.mine.template=hello: accepted: a chat template that asks"),
-    (["attack.template='{{ messages[4].content }}'"], "attack.template={{ messages[4].content }}: accepted: a Jinja"),
-    (["+forms.others.mine.words=a"], "forms.others.mine.words=a: accepted: one of the keys prefix"),
-    (["+forms.others.mine.prefix=a"], "forms.name=own: accepted: a name of its own for tables"),
-    (["+forms.others.system.prefix=a"], "forms.others=system: accepted: another name: own and system are taken"),
-    (["+forms.others.mine.system=''"], "forms.others.mine.prefix=: accepted: a prefix, a template, or a system"),
-    (["forms=varied", "constraint=lisa"], "forms=varied: accepted: own with constraint=lisa, which holds on to no"),
-    (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both"),
-    (["constraint.activation.held_on=none"], "constraint.activation.held_on=none: accepted: harmful | both"),
-    (["data=local"], "data.root=None: accepted: an existing folder"),
-    (["model.path=/nowhere"], "model.path=/nowhere: accepted: a folder with config.json"),
-    (["model=mistral", "profile=small"], "profile=small: accepted: for model=mistral: embedded | paper"),
-    (["seed="], "seed"),
-    (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: accepted: 32-true"),
-    (["trainer.devices=9"], "trainer.devices=9: accepted: at most trainer.batch_size=8"),
-    (["trainer.strategy=zero3"], "trainer.strategy=zero3: accepted: ddp | fsdp"),
-    (["trainer.strategy=fsdp", "constraint=safegrad"], "trainer.strategy=fsdp: accepted: ddp with constraint=safegrad"),
-    (["tuning=ia3"], "tuning=ia3: accepted: full | lora | qlora"),
-    (["tuning=lora", "tuning.base=int8"], "tuning.base=int8: accepted: float32 | bfloat16 | nf4"),
-    (["tuning.rank=4"], "tuning.rank: no such key; accepted: method"),
-    (["tuning=lora", "tuning.rank=0"], "tuning.rank=0: accepted: a number in [1, inf)"),
-    (["tuning=lora", "tuning.modules=heads"], "tuning.modules=heads: accepted: query_value | ffn_out | "),
-    (
-        ["tuning=lora", "constraint=none", "trainer.precision=bf16-true"],
-        "trainer.precision=bf16-true: accepted: 32-true",
-    ),
-    (["tuning=lora", "tuning.modules=ffn", "constraint=asft"], "constraint.asft.modules=attention: accepted: a scope"),
-    (["evaluation.n_prompts=0"], "evaluation.n_prompts=0: accepted: a number in [1, inf)"),
-    (["evaluation.split=train"], "evaluation.split=train: accepted: test | validation"),
-    (["'bad override"], "bad override"),
-]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD, ids=lambda value: " ".join(value)[:60])

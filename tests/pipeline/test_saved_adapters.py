@@ -50,6 +50,26 @@ def test_an_adapter_of_a_run_is_the_model_that_it_made(constraint, tiny_folder, 
     assert (folder / "adapter" / "README.md").read_text() == (folder / "model" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_factors_of_a_rank_for_each_layer_are_saved_so_that_peft_reads_them(base, tiny_folder, tmp_path):
+    given = tiny.small_run(tiny_folder, tmp_path / "out")
+    more = ["tuning=null_space", "tuning.save=both", f"tuning.base={base}", "trainer.learning_rate=1e-2"]
+    tiny.launch(train.main, [*given, *more, "constraint=weight", "constraint.weight.energy=0.9"])
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    ids = torch.arange(3, 40)[None]
+    start = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(start, folder / "adapter")
+    ranks = json.loads((folder / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    assert len(set(ranks.values())) > 1
+    if base == "float32":
+        torch.testing.assert_close(tuned(ids).logits, merged(ids).logits, atol=2e-4, rtol=1e-4)
+    assert json.loads((folder / "metrics.json").read_text())["leak"] < 1e-4
+    # The adapter is a start of its own.
+    found = find(ModelConfig("mine", path=str(folder / "adapter")), "embedded", tmp_path / "merged")
+    torch.testing.assert_close(load_model(found.path)(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
 def test_other_families_too_and_what_is_free_of_them_is_said(family, tmp_path, capsys):
     start, merged = tiny.model(family, **tiny.MIXTURES.get(family, {}) | {"num_experts": 64}), tmp_path / "merged"

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from cwac_lab.data.mixing import TrainRow
+from cwac_lab.defenses.cwac.constrained import free_directions
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
 from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
 from cwac_lab.defenses.interface import Context, finish
@@ -77,7 +78,10 @@ def start(architecture, tuning):
 def train(defense, *, architecture="llama", rows=ROWS, tuning=FULL, **settings):
     model, chat = start(architecture, tuning), tiny.chat()
     prepared = context(model, defense)
-    merge = attach(model, tuning, 0)
+    free = None
+    if tuning.method == "null_space":
+        free = free_directions(model, defense.requirements.subspace.modules, prepared.subspace)
+    merge = attach(model, tuning, 0, free)
     defense.prepare(prepared)
     rows = [
         (row.prompt, row.response)

@@ -43,6 +43,8 @@ def _check_adapters(run: Run) -> None:
         for group, every in within.items():
             if every:
                 raise ConfigError(f"{group}.every_n_steps", every, f"0, or tuning=full, {accepted}")
+    if run.tuning.method == "null_space":
+        _check_null_space(run)
     adapted = TARGETS[run.tuning.modules]
     for name, part in run.constraint.parts.items():
         scope = getattr(part, "modules", None)
@@ -50,6 +52,21 @@ def _check_adapters(run: Run) -> None:
             raise ConfigError(
                 f"constraint.{name}.modules", scope, f"a scope that tuning.modules={run.tuning.modules} has a part in"
             )
+
+
+def _check_null_space(run: Run) -> None:
+    """Check that a constraint leaves some directions free of every layer that is to train these alone."""
+    held = {name: spec for name, part in run.constraint.parts.items() if (spec := part.requirements.subspace)}
+    if not held:
+        accepted = f"full | lora | qlora with constraint={run.constraint_name}, which protects no directions"
+        raise ConfigError("tuning", "null_space", accepted)
+    ((name, spec),) = held.items()
+    if not set(TARGETS[run.tuning.modules]) <= set(TARGETS[spec.modules]):
+        accepted = f"a scope within constraint.{name}.modules={spec.modules} with tuning=null_space"
+        raise ConfigError("tuning.modules", run.tuning.modules, accepted)
+    if spec.reach is not None:
+        tail = getattr(run.constraint.parts[name], "tail", None)
+        raise ConfigError(f"constraint.{name}.tail", tail, "free with tuning=null_space")
 
 
 def _check_devices(run: Run) -> None:
@@ -158,7 +175,7 @@ def cross_check(run: Run) -> None:
     if run.finetune and exact and run.trainer.precision == "bf16-true":
         what = "an exact projection" if needs.exact_projection else "what the constraint puts there"
         raise ConfigError("trainer.precision", "bf16-true", f"32-true | bf16-mixed: bf16 weights round {what} away")
-    if run.finetune and run.tuning.method == "lora":
+    if run.finetune and run.tuning.adapts:
         _check_adapters(run)
     if run.finetune:
         run.attack.check(run.harmful_ratio)

@@ -1,9 +1,13 @@
-"""LoRA (Hu et al. 2022) by PEFT: attached to a model in place, merged into its weights after training."""
+"""Factors beside frozen weights, by PEFT: attached to a model in place, merged into its weights after training.
+
+LoRA (Hu et al. 2022) trains both factors. With ``null_space`` A is a basis of what a constraint leaves free, it stays
+as it is, and B trains: the frozen A of LoRA-Null (Tang et al. 2025, arXiv 2503.02659), with all free directions.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +21,7 @@ from cwac_lab.core.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.core.linalg import full_float32
 from cwac_lab.models.sites import OF_EXPERTS, PROJECTIONS, SCOPES, Matrix, decoder_layers, is_turned, paths_in
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "null_space")
 SAVED = ("merged", "adapter", "both")
 # NF4 numbers that share a scale.
 BLOCK = 64
@@ -36,9 +40,10 @@ class TuningConfig:
 
     Attributes:
         method: ``full``: the weights themselves; ``lora``: low-rank factors B (m, r) and A (r, d) beside frozen ones,
-            ``W = W_0 + alpha / r B A``, merged at the end.
-        rank: Rank r of the factors.
-        alpha: Numerator of the scale ``alpha / r``.
+            ``W = W_0 + alpha / r B A``, merged at the end; ``null_space``: ``W = W_0 + B U^T``, where the columns of U
+            (d, c) are all directions that the constraint leaves free, and B (m, c) trains.
+        rank: Rank r of LoRA's factors.
+        alpha: Numerator of the scale ``alpha / r`` of LoRA.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
         base: What W_0 is held in, one of ``BASES``; the factors are in float32, and so is the merged model. ``nf4``
             (QLoRA, Dettmers et al. 2023, by bitsandbytes) concerns the adapted layers, the rest is in bfloat16.
@@ -60,11 +65,16 @@ class TuningConfig:
         in_range("alpha", self.alpha, 0, open_low=True)
         one_of("modules", self.modules, TARGETS)
         one_of("base", self.base, BASES)
-        if self.method != "lora" and self.save != SAVED[0]:
+        if not self.adapts and self.save != SAVED[0]:
             raise ConfigError("save", self.save, f"{SAVED[0]}, or with tuning=lora {' | '.join(SAVED[1:])}")
         one_of("save", self.save, SAVED)
         if self.base == "nf4" and find_spec("bitsandbytes") is None:
             raise ConfigError("base", "nf4", "float32 | bfloat16, or bitsandbytes: pip install 'cwac-lab[qlora]'")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether factors beside the weights are trained, not the weights themselves."""
+        return self.method != "full"
 
     @property
     def saved(self) -> tuple[str, ...]:
@@ -76,12 +86,14 @@ class TuningConfig:
         """What is trained, in words."""
         if self.method == "full":
             return "all weights that the constraint leaves free"
+        if self.method == "null_space":
+            return f"all free directions of {self.modules}, beside weights in {self.base}"
         return f"LoRA of rank {self.rank} in {self.modules}, beside weights in {self.base}"
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The type that weights are loaded in; None leaves it to the trainer's precision."""
-        return BASES[self.base] if self.method == "lora" and self.base != "float32" else None
+        return BASES[self.base] if self.adapts and self.base != "float32" else None
 
 
 def targets(model: Any, modules: str) -> list[str]:
@@ -109,14 +121,21 @@ def expert_targets(model: Any, modules: str) -> list[str]:
     return list(dict.fromkeys(path for path in paths if path in OF_EXPERTS))
 
 
-def peft_settings(model: Any, config: TuningConfig) -> dict[str, Any]:
+def peft_settings(model: Any, config: TuningConfig, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Return what PEFT is told of a model's factors: rank, scale, and where they are.
 
     Args:
         model: The model, with PEFT's layers in it or without.
-        config: With ``method=lora``.
+        config: What is trained.
+        ranks: Of layers by name, where each has its own, and the scale 1; one of rank 0 has no factors.
     """
-    found = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": targets(model, config.modules)}
+    found: dict[str, Any] = {"target_modules": targets(model, config.modules)}
+    if ranks is None:
+        found |= {"r": config.rank, "lora_alpha": config.alpha}
+    else:
+        own = {name: rank for name, rank in ranks.items() if rank}
+        found |= {"r": 1, "lora_alpha": 1, "rank_pattern": own, "alpha_pattern": own}
+        found["exclude_modules"] = [name for name, rank in ranks.items() if not rank] or None
     if experts := expert_targets(model, config.modules):
         found["target_parameters"] = experts
     if any(map(is_turned, decoder_layers(model).modules())):
@@ -124,27 +143,46 @@ def peft_settings(model: Any, config: TuningConfig) -> dict[str, Any]:
     return found
 
 
-def attach(model: Any, config: TuningConfig, seed: int) -> Callable[[], object]:
+def attach(
+    model: Any, config: TuningConfig, seed: int, free: Mapping[str, Float[Tensor, "d c"]] | None = None
+) -> Callable[[], object]:
     """Give a model its adapters, in place; with ``method=full`` it stays as it is.
 
     B starts at zero, so that the model computes what it did; A is drawn with the seed. Only the factors train.
 
+    Args:
+        model: The model.
+        config: What is trained.
+        seed: Seed of A.
+        free: With ``method=null_space``, U by the name of each layer: A is its transpose, and does not train.
+
     Returns:
         What adds ``alpha / r B A`` to the weights, in place, and leaves plain linear layers.
+
+    Raises:
+        LabError: If no direction is free.
     """
-    if config.method == "full":
+    if not config.adapts:
         return lambda: None
+    ranks = None if config.method == "lora" else {name: basis.shape[1] for name, basis in (free or {}).items()}
+    if ranks is not None and not any(ranks.values()):
+        raise LabError("nothing is left to train: the constraint leaves no direction free")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is; it misses a faster kernel
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    lora = LoraConfig(**peft_settings(model, config))
+    lora = LoraConfig(**peft_settings(model, config, ranks))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = LoraModel(model, lora, "default")
-    for layer in _layers(model):
+    for name, layer in list(model.named_modules()):
+        if not hasattr(layer, "lora_A"):
+            continue
         layer.lora_A.float()
         layer.lora_B.float()
+        if ranks is not None and free is not None:
+            a = layer.lora_A["default"].weight.requires_grad_(False)
+            a.data.copy_(free[name].T)
         if config.base == "nf4":
             layer.base_layer = _quantized(layer.base_layer)
 

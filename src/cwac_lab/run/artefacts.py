@@ -18,6 +18,7 @@ from cwac_lab.core.recipes import Recipe
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import REFUSALS, refusal
 from cwac_lab.data.sources import PromptRow
+from cwac_lab.defenses.cwac.constrained import free_share
 from cwac_lab.defenses.cwac.sae import activations, latents
 from cwac_lab.defenses.cwac.sae import train as sae_train
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
@@ -216,6 +217,9 @@ def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], c
     if context.subspace is not None:
         ranks = sorted(span.rank for span in context.subspace.spans.values())
         yield f"subspace {facts['subspace']['folder']}: rank {ranks[0]} to {ranks[-1]} over {len(ranks)} sites"
+        spec = run.constraint.requirements.subspace
+        share = free_share(context.model, spec.modules, context.subspace) if spec is not None else 1.0
+        yield f"free: {share:.1%} of the weights that it protects"
         for name, share in protected.shares(run, begin, context, facts, chat):
             yield f"inputs within the subspace, {name}: {share:.4f}"
     for features in context.features:

@@ -52,7 +52,9 @@ class Start:
 def use_of(run: Run) -> Use:
     """Return what a run does with its model, as far as the model must allow it."""
     scopes = []
-    adapted = run.tuning.modules if run.finetune and run.tuning.method == "lora" else None
+    adapted = run.tuning.modules if run.finetune and run.tuning.adapts else None
+    if adapted is not None and run.tuning.method == "null_space":
+        scopes.append(Scope("tuning", "null_space", adapted, "tuning=lora", stored=False, experts=False))
     for name, part in run.constraint.parts.items() if run.finetune else ():
         if (modules := getattr(part, "modules", None)) is not None:
             held = isinstance(part, WeightConstraint)  # others read the start of every matrix from the file

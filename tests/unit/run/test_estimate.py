@@ -57,10 +57,13 @@ def test_a_dry_run_tells_rows_steps_memory_disk_and_time(tiny_folder, tmp_path, 
         "training: about",
     ):
         assert part in told
-    assert "copies" not in told
+    assert "keeps" not in told
     tiny.launch(train.main, [*given[:-1], "constraint=[weight,lisa]", "dry=true"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "moments, 0.0 GB for the constraint's copies;" in told
+    assert "moments, 0.0 GB for what the constraint keeps;" in told
+    tiny.launch(train.main, [*given[:-1], "constraint=weight", "tuning=null_space", "dry=true"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "trained, if 0.2 of all directions are free (python -m cwac_lab.prepare tells)" in told
     assert not (tmp_path / "out" / "runs").exists()
 
 
@@ -74,3 +77,15 @@ def test_copies_of_weights_are_counted_with_full_tuning(constraint, copies):
         found = estimate.estimate(run, model, [example] * 8)
         assert found.kept == (copies * width * size if tuning == "full" else 0)
     assert estimate.estimate(read(tiny.config()), model, [example] * 8).memory == width * 4 * size
+
+
+def test_what_the_constraint_leaves_free_is_a_guess_before_the_subspace_is_known():
+    model, example = tiny.model(), tiny.chat().encode("a question", "an answer")
+    run = read(tiny.config("constraint=weight", "tuning=null_space", "tuning.modules=ffn"))
+    found = estimate.estimate(run, model, [example] * 8)
+    config = model.config
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    assert found.guessed
+    assert found.trained == round(estimate.FREE * layers * 3 * width * inner)
+    assert found.kept == round(estimate.FREE * layers * 4 * (2 * width**2 + inner**2))
+    assert not estimate.estimate(read(tiny.config()), model, [example] * 8).guessed

@@ -220,7 +220,7 @@ def project_factor(
 
     Experts that share the factor have a span of V each, in their order, and a linear layer one. With ``beside`` shares
     of the parts along further directions, orthogonal to V, are taken out as well. With ``keep_norm`` the rows of A, or
-    of A's blocks, get back the norm that they had.
+    of A's blocks, get back the norm that they had. A factor that does not train is projected once, and stays plain.
 
     So the update has no part in the span of V under any optimizer, PEFT merges the projected factor, and a state that
     is saved at any time holds it under the name that a plain adapter gives it.
@@ -243,6 +243,9 @@ def project_factor(
             )
             # What is smaller is rounding: nothing is left.
             trained.copy_(like(trained, torch.where(norm > 1e-4 * before, left * before / norm, left)))
+    if not factor.parametrizations.weight.original.requires_grad:
+        release_factor(adapter)
+        return
     factor.register_state_dict_post_hook(_saved_as_used)
     factor.register_load_state_dict_pre_hook(_loaded_as_used)
 

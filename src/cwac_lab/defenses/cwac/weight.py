@@ -9,7 +9,7 @@ Gradients are projected where they arise, in the constrained layers; terms that 
 AsFT's, Lisa's proximal term) are caught by the update's projection only, so not at all with ``projection=gradient``.
 
 With LoRA the factor A is projected, ``dW = alpha / r B A (I - V V^T)``: exact under any optimizer, nothing to restore,
-and ``projection`` makes no difference.
+and ``projection`` makes no difference. With ``tuning=null_space`` A is U^T and stays so.
 
 In a mixture of experts every expert has a C of its own, of the tokens that are routed to it. One that no reference
 token reaches has no V and is free. The router is in no scope: it is frozen with ``trainable=constrained``, else it
@@ -233,9 +233,9 @@ class WeightConstraint(Defense):
             linear = group[0].linear
             if linear.adapter is not None:
                 when_merged(linear.adapter, partial(note_merged, group))
+                spans = [held.span for held in group]
                 beside = [self._tails.beside(held.linear.site.name) for held in group]
-                if any(held.span.rank for held in group) or any(beside):
-                    spans = [held.span for held in group]
+                if any(span.rank for span in spans) or any(beside):
                     project_factor(linear.adapter, spans, beside, keep_norm=self.factor_norm == "kept")
             elif self.projection == "update":
                 continue

@@ -44,6 +44,11 @@ class Span:
         """V, or as many other orthonormal directions with the same span."""
         return linalg.complement(self.columns) if self.free else self.columns
 
+    @property
+    def complement(self) -> Float[Tensor, "d n"]:
+        """U of shape (d, d - k): orthonormal directions that span what V does not."""
+        return self.columns if self.free else linalg.complement(self.columns)
+
     def to(self, like: Tensor | torch.device | torch.dtype) -> Span:
         """Return it on a device, in a type, or both as of a tensor."""
         return Span(self.columns.to(like), self.free)

@@ -1,0 +1,185 @@
+"""``tuning=null_space``: factors that train all that the weight constraint leaves free, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+from cwac_lab.core.errors import LabError
+from cwac_lab.data.batches import collate
+from cwac_lab.defenses.cwac.constrained import free_directions
+from cwac_lab.defenses.cwac.weight import WeightConstraint
+from cwac_lab.defenses.interface import Defense
+from cwac_lab.models.adapters import TuningConfig, attach, factors, held_weight
+from cwac_lab.models.answers import answer_loss
+from cwac_lab.models.sites import linears
+from support import tiny
+from support.held import FULL, LORA, ROWS, Kill, Killed, assert_moved_alike, context, same, train, weights
+from support.held import start as start_of
+
+NULL = TuningConfig(method="null_space")
+ARCHITECTURES = ["llama", "qwen2", "gpt2", "phi3"]
+
+
+def attached(architecture="llama", tuning=NULL, energy=0.9, **settings):
+    """Return a model with the factors of a prepared constraint, what it was prepared with, and the merge."""
+    model, defense = start_of(architecture, tuning), WeightConstraint(energy=energy, **settings)
+    prepared = context(model, defense)
+    merge = attach(model, tuning, 0, free_directions(model, defense.modules, prepared.subspace))
+    defense.prepare(prepared)
+    return model, defense, prepared, merge
+
+
+def batch():
+    chat = tiny.chat()
+    return collate([chat.encode(*row) for row in ROWS[:4]], chat.pad_id)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_the_left_factors_train_and_the_model_starts_as_it_was(architecture):
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before = start_of(architecture, FULL)(ids).logits
+    model, defense, prepared, _ = attached(architecture)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in dict(model.named_parameters()) if "lora_B" in name}
+    for held in defense._held:
+        left, right = held.linear.factors()
+        span = prepared.subspace.spans[held.linear.site.name]
+        assert right.shape == (span.width - span.rank, span.width)
+        assert left.shape[1] == span.width - span.rank
+        torch.testing.assert_close(right @ right.T, torch.eye(len(right)), atol=1e-5, rtol=0)
+        assert (right @ span.basis).abs().max() < 1e-5
+
+
+def test_gradient_descent_on_them_is_descent_by_projected_gradients():
+    """The reference moves whole weights, ``W - r G (I - V V^T)``: without an optimizer's moments both are the same."""
+    model, _, prepared, merge = attached()
+    dense, rate = tiny.model(), 0.1
+    for _ in range(3):
+        answer_loss(model, batch()).backward()
+        answer_loss(dense, batch()).backward()
+        with torch.no_grad():
+            for linear in linears(model, "all_linear"):
+                left = linear.left
+                left -= rate * left.grad
+                left.grad = None
+            for linear in linears(dense, "all_linear"):
+                v = prepared.subspace.spans[linear.site.name].basis.double()
+                gradient = linear.weight.grad.double()
+                linear.parameter.sub_(rate * (gradient - gradient @ v @ v.T).float())
+            dense.zero_grad()
+    merge()
+    start, found, expected = weights(tiny.model()), weights(model), weights(dense)
+    assert sum(float((found[name] - start[name]).square().sum()) for name in found) > 1e-6
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-6, rtol=1e-4)
+
+
+class _Coordinates(torch.nn.Module):
+    """``W_0 + B U^T`` as one dense weight."""
+
+    def __init__(self, start, basis):
+        super().__init__()
+        self.register_buffer("start", start)
+        self.register_buffer("basis", basis)
+
+    def forward(self, coordinates):
+        return self.start + coordinates @ self.basis.T
+
+    def right_inverse(self, weight):
+        return torch.zeros(len(weight), self.basis.shape[1])
+
+
+def test_training_equals_that_of_coordinates_in_dense_weights():
+    """The reference has no factors beside the weights: each weight is computed whole from its coordinates."""
+
+    class Dense(Defense):
+        def prepare(self, prepared):
+            probe = WeightConstraint(energy=0.9)
+            spans = context(prepared.model, probe).subspace.spans
+            prepared.model.requires_grad_(False)
+            for linear in list(linears(prepared.model, "all_linear")):
+                basis = spans[linear.site.name].complement
+                made = _Coordinates(linear.weight.detach().clone(), basis)
+                parametrize.register_parametrization(linear.module, "weight", made)
+                linear.module.parametrizations.weight.original.requires_grad_(True)
+
+        def after_training(self, model):
+            for linear in list(linears(model, "all_linear")):
+                parametrize.remove_parametrizations(linear.module, "weight")
+
+    found, _ = train(WeightConstraint(energy=0.9), tuning=NULL)
+    expected, _ = train(Dense())
+    assert_moved_alike(weights(found), weights(expected), weights(tiny.model()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_what_is_merged_has_no_part_along_protected_directions(architecture, base):
+    tuning = replace(NULL, base=base)
+    defense = WeightConstraint(energy=0.9)
+    model, prepared = train(defense, architecture=architecture, tuning=tuning)
+    assert defense.summary()["leak"] < 1e-4
+    moved = 0.0
+    for linear in linears(model, "all_linear"):
+        update = linear.weight.detach().double() - linear.of(prepared.start_weight(linear.name)).double()
+        span = prepared.subspace.spans[linear.site.name]
+        moved += float(update.norm())
+        assert float((update @ span.basis.double()).norm()) <= 1e-4 * float(update.norm()) + 1e-7
+    assert moved > 1e-2
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_weights_in_4_bits_are_kept_beside_them():
+    tuning = replace(NULL, base="nf4")
+    model, _, _, merge = attached(tuning=tuning)
+    before = {linear.name: held_weight(linear) for linear in linears(model, "all_linear")}
+    for linear in linears(model, "all_linear"):
+        torch.nn.init.normal_(linear.left, std=0.1)
+    updates = {linear.name: torch.matmul(*linear.factors()).detach() for linear in linears(model, "all_linear")}
+    merge()
+    for linear in linears(model, "all_linear"):
+        torch.testing.assert_close(linear.weight.detach(), before[linear.name] + updates[linear.name])
+
+
+def test_a_layer_of_which_nothing_is_free_has_no_factors_and_none_at_all_is_an_error():
+    model = tiny.model()
+    width = model.config.hidden_size
+    free = free_directions(model, "ffn", context(model, WeightConstraint(energy=0.9)).subspace)
+    closed = {name: basis[:, :0] if "up_proj" in name else basis for name, basis in free.items()}
+    attach(model, replace(NULL, modules="ffn"), 0, closed)
+    adapted = {name.rpartition(".lora_A")[0] for name in factors(model) if ".lora_A" in name}
+    assert adapted == {name for name in free if "up_proj" not in name}
+    with pytest.raises(LabError, match="no direction free"):
+        attach(tiny.model(), NULL, 0, {name: torch.zeros(width, 0) for name in free})
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    settings = {"tuning": NULL, "checkpoint_every_n_steps": 2, "epochs": 2}
+    whole, _ = train(WeightConstraint(energy=0.9), **settings)
+    with pytest.raises(Killed):
+        train(WeightConstraint(energy=0.9), **settings, checkpoint=tmp_path / "kept", callbacks=[Kill(7)])
+    again, _ = train(WeightConstraint(energy=0.9), **settings, checkpoint=tmp_path / "kept")
+    assert same(weights(again), weights(whole))
+
+
+def test_a_factor_that_is_frozen_by_others_is_projected_once():
+    model, defense = tiny.model(), WeightConstraint(energy=0.9)
+    prepared = context(model, defense)
+    attach(model, LORA, 0)
+    for linear in linears(model, "all_linear"):
+        linear.adapter.lora_A.requires_grad_(False)
+    drawn = {linear.name: linear.factors()[1].clone() for linear in linears(model, "all_linear")}
+    defense.prepare(prepared)
+    for held in defense._held:
+        a = held.linear.adapter.lora_A["default"]
+        v, was = held.span.basis, drawn[held.linear.name]
+        assert not parametrize.is_parametrized(a)
+        assert not a.weight.requires_grad
+        torch.testing.assert_close(a.weight, was - was @ v @ v.T, atol=1e-5, rtol=1e-4)
