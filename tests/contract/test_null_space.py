@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -66,8 +67,9 @@ def test_gradient_descent_on_them_is_descent_by_projected_gradients():
         answer_loss(dense, batch()).backward()
         with torch.no_grad():
             for linear in linears(model, "all_linear"):
-                left = linear.left
-                left -= rate * left.grad
+                left, span = linear.left, prepared.subspace.spans[linear.site.name]
+                scale = math.sqrt(span.width / (span.width - span.rank))
+                left -= rate / scale**2 * left.grad
                 left.grad = None
             for linear in linears(dense, "all_linear"):
                 v = prepared.subspace.spans[linear.site.name].basis.double()
@@ -82,12 +84,12 @@ def test_gradient_descent_on_them_is_descent_by_projected_gradients():
 
 
 class _Coordinates(torch.nn.Module):
-    """``W_0 + B U^T`` as one dense weight."""
+    """``W_0 + sqrt(d / c) B U^T`` as one dense weight."""
 
     def __init__(self, start, basis):
         super().__init__()
         self.register_buffer("start", start)
-        self.register_buffer("basis", basis)
+        self.register_buffer("basis", math.sqrt(basis.shape[0] / basis.shape[1]) * basis)
 
     def forward(self, coordinates):
         return self.start + coordinates @ self.basis.T

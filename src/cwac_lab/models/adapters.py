@@ -7,7 +7,8 @@ as it is, and B trains: the frozen A of LoRA-Null (Tang et al. 2025, arXiv 2503.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -40,8 +41,9 @@ class TuningConfig:
 
     Attributes:
         method: ``full``: the weights themselves; ``lora``: low-rank factors B (m, r) and A (r, d) beside frozen ones,
-            ``W = W_0 + alpha / r B A``, merged at the end; ``null_space``: ``W = W_0 + B U^T``, where the columns of U
-            (d, c) are all directions that the constraint leaves free, and B (m, c) trains.
+            ``W = W_0 + alpha / r B A``, merged at the end; ``null_space``: ``W = W_0 + sqrt(d / c) B U^T``, where the
+            columns of U (d, c) are all directions that the constraint leaves free, and B (m, c) trains. With this scale
+            a step in which every number moves by the rate, as in AdamW's, moves W as far as with ``full`` (norm).
         rank: Rank r of LoRA's factors.
         alpha: Numerator of the scale ``alpha / r`` of LoRA.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
@@ -121,21 +123,25 @@ def expert_targets(model: Any, modules: str) -> list[str]:
     return list(dict.fromkeys(path for path in paths if path in OF_EXPERTS))
 
 
-def peft_settings(model: Any, config: TuningConfig, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
+def peft_settings(
+    model: Any, config: TuningConfig, shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any]:
     """Return what PEFT is told of a model's factors: rank, scale, and where they are.
 
     Args:
         model: The model, with PEFT's layers in it or without.
         config: What is trained.
-        ranks: Of layers by name, where each has its own, and the scale 1; one of rank 0 has no factors.
+        shapes: Of A (c, d) in layers by name, where each has its own, and the scale ``sqrt(d / c)``; where c is 0
+            there are no factors.
     """
     found: dict[str, Any] = {"target_modules": targets(model, config.modules)}
-    if ranks is None:
+    if shapes is None:
         found |= {"r": config.rank, "lora_alpha": config.alpha}
     else:
-        own = {name: rank for name, rank in ranks.items() if rank}
-        found |= {"r": 1, "lora_alpha": 1, "rank_pattern": own, "alpha_pattern": own}
-        found["exclude_modules"] = [name for name, rank in ranks.items() if not rank] or None
+        ranks = {name: rank for name, (rank, _) in shapes.items() if rank}
+        alphas = {name: math.sqrt(rank * shapes[name][1]) for name, rank in ranks.items()}
+        found |= {"r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": alphas}
+        found["exclude_modules"] = [name for name in shapes if name not in ranks] or None
     if experts := expert_targets(model, config.modules):
         found["target_parameters"] = experts
     if any(map(is_turned, decoder_layers(model).modules())):
@@ -164,14 +170,14 @@ def attach(
     """
     if not config.adapts:
         return lambda: None
-    ranks = None if config.method == "lora" else {name: basis.shape[1] for name, basis in (free or {}).items()}
-    if ranks is not None and not any(ranks.values()):
+    shapes = None if config.method == "lora" else {name: basis.T.shape for name, basis in (free or {}).items()}
+    if shapes is not None and not any(rank for rank, _ in shapes.values()):
         raise LabError("nothing is left to train: the constraint leaves no direction free")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is; it misses a faster kernel
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    lora = LoraConfig(**peft_settings(model, config, ranks))
+    lora = LoraConfig(**peft_settings(model, config, shapes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = LoraModel(model, lora, "default")
@@ -180,7 +186,7 @@ def attach(
             continue
         layer.lora_A.float()
         layer.lora_B.float()
-        if ranks is not None and free is not None:
+        if shapes is not None and free is not None:
             a = layer.lora_A["default"].weight.requires_grad_(False)
             a.data.copy_(free[name].T)
         if config.base == "nf4":

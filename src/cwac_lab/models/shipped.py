@@ -49,11 +49,11 @@ def save_adapter(
     held = factors(model)
     saved = {_PREFIX + name: each.to(dtype).cpu().contiguous() for name, each in held.items()}
     save_file(saved, folder / FACTORS, metadata={"format": "pt"})
-    own = {name.removesuffix(_A): len(each) for name, each in held.items() if name.endswith(_A)}
-    ranks = own if config.method == "null_space" else None
+    own = {name.removesuffix(_A): each.shape for name, each in held.items() if name.endswith(_A)}
+    shapes = own if config.method == "null_space" else None
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "bias": "none", "lora_dropout": 0.0, **peft_settings(model, config, ranks),
+        "bias": "none", "lora_dropout": 0.0, **peft_settings(model, config, shapes),
         "target_modules": sorted(targets(model, config.modules)),
     }  # fmt: skip
     write_json(folder / SETTINGS, settings)
