@@ -24,7 +24,6 @@ from cwac_lab.core.errors import LabError
 
 if TYPE_CHECKING:
     from cwac_lab.config.run import Run
-    from cwac_lab.defenses.interface import Composite
     from cwac_lab.models.chat import ChatFormat, Encoded
     from cwac_lab.run.start import Start
 
@@ -56,13 +55,28 @@ class _Turns(L.Callback):
         self._report()
 
 
-def chosen(run: Run, label: str) -> Composite:
-    """Return the defence that a label names: ``none``, a part of the run's constraint, or the whole."""
+# What a label ends with where only what the constraint leaves free is trained, as factors.
+FACTORS = ", tuning=null_space"
+
+
+def labels(run: Run) -> list[str]:
+    """Return what is timed: plain fine-tuning, each part, the whole, and the whole in factors where it can be."""
+    found = ["none", *run.constraint.parts, run.constraint_name]
+    if run.tuning.method == "full" and run.constraint.requirements.subspace is not None:
+        found.append(run.constraint_name + FACTORS)
+    return list(dict.fromkeys(found))
+
+
+def chosen(run: Run, label: str) -> Run:
+    """Return a run with what a label names: ``none``, a part of the run's constraint, or the whole."""
     from cwac_lab.defenses.interface import Composite
 
-    if label == "none":
-        return Composite()
-    return run.constraint if label == run.constraint_name else Composite({label: run.constraint.parts[label]})
+    name, tuning = label.removesuffix(FACTORS), run.tuning
+    if name != label:
+        tuning = replace(tuning, method="null_space")
+    if name == run.constraint_name:
+        return replace(run, tuning=tuning)
+    return replace(run, constraint=Composite({} if name == "none" else {name: run.constraint.parts[name]}))
 
 
 def mixture(run: Run, begin: Start, chat: ChatFormat) -> list[Encoded]:
@@ -78,22 +92,20 @@ def mixture(run: Run, begin: Start, chat: ChatFormat) -> list[Encoded]:
 def _train(config: DictConfig, label: str, line: Connection, threads: int, steps: int) -> None:
     """Train with one constraint, in a process of its own."""
     from cwac_lab.config.run import read
-    from cwac_lab.models import adapters
-    from cwac_lab.run.artefacts import artefacts
+    from cwac_lab.run.artefacts import artefacts, attach
     from cwac_lab.run.start import start
     from cwac_lab.training.loop import fit
 
     torch.set_num_threads(threads)
-    run = read(config)
+    run = chosen(read(config), label)
     begin = start(run, lambda _: None)
     model, chat = begin.load(run)
     examples = list(islice(cycle(mixture(run, begin, chat)), run.trainer.batch_size * steps))
     context, _ = artefacts(run, begin, model, chat, lambda _: None)
-    adapters.attach(model, run.tuning, run.seed)
-    defense = chosen(run, label)
-    defense.prepare(context)
+    attach(run, context)
+    run.constraint.prepare(context)
     trainer = replace(run.trainer, epochs=1, progress_bar=False)
-    fit(model, examples, chat.pad_id, defense, trainer, 0, callbacks=[_Turns(line)])
+    fit(model, examples, chat.pad_id, run.constraint, trainer, 0, callbacks=[_Turns(line)])
 
 
 def in_turn(lines: dict[str, Any], steps: int) -> dict[str, list[float]]:
@@ -199,14 +211,13 @@ def main(config: DictConfig) -> None:
     from cwac_lab.run.start import start
 
     screen, run = Screen(), read(config)
-    labels = list(dict.fromkeys(["none", *run.constraint.parts, run.constraint_name]))
     begin = start(run, screen.say)
     model, chat = begin.load(run)
     artefacts(run, begin, model, chat, screen.say)  # made once, before all processes ask for them
     context = multiprocessing.get_context("spawn")
     threads, steps = torch.get_num_threads(), WARM_UP + ROUNDS * STEPS
     lines, processes = {}, []
-    for label in labels:
+    for label in labels(run):
         lines[label], theirs = context.Pipe()
         processes.append(context.Process(target=_train, args=(config, label, theirs, threads, steps), daemon=True))
         processes[-1].start()

@@ -18,12 +18,11 @@ from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.suites import Suite
-from cwac_lab.defenses.cwac.constrained import free_directions
 from cwac_lab.defenses.interface import Context, finish, settled
 from cwac_lab.diagnostics.callback import Sampler
 from cwac_lab.diagnostics.probe import Probe
 from cwac_lab.evaluation.protocol import answered, evaluation_rows, judge, remarks, suite_rows
-from cwac_lab.models import adapters, shipped
+from cwac_lab.models import shipped
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.exporting import export
 from cwac_lab.report import card
@@ -32,7 +31,7 @@ from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import ability, course, edited, guarded
-from cwac_lab.run.artefacts import artefacts
+from cwac_lab.run.artefacts import artefacts, attach
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
 from cwac_lab.run.rows import encoded, train_rows
@@ -151,7 +150,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     watched = _course(job, model, chat, asked)
     guard = guarded.guard(run, model, chat, context, job.folder)
     with job.meter.stage("prepare"):
-        merge = adapters.attach(model, run.tuning, run.seed, _free(run, context))
+        merge = attach(run, context)
         defense.prepare(context)
     rows = defense.wrap_dataset(rows)
     _write_manifest(job, rows)
@@ -196,14 +195,6 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         "prepared": prepared,
         **told,
     } | followed
-
-
-def _free(run: Run, context: Context) -> dict[str, torch.Tensor] | None:
-    """Return what trains of the inputs of layers, where that is all that the constraint leaves free."""
-    spec = run.constraint.requirements.subspace
-    if run.tuning.method != "null_space" or spec is None or context.subspace is None:
-        return None
-    return free_directions(context.model, spec.modules, context.subspace)
 
 
 def _course(job: Job, model: Any, chat: ChatFormat, asked: Asked) -> course.Course | None:

@@ -63,13 +63,16 @@ def test_constraints_take_steps_in_turn_and_are_compared_within_a_round():
 
 def test_a_label_names_a_part_or_the_whole():
     run = read(tiny.config("constraint=coupled"))
-    parts = {label: list(steps.chosen(run, label).parts) for label in ("none", "weight", "activation", "coupled")}
-    assert parts == {
-        "none": [],
-        "weight": ["weight"],
-        "activation": ["activation"],
-        "coupled": ["weight", "activation"],
+    found = {label: steps.chosen(run, label) for label in steps.labels(run)}
+    assert {label: (list(each.constraint.parts), each.tuning.method) for label, each in found.items()} == {
+        "none": ([], "full"),
+        "weight": (["weight"], "full"),
+        "activation": (["activation"], "full"),
+        "coupled": (["weight", "activation"], "full"),
+        "coupled, tuning=null_space": (["weight", "activation"], "null_space"),
     }
+    assert steps.labels(read(tiny.config("constraint=weight", "tuning=lora"))) == ["none", "weight"]
+    assert steps.labels(read(tiny.config("constraint=l2"))) == ["none", "l2"]
 
 
 @pytest.mark.exhaustive
@@ -78,8 +81,8 @@ def test_every_constraint_takes_its_steps_in_a_process_of_its_own(tiny_folder, t
     chosen = ["constraint=weight", "trainer.batch_size=1", "trainer.epochs=3"]
     tiny.launch(steps.main, [*tiny.small_run(tiny_folder, tmp_path), *chosen])
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith(("| none | ", "| weight | "))]
-    assert [row.split("(n=")[1][:2] for row in rows] == ["12", "12"]
+    rows = [line for line in lines if line.startswith(("| none | ", "| weight"))]
+    assert [row.split("(n=")[1][:2] for row in rows] == ["12", "12", "12"]
     assert any(line.lstrip("- ").startswith("a step of none: ") for line in lines)
 
 
