@@ -14,18 +14,17 @@ from cwac_lab.data.batches import collate
 from cwac_lab.defenses.cwac.constrained import free_directions
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Defense
-from cwac_lab.models.adapters import TuningConfig, attach, factors, held_weight
+from cwac_lab.models.adapters import attach, factors, held_weight
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.models.sites import linears
 from support import tiny
-from support.held import FULL, LORA, ROWS, Kill, Killed, assert_moved_alike, context, same, train, weights
+from support.held import FULL, LORA, NULL_SPACE, ROWS, Kill, Killed, assert_moved_alike, context, same, train, weights
 from support.held import start as start_of
 
-NULL = TuningConfig(method="null_space")
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "phi3"]
 
 
-def attached(architecture="llama", tuning=NULL, energy=0.9, **settings):
+def attached(architecture="llama", tuning=NULL_SPACE, energy=0.9, **settings):
     """Return a model with the factors of a prepared constraint, what it was prepared with, and the merge."""
     model, defense = start_of(architecture, tuning), WeightConstraint(energy=energy, **settings)
     prepared = context(model, defense)
@@ -116,7 +115,7 @@ def test_training_equals_that_of_coordinates_in_dense_weights():
             for linear in list(linears(model, "all_linear")):
                 parametrize.remove_parametrizations(linear.module, "weight")
 
-    found, _ = train(WeightConstraint(energy=0.9), tuning=NULL)
+    found, _ = train(WeightConstraint(energy=0.9), tuning=NULL_SPACE)
     expected, _ = train(Dense())
     assert_moved_alike(weights(found), weights(expected), weights(tiny.model()))
 
@@ -124,7 +123,7 @@ def test_training_equals_that_of_coordinates_in_dense_weights():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])
 def test_what_is_merged_has_no_part_along_protected_directions(architecture, base):
-    tuning = replace(NULL, base=base)
+    tuning = replace(NULL_SPACE, base=base)
     defense = WeightConstraint(energy=0.9)
     model, prepared = train(defense, architecture=architecture, tuning=tuning)
     assert defense.summary()["leak"] < 1e-4
@@ -139,7 +138,7 @@ def test_what_is_merged_has_no_part_along_protected_directions(architecture, bas
 
 
 def test_weights_in_4_bits_are_kept_beside_them():
-    tuning = replace(NULL, base="nf4")
+    tuning = replace(NULL_SPACE, base="nf4")
     model, _, _, merge = attached(tuning=tuning)
     before = {linear.name: held_weight(linear) for linear in linears(model, "all_linear")}
     for linear in linears(model, "all_linear"):
@@ -155,15 +154,15 @@ def test_a_layer_of_which_nothing_is_free_has_no_factors_and_none_at_all_is_an_e
     width = model.config.hidden_size
     free = free_directions(model, "ffn", context(model, WeightConstraint(energy=0.9)).subspace)
     closed = {name: basis[:, :0] if "up_proj" in name else basis for name, basis in free.items()}
-    attach(model, replace(NULL, modules="ffn"), 0, closed)
+    attach(model, replace(NULL_SPACE, modules="ffn"), 0, closed)
     adapted = {name.rpartition(".lora_A")[0] for name in factors(model) if ".lora_A" in name}
     assert adapted == {name for name in free if "up_proj" not in name}
     with pytest.raises(LabError, match="no direction free"):
-        attach(tiny.model(), NULL, 0, {name: torch.zeros(width, 0) for name in free})
+        attach(tiny.model(), NULL_SPACE, 0, {name: torch.zeros(width, 0) for name in free})
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    settings = {"tuning": NULL, "checkpoint_every_n_steps": 2, "epochs": 2}
+    settings = {"tuning": NULL_SPACE, "checkpoint_every_n_steps": 2, "epochs": 2}
     whole, _ = train(WeightConstraint(energy=0.9), **settings)
     with pytest.raises(Killed):
         train(WeightConstraint(energy=0.9), **settings, checkpoint=tmp_path / "kept", callbacks=[Kill(7)])

@@ -20,20 +20,23 @@ from cwac_lab.defenses.literature.lisa import Lisa
 from cwac_lab.run.start_answers import start_answers
 from support import tiny
 from support.defenses import ACTIVE
-from support.held import FULL, LORA, ROWS, Kill, Killed, train, weights
+from support.held import FULL, LORA, NULL_SPACE, ROWS, Kill, Killed, train, weights
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
 WHOLE = {"safegrad", "osf", "safe_delta", "ema", "pgm", "pgm_frobenius", "weight_slowed", "weight_penalised"}
 SHARDABLE = [name for name in ACTIVE if not WHOLE & {name, *name.split("+")}]
-TUNINGS = {"full": FULL, "lora": LORA}
+TUNINGS = {"full": FULL, "lora": LORA, "null_space": NULL_SPACE}
 # Every defence under both strategies and in both ways of tuning: the other way under the other strategy.
 TABLE = {
     "ddp": [(name, ("full", "lora")[place % 2]) for place, name in enumerate(ACTIVE)],
     "fsdp": [(name, ("lora", "full")[place % 2]) for place, name in enumerate(ACTIVE) if name in SHARDABLE],
 }
-# What stands for all in the fast set: both constraints, rows that change places, both ways of tuning.
-FEW = {"ddp": [("lisa+weight", "full"), ("safegrad", "lora")], "fsdp": [("coupled", "lora"), ("weight_both", "full")]}
+# What stands for all in the fast set: both constraints, rows that change places, all ways of tuning.
+FEW = {
+    "ddp": [("lisa+weight", "full"), ("safegrad", "lora"), ("weight_both", "null_space")],
+    "fsdp": [("coupled", "lora"), ("weight_both", "full"), ("coupled", "null_space")],
+}
 RESUMED = ["coupled", "lisa"]
 LONG = {"epochs": 2, "schedule": "cosine", "checkpoint_every_n_steps": 3}
 
