@@ -134,7 +134,7 @@ def test_the_weight_constraint_equals_factors_that_read_projected_inputs(project
 def test_unconstrained_factors_leak():
     free = WeightConstraint(energy=0.9)
     model, prepared = train(Defense(), tuning=LORA)
-    free.prepare(context(model, free))
+    free.prepare(context(model.requires_grad_(True), free))
     free._start_weight = prepared.start_weight
     assert free.leak() > 0.1
 

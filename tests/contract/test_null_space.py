@@ -11,9 +11,12 @@ from torch.nn.utils import parametrize
 
 from cwac_lab.core.errors import LabError
 from cwac_lab.data.batches import collate
-from cwac_lab.defenses.cwac.constrained import free_directions
+from cwac_lab.defenses.cwac.null_space import attach as constrained
+from cwac_lab.defenses.cwac.null_space import free_directions
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Defense
+from cwac_lab.models import lora, shipped
 from cwac_lab.models.adapters import attach, factors, held_weight
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.models.sites import linears
@@ -28,7 +31,7 @@ def attached(architecture="llama", tuning=NULL_SPACE, energy=0.9, **settings):
     """Return a model with the factors of a prepared constraint, what it was prepared with, and the merge."""
     model, defense = start_of(architecture, tuning), WeightConstraint(energy=energy, **settings)
     prepared = context(model, defense)
-    merge = attach(model, tuning, 0, free_directions(model, defense.modules, prepared.subspace))
+    merge = constrained(model, tuning, 0, defense.requirements.subspace, prepared.subspace)
     defense.prepare(prepared)
     return model, defense, prepared, merge
 
@@ -149,15 +152,18 @@ def test_weights_in_4_bits_are_kept_beside_them():
         torch.testing.assert_close(linear.weight.detach(), before[linear.name] + updates[linear.name])
 
 
-def test_a_layer_of_which_nothing_is_free_has_no_factors_and_none_at_all_is_an_error():
+def test_a_layer_of_which_nothing_is_free_has_no_factors_and_none_at_all_is_an_error(tmp_path):
     model = tiny.model()
     width = model.config.hidden_size
-    free = free_directions(model, "ffn", context(model, WeightConstraint(energy=0.9)).subspace)
+    free = free_directions(model, "all_linear", context(model, WeightConstraint(energy=0.9)).subspace, "ffn")
+    assert all("mlp" in name for name in free)
     closed = {name: basis[:, :0] if "up_proj" in name else basis for name, basis in free.items()}
     attach(model, replace(NULL_SPACE, modules="ffn"), 0, closed)
     adapted = {name.rpartition(".lora_A")[0] for name in factors(model) if ".lora_A" in name}
     assert adapted == {name for name in free if "up_proj" not in name}
-    with pytest.raises(LabError, match="no direction free"):
+    shipped.save_adapter(model, replace(NULL_SPACE, modules="ffn"), tmp_path, torch.float32, "base")
+    assert len(lora.check(tiny.model(), tmp_path)) == len(adapted)  # no factors are missed
+    with pytest.raises(LabError, match="leaves nothing to train"):
         attach(tiny.model(), NULL_SPACE, 0, {name: torch.zeros(width, 0) for name in free})
 
 
@@ -168,6 +174,31 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         train(WeightConstraint(energy=0.9), **settings, checkpoint=tmp_path / "kept", callbacks=[Kill(7)])
     again, _ = train(WeightConstraint(energy=0.9), **settings, checkpoint=tmp_path / "kept")
     assert same(weights(again), weights(whole))
+
+
+def test_a_checkpoint_holds_the_basis_that_its_factors_are_of(tmp_path, monkeypatch):
+    settings = {"tuning": NULL_SPACE, "checkpoint_every_n_steps": 2, "checkpoint": tmp_path / "kept"}
+    whole, _ = train(WeightConstraint(energy=0.9), tuning=NULL_SPACE)
+    with pytest.raises(Killed):
+        train(WeightConstraint(energy=0.9), **settings, callbacks=[Kill(3)])
+
+    def turned(span):
+        basis = complement.__get__(span)
+        return basis @ torch.linalg.qr(torch.randn(basis.shape[1], basis.shape[1])).Q
+
+    complement = Span.complement
+    monkeypatch.setattr(Span, "complement", property(turned))
+    again, _ = train(WeightConstraint(energy=0.9), **settings)
+    assert same(weights(again), weights(whole))
+
+
+def test_layers_that_do_not_train_are_not_in_the_leak():
+    tuning = replace(NULL_SPACE, modules="ffn", base="bfloat16")
+    defense = WeightConstraint(energy=0.9)
+    model, prepared = train(defense, tuning=tuning)
+    exact = {linear.name: 1e-3 * torch.randn(linear.weight.shape) for linear in linears(model, "attention")}
+    defense._start_weight = lambda name: prepared.start_weight(name) + exact.get(name, 0)  # what bfloat16 rounded away
+    assert defense.leak() < 1e-4
 
 
 def test_a_factor_that_is_frozen_by_others_is_projected_once():

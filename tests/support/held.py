@@ -8,11 +8,11 @@ import lightning as L
 import torch
 
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.defenses.cwac.constrained import free_directions
+from cwac_lab.defenses.cwac.null_space import attach
 from cwac_lab.defenses.cwac.sae.latents import LayerFeatures
 from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
 from cwac_lab.defenses.interface import Context, finish
-from cwac_lab.models.adapters import TuningConfig, attach
+from cwac_lab.models.adapters import TuningConfig
 from cwac_lab.training.loop import fit
 from cwac_lab.training.settings import TrainerConfig
 from support import tiny
@@ -79,10 +79,7 @@ def start(architecture, tuning):
 def train(defense, *, architecture="llama", rows=ROWS, tuning=FULL, **settings):
     model, chat = start(architecture, tuning), tiny.chat()
     prepared = context(model, defense)
-    free = None
-    if tuning.method == "null_space":
-        free = free_directions(model, defense.requirements.subspace.modules, prepared.subspace)
-    merge = attach(model, tuning, 0, free)
+    merge = attach(model, tuning, 0, defense.requirements.subspace, prepared.subspace)
     defense.prepare(prepared)
     rows = [
         (row.prompt, row.response)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
@@ -61,9 +62,17 @@ FACTORS = ", tuning=null_space"
 
 def labels(run: Run) -> list[str]:
     """Return what is timed: plain fine-tuning, each part, the whole, and the whole in factors where it can be."""
+    from cwac_lab.config.checks import cross_check
+    from cwac_lab.core.errors import ConfigError
+    from cwac_lab.run.start import start
+
     found = ["none", *run.constraint.parts, run.constraint_name]
     if run.tuning.method == "full" and run.constraint.requirements.subspace is not None:
-        found.append(run.constraint_name + FACTORS)
+        label = run.constraint_name + FACTORS
+        with suppress(ConfigError):  # a model may be no fit for them, of a mixture the experts
+            cross_check(chosen(run, label))
+            start(chosen(run, label), lambda _: None)
+            found.append(label)
     return list(dict.fromkeys(found))
 
 
@@ -71,12 +80,15 @@ def chosen(run: Run, label: str) -> Run:
     """Return a run with what a label names: ``none``, a part of the run's constraint, or the whole."""
     from cwac_lab.defenses.interface import Composite
 
-    name, tuning = label.removesuffix(FACTORS), run.tuning
-    if name != label:
-        tuning = replace(tuning, method="null_space")
-    if name == run.constraint_name:
-        return replace(run, tuning=tuning)
-    return replace(run, constraint=Composite({} if name == "none" else {name: run.constraint.parts[name]}))
+    name, tuning, constraint = label.removesuffix(FACTORS), run.tuning, run.constraint
+    if name != run.constraint_name:
+        constraint = Composite({} if name == "none" else {name: constraint.parts[name]})
+    spec = constraint.requirements.subspace
+    if name != label and spec is not None:
+        tuning = replace(tuning, method="null_space", modules=spec.modules)
+    elif tuning.method == "null_space" and spec is None:  # there is nothing that is left free
+        tuning = replace(tuning, method="full", save="merged")
+    return replace(run, tuning=tuning, constraint=constraint)
 
 
 def mixture(run: Run, begin: Start, chat: ChatFormat) -> list[Encoded]:
@@ -92,7 +104,8 @@ def mixture(run: Run, begin: Start, chat: ChatFormat) -> list[Encoded]:
 def _train(config: DictConfig, label: str, line: Connection, threads: int, steps: int) -> None:
     """Train with one constraint, in a process of its own."""
     from cwac_lab.config.run import read
-    from cwac_lab.run.artefacts import artefacts, attach
+    from cwac_lab.defenses.cwac.null_space import attach
+    from cwac_lab.run.artefacts import artefacts
     from cwac_lab.run.start import start
     from cwac_lab.training.loop import fit
 
@@ -102,7 +115,7 @@ def _train(config: DictConfig, label: str, line: Connection, threads: int, steps
     model, chat = begin.load(run)
     examples = list(islice(cycle(mixture(run, begin, chat)), run.trainer.batch_size * steps))
     context, _ = artefacts(run, begin, model, chat, lambda _: None)
-    attach(run, context)
+    attach(model, run.tuning, run.seed, run.constraint.requirements.subspace, context.subspace)
     run.constraint.prepare(context)
     trainer = replace(run.trainer, epochs=1, progress_bar=False)
     fit(model, examples, chat.pad_id, run.constraint, trainer, 0, callbacks=[_Turns(line)])

@@ -55,7 +55,7 @@ def _check_adapters(run: Run) -> None:
 
 
 def _check_null_space(run: Run) -> None:
-    """Check that a constraint leaves some directions free of every layer that is to train these alone."""
+    """Check that there are protected directions of every layer that is to train the free ones alone."""
     held = {name: spec for name, part in run.constraint.parts.items() if (spec := part.requirements.subspace)}
     if not held:
         accepted = f"full | lora | qlora with constraint={run.constraint_name}, which protects no directions"

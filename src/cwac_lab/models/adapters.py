@@ -42,8 +42,8 @@ class TuningConfig:
     Attributes:
         method: ``full``: the weights themselves; ``lora``: low-rank factors B (m, r) and A (r, d) beside frozen ones,
             ``W = W_0 + alpha / r B A``, merged at the end; ``null_space``: ``W = W_0 + sqrt(d / c) B U^T``, where the
-            columns of U (d, c) are all directions that the constraint leaves free, and B (m, c) trains. With this scale
-            a step in which every number moves by the rate, as in AdamW's, moves W as far as with ``full`` (norm).
+            columns of U (d, c) are all directions that the constraint leaves free, and B (m, c) trains; not in experts.
+            With this scale a step in which every number moves by the rate is as long as with ``full``, unprojected.
         rank: Rank r of LoRA's factors.
         alpha: Numerator of the scale ``alpha / r`` of LoRA.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
@@ -68,7 +68,7 @@ class TuningConfig:
         one_of("modules", self.modules, TARGETS)
         one_of("base", self.base, BASES)
         if not self.adapts and self.save != SAVED[0]:
-            raise ConfigError("save", self.save, f"{SAVED[0]}, or with tuning=lora {' | '.join(SAVED[1:])}")
+            raise ConfigError("save", self.save, f"{SAVED[0]}, or with factors (tuning=lora) {' | '.join(SAVED[1:])}")
         one_of("save", self.save, SAVED)
         if self.base == "nf4" and find_spec("bitsandbytes") is None:
             raise ConfigError("base", "nf4", "float32 | bfloat16, or bitsandbytes: pip install 'cwac-lab[qlora]'")
@@ -154,7 +154,7 @@ def attach(
 ) -> Callable[[], object]:
     """Give a model its adapters, in place; with ``method=full`` it stays as it is.
 
-    B starts at zero, so that the model computes what it did; A is drawn with the seed. Only the factors train.
+    B starts at zero, so that the model computes what it did. LoRA's A is drawn with the seed. Only factors train.
 
     Args:
         model: The model.
@@ -166,13 +166,13 @@ def attach(
         What adds ``alpha / r B A`` to the weights, in place, and leaves plain linear layers.
 
     Raises:
-        LabError: If no direction is free.
+        LabError: If the constraint leaves no direction free.
     """
     if not config.adapts:
         return lambda: None
     shapes = None if config.method == "lora" else {name: basis.T.shape for name, basis in (free or {}).items()}
     if shapes is not None and not any(rank for rank, _ in shapes.values()):
-        raise LabError("nothing is left to train: the constraint leaves no direction free")
+        raise LabError("the constraint leaves nothing to train (accepted: a lower energy or rank)")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is; it misses a faster kernel
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel

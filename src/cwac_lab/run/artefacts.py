@@ -18,14 +18,13 @@ from cwac_lab.core.recipes import Recipe
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import REFUSALS, refusal
 from cwac_lab.data.sources import PromptRow
-from cwac_lab.defenses.cwac.constrained import free_directions, free_share
+from cwac_lab.defenses.cwac.null_space import free_share
 from cwac_lab.defenses.cwac.sae import activations, latents
 from cwac_lab.defenses.cwac.sae import train as sae_train
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace import basis
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.interface import Context
-from cwac_lab.models import adapters
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
 from cwac_lab.run import protected
@@ -206,14 +205,6 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
             reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
         facts["features"] = {"folder": folder.name, **reports}
     return context, facts
-
-
-def attach(run: Run, context: Context) -> Callable[[], object]:
-    """Give the model of a context the adapters that the run trains, as ``adapters.attach`` does, before ``prepare``."""
-    spec, free = run.constraint.requirements.subspace, None
-    if run.tuning.method == "null_space" and spec is not None and context.subspace is not None:
-        free = free_directions(context.model, spec.modules, context.subspace)
-    return adapters.attach(context.model, run.tuning, run.seed, free)
 
 
 def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat) -> Iterator[str]:

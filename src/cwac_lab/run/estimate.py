@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError
@@ -84,34 +82,42 @@ class Estimate:
         yield f"training: about {duration(self.seconds)}; preparing and evaluating come on top"
 
 
-def trained_parameters(model: Any, tuning: TuningConfig) -> int:
-    """Return how many parameters a run trains, before a constraint freezes any.
+def trained_parameters(model: Any, tuning: TuningConfig, rank: int | None = None) -> int:
+    """Return how many parameters a run trains, before a constraint freezes any; with ``null_space`` about how many.
 
     Args:
         model: The model, on the meta device, where a copy takes no memory.
         tuning: What is trained.
+        rank: Protected directions of each input, where that is set.
     """
     if tuning.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
     if tuning.method == "null_space":
-        return round(FREE * sum(weight.numel() for weight in _adapted(model, tuning)))
+        return sum(rows * free for rows, _, free in _free(model, tuning, rank))
     adapted = copy.deepcopy(model)
     attach(adapted, replace(tuning, base="float32"), seed=0)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
-def _adapted(model: Any, tuning: TuningConfig) -> list[Float[Tensor, "m d"]]:
-    """Return the weights of a model on the meta device that get factors beside them."""
+def _free(model: Any, tuning: TuningConfig, rank: int | None) -> list[tuple[int, int, int]]:
+    """Return rows, columns and about how many free directions the layers have that get factors."""
     adapted = copy.deepcopy(model)
     attach(adapted, replace(tuning, method="lora", base="float32"), seed=0)
-    return [layer.base_layer.weight for layer in adapted.modules() if hasattr(layer, "lora_A")]
+    layers = [layer for layer in adapted.modules() if hasattr(layer, "lora_A")]
+    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    return [(rows, width, round(FREE * width) if rank is None else max(0, width - rank)) for rows, width in sizes]
 
 
-def _kept(run: Run, model: Any, trained: int) -> int:
-    """Return the bytes of what a run keeps beside what it trains: copies of weights, or the basis of what is free."""
-    if run.tuning.method == "null_space":
-        return round(FREE * sum(4 * weight.shape[1] ** 2 for weight in _adapted(model, run.tuning)))
-    return 0 if run.tuning.adapts else round(run.constraint.copies * run.dtype.itemsize * trained)
+def _rank(run: Run) -> int | None:
+    spec = run.constraint.requirements.subspace
+    return None if spec is None else spec.rank
+
+
+def _fixed(run: Run, model: Any) -> int:
+    """Return how many numbers the factors have that do not train."""
+    if run.tuning.method != "null_space":
+        return 0
+    return sum(width * free for _, width, free in _free(model, run.tuning, _rank(run)))
 
 
 def used_share(model: Any) -> float:
@@ -138,35 +144,37 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
     plan = plan_batches(lengths, trainer.batch_size * trainer.accumulate, trainer.epochs, run.seed)[: trainer.max_steps]
     tokens = sum(lengths[row] for rows in plan for row in rows)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = trained_parameters(model, run.tuning)
+    trained, fixed = trained_parameters(model, run.tuning, _rank(run)), _fixed(run, model)
     width = run.dtype.itemsize
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * used_share(model) * (4 * parameters + 2 * trained)
-    memory = width * parameters + (width if trained == parameters else 4) * trained + 8 * trained
-    kept = _kept(run, model, trained)
-    disk = sum(saved(run, parameters, trained).values()) + checkpoints(run, trained)
+    # Gradients and moments, and with factors these themselves.
+    memory = width * parameters + (8 + (8 if run.tuning.adapts else width)) * trained
+    kept = 4 * fixed if run.tuning.adapts else round(run.constraint.copies * width * trained)
+    disk = sum(saved(run, parameters, trained + fixed).values()) + checkpoints(run, trained, fixed)
+    guessed = run.tuning.method == "null_space" and _rank(run) is None
     return Estimate(
-        len(examples), len(plan), tokens, parameters, trained, run.tuning.method == "null_space", memory, kept, disk,
+        len(examples), len(plan), tokens, parameters, trained, guessed, memory, kept, disk,
         flops / (_REACHED * speed(trainer.device, run.dtype)),
     )  # fmt: skip
 
 
-def saved(run: Run, parameters: int, trained: int) -> dict[str, int]:
+def saved(run: Run, parameters: int, factors: int) -> dict[str, int]:
     """Return the bytes of what a run saves in the end, by name.
 
     Args:
         run: The run.
         parameters: Of its model.
-        trained: Of these, what is trained.
+        factors: Numbers of its factors, where it has any.
     """
     width = 4 if run.tuning.adapts else run.dtype.itemsize  # adapters are merged in float32
-    sizes = {store.MODEL: width * parameters, store.ADAPTER: 4 * trained}
+    sizes = {store.MODEL: width * parameters, store.ADAPTER: 4 * factors}
     return {name: sizes[name] for name in run.tuning.saved} if run.trainer.export else {}
 
 
-def checkpoints(run: Run, trained: int) -> int:
+def checkpoints(run: Run, trained: int, fixed: int = 0) -> int:
     """Return the bytes of a run's checkpoints: weights and moments, the one before until the next is whole."""
-    return 2 * 12 * trained if run.trainer.checkpoint_every_n_steps else 0
+    return 2 * (12 * trained + 4 * fixed) if run.trainer.checkpoint_every_n_steps else 0
 
 
 def check_room(run: Run, folder: Path) -> None:
@@ -183,8 +191,10 @@ def check_room(run: Run, folder: Path) -> None:
     if not run.finetune or not (export or every):
         return
     model = skeleton(folder)
-    parameters, trained = sum(each.numel() for each in model.parameters()), trained_parameters(model, run.tuning)
-    needed = sum(saved(run, parameters, trained).values()) + checkpoints(run, trained)
+    parameters, trained, fixed = sum(each.numel() for each in model.parameters()), 0, 0
+    if run.tuning.method != "null_space" or _rank(run) is not None:  # a guess refuses no run
+        trained, fixed = trained_parameters(model, run.tuning, _rank(run)), _fixed(run, model)
+    needed = sum(saved(run, parameters, trained + fixed).values()) + checkpoints(run, trained, fixed)
     root = Path(run.output_root).absolute()
     free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.is_dir())).free
     if needed > free:

@@ -135,7 +135,7 @@ def _levers(run: Run) -> Iterator[None]:
         levers = (
             f"a smaller trainer.batch_size ({run.trainer.batch_size}) with a larger trainer.accumulate",
             "trainer.gradient_checkpointing=true",
-            "tuning=lora or qlora",
+            "tuning=lora or qlora, or null_space under the weight constraint",
             f"a smaller evaluation.batch_size ({run.evaluation.batch_size})",
             "several devices with trainer.strategy=fsdp",
         )

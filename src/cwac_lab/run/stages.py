@@ -18,6 +18,7 @@ from cwac_lab.data import mixing
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.suites import Suite
+from cwac_lab.defenses.cwac.null_space import attach
 from cwac_lab.defenses.interface import Context, finish, settled
 from cwac_lab.diagnostics.callback import Sampler
 from cwac_lab.diagnostics.probe import Probe
@@ -31,7 +32,7 @@ from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import ability, course, edited, guarded
-from cwac_lab.run.artefacts import artefacts, attach
+from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
 from cwac_lab.run.rows import encoded, train_rows
@@ -150,7 +151,8 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     watched = _course(job, model, chat, asked)
     guard = guarded.guard(run, model, chat, context, job.folder)
     with job.meter.stage("prepare"):
-        merge = attach(run, context)
+        spec = run.constraint.requirements.subspace
+        merge = attach(model, run.tuning, run.seed, spec, context.subspace)
         defense.prepare(context)
     rows = defense.wrap_dataset(rows)
     _write_manifest(job, rows)

@@ -54,7 +54,7 @@ def use_of(run: Run) -> Use:
     scopes = []
     adapted = run.tuning.modules if run.finetune and run.tuning.adapts else None
     if adapted is not None and run.tuning.method == "null_space":
-        scopes.append(Scope("tuning", "null_space", adapted, "tuning=lora", stored=False, experts=False))
+        scopes.append(Scope("tuning.modules", adapted, adapted, "tuning=lora", stored=False, experts=False))
     for name, part in run.constraint.parts.items() if run.finetune else ():
         if (modules := getattr(part, "modules", None)) is not None:
             held = isinstance(part, WeightConstraint)  # others read the start of every matrix from the file

@@ -22,7 +22,9 @@ _SCRATCH = ".checkpoint-"
 
 
 def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Return what a run goes on with: what trains, and the factors beside it without which that means nothing."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad or ".lora_A." in name}
 
 
 def save(folder: Path, module: FineTuning, identity: str) -> None:

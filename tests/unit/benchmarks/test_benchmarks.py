@@ -61,8 +61,9 @@ def test_constraints_take_steps_in_turn_and_are_compared_within_a_round():
         steps.in_turn(lines, 1)
 
 
-def test_a_label_names_a_part_or_the_whole():
-    run = read(tiny.config("constraint=coupled"))
+def test_a_label_names_a_part_or_the_whole(tiny_folder, tmp_path):
+    given = [each for each in tiny.small_run(tiny_folder, tmp_path) if not each.startswith("constraint")]
+    run = read(tiny.config(*given, "constraint=coupled", "constraint.activation.n_latents=4"))
     found = {label: steps.chosen(run, label) for label in steps.labels(run)}
     assert {label: (list(each.constraint.parts), each.tuning.method) for label, each in found.items()} == {
         "none": ([], "full"),
@@ -71,8 +72,33 @@ def test_a_label_names_a_part_or_the_whole():
         "coupled": (["weight", "activation"], "full"),
         "coupled, tuning=null_space": (["weight", "activation"], "null_space"),
     }
-    assert steps.labels(read(tiny.config("constraint=weight", "tuning=lora"))) == ["none", "weight"]
-    assert steps.labels(read(tiny.config("constraint=l2"))) == ["none", "l2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "labels"),
+    [
+        (["constraint=weight", "tuning=lora"], ["none", "weight"]),
+        (["constraint=weight", "constraint.weight.tail=slowed", "constraint.weight.tail_energy=1"], ["none", "weight"]),
+        (["constraint=l2"], ["none", "l2"]),
+    ],
+)
+def test_what_cannot_be_factors_is_not_timed_so(more, labels, tiny_folder, tmp_path):
+    assert steps.labels(read(tiny.config(*tiny.small_run(tiny_folder, tmp_path), *more))) == labels
+
+
+def test_factors_are_those_of_the_scope_and_plain_fine_tuning_has_none(tiny_folder, tmp_path):
+    given = [*tiny.small_run(tiny_folder, tmp_path), "constraint=weight", "constraint.weight.modules=ffn_out"]
+    run = read(tiny.config(*given))
+    assert steps.chosen(run, steps.labels(run)[-1]).tuning.modules == "ffn_out"
+    run = read(tiny.config(*given, "tuning=null_space", "tuning.modules=ffn_out"))
+    assert [steps.chosen(run, label).tuning.method for label in steps.labels(run)] == ["full", "null_space"]
+
+
+def test_experts_are_not_timed_in_factors(tmp_path):
+    tiny.model("qwen3_moe", **tiny.MIXTURES["qwen3_moe"]).save_pretrained(tmp_path / "start")
+    tiny.tokenizer().save_pretrained(tmp_path / "start")
+    run = read(tiny.config(*tiny.small_run(tmp_path / "start", tmp_path), "constraint=weight"))
+    assert steps.labels(run) == ["none", "weight"]
 
 
 @pytest.mark.exhaustive

@@ -9,9 +9,12 @@ import torch
 
 from cwac_lab import train
 from cwac_lab.config.run import read
+from cwac_lab.defenses.cwac.null_space import attach as attach_free
 from cwac_lab.models.adapters import TARGETS, TuningConfig, attach
+from cwac_lab.models.sites import linears
 from cwac_lab.run import estimate
 from support import tiny
+from support.held import context
 
 ADAPTED = [*(("llama", modules) for modules in TARGETS), ("phi3", "all_linear"), ("qwen3_moe", "all_linear")]
 
@@ -79,13 +82,21 @@ def test_copies_of_weights_are_counted_with_full_tuning(constraint, copies):
     assert estimate.estimate(read(tiny.config()), model, [example] * 8).memory == width * 4 * size
 
 
-def test_what_the_constraint_leaves_free_is_a_guess_before_the_subspace_is_known():
-    model, example = tiny.model(), tiny.chat().encode("a question", "an answer")
-    run = read(tiny.config("constraint=weight", "tuning=null_space", "tuning.modules=ffn"))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_what_the_constraint_leaves_free_is_a_guess_before_the_subspace_is_known(architecture, rank):
+    model, example = tiny.model(architecture), tiny.chat().encode("a question", "an answer")
+    held = [] if rank is None else ["constraint.weight.energy=null", f"constraint.weight.rank={rank}"]
+    opening = ["constraint.weight.opening=counted"]
+    run = read(tiny.config("constraint=weight", "tuning=null_space", "tuning.modules=ffn", *held, *opening))
     found = estimate.estimate(run, model, [example] * 8)
-    config = model.config
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    assert found.guessed
-    assert found.trained == round(estimate.FREE * layers * 3 * width * inner)
-    assert found.kept == round(estimate.FREE * layers * 4 * (2 * width**2 + inner**2))
+    shapes = [(len(each.weight), each.weight.shape[1]) for each in linears(model, "ffn")]
+    free = [round(estimate.FREE * width) if rank is None else width - rank for _, width in shapes]
+    assert found.guessed is (rank is None)
+    assert found.trained == sum(rows * each for (rows, _), each in zip(shapes, free, strict=True))
+    assert found.kept == 4 * sum(width * each for (_, width), each in zip(shapes, free, strict=True))
     assert not estimate.estimate(read(tiny.config()), model, [example] * 8).guessed
+    if rank is not None:
+        parts = context(model, run.constraint)
+        attach_free(model, run.tuning, 0, run.constraint.requirements.subspace, parts.subspace)
+        assert found.trained == sum(each.numel() for each in model.parameters() if each.requires_grad)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from cwac_lab.core import linalg
 from cwac_lab.defenses.cwac.subspace.span import Span
-from cwac_lab.defenses.cwac.subspace.spec import Subspace
 from cwac_lab.models.shards import local, rows, whole
-from cwac_lab.models.sites import Matrix, linears
+from cwac_lab.models.sites import Matrix
 
 
 @dataclass
@@ -66,19 +64,3 @@ def note_merged(group: Sequence[Constrained], before: Tensor, after: Tensor) -> 
     """Take a parameter before and after its adapter is merged: what is added is rounded to what the sum can hold."""
     for held in group:
         held.merged = held.span.leak(held.linear.of(after) - held.linear.of(before))
-
-
-def free_directions(model: Any, scope: str, subspace: Subspace) -> dict[str, Float[Tensor, "d c"]]:
-    """Return U, what is free of the inputs of each linear layer in a scope, by the layer's name; experts are left out.
-
-    Layers that read one input share it.
-    """
-    free = {name: span.complement for name, span in subspace.spans.items()}
-    found = (linear for linear in linears(model, scope) if linear.site.expert is None)
-    return {linear.name.removesuffix(".weight"): free[linear.site.name] for linear in found}
-
-
-def free_share(model: Any, scope: str, subspace: Subspace) -> float:
-    """Return which share of the weights of a scope is free, that is how many numbers ``tuning=null_space`` trains."""
-    found = [(len(linear.weight), subspace.spans[linear.site.name]) for linear in linears(model, scope)]
-    return sum(rows * (span.width - span.rank) for rows, span in found) / sum(rows * span.width for rows, span in found)

@@ -322,7 +322,7 @@ class WeightConstraint(Defense):
                 if factors is not None:
                     delta = linalg.product(*factors)
                 else:
-                    if held.linear.site.expert is not None and held.linear.name not in self._copies:
+                    if not held.linear.parameter.requires_grad:
                         continue  # frozen from the beginning
                     weight = held.linear.weight
                     before = self._start(held.linear) if held.start is None else held.start
