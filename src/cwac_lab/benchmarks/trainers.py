@@ -30,6 +30,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "SFTTrainer": ("SFTTrainer", {}),
     "SFTTrainer, rows by length": ("SFTTrainer", GROUPED),
     "SFTTrainer, rows by length, chunked loss": ("SFTTrainer", {**GROUPED, "loss_type": "chunked_nll"}),
+    "SFTTrainer, packed": ("SFTTrainer", {"packing": True}),
 }
 
 
@@ -119,6 +120,10 @@ def _others(rows: _Rows, kind: str, more: dict[str, Any]) -> list[float]:
         answers = [[int(label >= 0) for label in labels] for labels in rows.labels]
         table = datasets.Dataset.from_dict({"input_ids": rows.ids, "completion_mask": answers})
         own = {"max_length": settings["max_length"], "completion_only_loss": True, "gradient_checkpointing": False}
+        if more.get("packing"):  # one row of as many tokens as the others' steps have
+            steps = len(rows.ids) // settings["batch_size"]
+            common["per_device_train_batch_size"] = 1
+            own["max_length"] = max(*map(len, rows.ids), -(-sum(map(len, rows.ids)) // steps))
         arguments = SFTConfig(**common, **own)
         trainer = SFTTrainer(
             model, arguments, train_dataset=table, processing_class=tokenizer, callbacks=[Clock()]
