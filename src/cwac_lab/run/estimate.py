@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cwac_lab.config.run import Run
+from cwac_lab.config.run import Run, check_machine
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.progress import duration
 from cwac_lab.data.batches import plan_batches
@@ -21,10 +21,11 @@ from cwac_lab.data.forms import SYSTEM
 from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.metrics import form_of
 from cwac_lab.evaluation.protocol import evaluation_rows, suite_rows
-from cwac_lab.models.adapters import TuningConfig, attach
+from cwac_lab.models.adapters import BLOCK, TuningConfig, attach
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
+from cwac_lab.models.prefix import shared_length
 from cwac_lab.models.sites import EXPERTS
 from cwac_lab.results import store
 from cwac_lab.run.push import listed
@@ -35,9 +36,11 @@ from cwac_lab.run.survey import survey, told
 
 # Rows and columns of the matrices whose product tells how fast a device computes, and for how long it is taken.
 _SIDE, _SECONDS = 1024, 1.0
-# What share of weights ``tuning=null_space`` is taken to train; the subspace, which says it, is not known before a run.
-# At the default energy it was 0.05 for SmolLM2-135M, and 0.29 for Qwen2.5-0.5B.
-FREE = 0.2
+# Least share of a layer's directions that is free, as ``tuning=null_space`` is guessed to train. By default it
+# was 0.05 of the weights of SmolLM2-135M, and 0.29 of Qwen2.5-Coder-0.5B's: its FFN is wider than prompts have tokens.
+FREE = 0.1
+# Bytes of a number in NF4: 4 bits, and a scale in float32 for each block.
+_NF4 = 0.5 + 4 / BLOCK
 # Share of that speed which training reaches, in our runs on CPUs: 0.25 to 0.5.
 _REACHED = 0.35
 _GB = 1e9
@@ -56,6 +59,7 @@ class Estimate:
         guessed: Whether that is a guess.
         memory: Bytes of weights, gradients and AdamW's moments; activations come on top.
         kept: Bytes of what the constraint keeps beside them, copies of weights or a basis.
+        merged: Bytes of the CPU's memory that the model takes when it is merged, where it was held in fewer bits.
         disk: Bytes that are written at most: what is saved, and two checkpoints, while one takes the other's place.
         seconds: Of training, roughly.
     """
@@ -68,56 +72,65 @@ class Estimate:
     guessed: bool
     memory: int
     kept: int
+    merged: int
     disk: int
     seconds: float
 
     def lines(self) -> Iterator[str]:
         """Yield it in words."""
         yield f"{self.rows} examples, {self.steps} steps, {self.tokens} tokens"
-        guess = f", if {FREE:g} of all directions are free (python -m cwac_lab.prepare tells)" if self.guessed else ""
+        guess = ", about (python -m cwac_lab.prepare tells what share is free)" if self.guessed else ""
         yield f"{self.parameters / 1e6:.0f} M parameters, {self.trained / 1e6:.1f} M of them trained{guess}"
         kept = f", {self.kept / _GB:.1f} GB for what the constraint keeps" if self.kept else ""
         yield f"memory: {self.memory / _GB:.1f} GB for weights, gradients and moments{kept}; activations come on top"
+        if self.merged:
+            yield f"memory of the CPU, at the end: {self.merged / _GB:.1f} GB for the merged model in float32"
         yield f"disk: {self.disk / _GB:.1f} GB"
         yield f"training: about {duration(self.seconds)}; preparing and evaluating come on top"
 
 
-def trained_parameters(model: Any, tuning: TuningConfig, rank: int | None = None) -> int:
+def trained_parameters(model: Any, tuning: TuningConfig, protected: int | None = None) -> int:
     """Return how many parameters a run trains, before a constraint freezes any; with ``null_space`` about how many.
 
     Args:
         model: The model, on the meta device, where a copy takes no memory.
         tuning: What is trained.
-        rank: Protected directions of each input, where that is set.
+        protected: The most directions that can be protected of an input, where that is known.
     """
     if tuning.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
     if tuning.method == "null_space":
-        return sum(rows * free for rows, _, free in _free(model, tuning, rank))
+        return sum(rows * _free(width, protected) for rows, width in _adapted(model, tuning))
     adapted = copy.deepcopy(model)
     attach(adapted, replace(tuning, base="float32"), seed=0)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
-def _free(model: Any, tuning: TuningConfig, rank: int | None) -> list[tuple[int, int, int]]:
-    """Return rows, columns and about how many free directions the layers have that get factors."""
+def _adapted(model: Any, tuning: TuningConfig) -> list[tuple[int, int]]:
+    """Return rows and columns of the layers that get factors."""
     adapted = copy.deepcopy(model)
     attach(adapted, replace(tuning, method="lora", base="float32"), seed=0)
-    layers = [layer for layer in adapted.modules() if hasattr(layer, "lora_A")]
-    sizes = [(layer.out_features, layer.in_features) for layer in layers]
-    return [(rows, width, round(FREE * width) if rank is None else max(0, width - rank)) for rows, width in sizes]
+    return [(layer.out_features, layer.in_features) for layer in adapted.modules() if hasattr(layer, "lora_A")]
 
 
-def _rank(run: Run) -> int | None:
+def _free(width: int, protected: int | None) -> int:
+    """Return about how many of an input's directions are free."""
+    return max(round(FREE * width), width - (width if protected is None else min(protected, width)))
+
+
+def most_protected(run: Run, reference: Sequence[Sequence[int]]) -> int | None:
+    """Return the most directions that a run can protect of an input: no more than its reference prompts have tokens.
+
+    Args:
+        run: The run.
+        reference: Harmful reference prompts as token ids; of other forms, and of answers, the tokens are not counted.
+    """
     spec = run.constraint.requirements.subspace
-    return None if spec is None else spec.rank
-
-
-def _fixed(run: Run, model: Any) -> int:
-    """Return how many numbers the factors have that do not train."""
-    if run.tuning.method != "null_space":
-        return 0
-    return sum(width * free for _, width, free in _free(model, run.tuning, _rank(run)))
+    if spec is None or not reference:
+        return None
+    opening = shared_length(reference, min(map(len, reference)))
+    own = spec.rank if spec.rank is not None else sum(len(ids) - opening for ids in reference)
+    return own + (opening if spec.opening == "held" or spec.rank is None else 0)
 
 
 def used_share(model: Any) -> float:
@@ -131,30 +144,36 @@ def used_share(model: Any) -> float:
     return 1 - experts * (1 - config.num_experts_per_tok / of) / sum(sizes.values())
 
 
-def estimate(run: Run, model: Any, examples: Sequence[Encoded]) -> Estimate:
+def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[int]] = ()) -> Estimate:
     """Return what a run would take.
 
     Args:
         run: The run.
         model: Its model on the meta device.
         examples: The rows that are trained on.
+        reference: Its harmful reference prompts as token ids.
     """
     trainer = run.trainer
     lengths = [len(example.input_ids) for example in examples]
     plan = plan_batches(lengths, trainer.batch_size * trainer.accumulate, trainer.epochs, run.seed)[: trainer.max_steps]
     tokens = sum(lengths[row] for rows in plan for row in rows)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained, fixed = trained_parameters(model, run.tuning, _rank(run)), _fixed(run, model)
-    width = run.dtype.itemsize
+    most, guessed, fixed, width = most_protected(run, reference), False, 0, run.dtype.itemsize
+    trained = trained_parameters(model, run.tuning, most)
+    adapted = _adapted(model, run.tuning) if run.tuning.adapts else []
+    if run.tuning.method == "null_space":
+        guessed, fixed = True, sum(columns * _free(columns, most) for _, columns in adapted)
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * used_share(model) * (4 * parameters + 2 * trained)
     # Gradients and moments, and with factors these themselves.
     memory = width * parameters + (8 + (8 if run.tuning.adapts else width)) * trained
+    if run.tuning.base == "nf4":
+        memory -= round((width - _NF4) * sum(rows * columns for rows, columns in adapted))
+    merged = 4 * parameters if run.tuning.dtype is not None else 0
     kept = 4 * fixed if run.tuning.adapts else round(run.constraint.copies * width * trained)
     disk = sum(saved(run, parameters, trained + fixed).values()) + checkpoints(run, trained, fixed)
-    guessed = run.tuning.method == "null_space" and _rank(run) is None
     return Estimate(
-        len(examples), len(plan), tokens, parameters, trained, guessed, memory, kept, disk,
+        len(examples), len(plan), tokens, parameters, trained, guessed, memory, kept, merged, disk,
         flops / (_REACHED * speed(trainer.device, run.dtype)),
     )  # fmt: skip
 
@@ -191,10 +210,10 @@ def check_room(run: Run, folder: Path) -> None:
     if not run.finetune or not (export or every):
         return
     model = skeleton(folder)
-    parameters, trained, fixed = sum(each.numel() for each in model.parameters()), 0, 0
-    if run.tuning.method != "null_space" or _rank(run) is not None:  # a guess refuses no run
-        trained, fixed = trained_parameters(model, run.tuning, _rank(run)), _fixed(run, model)
-    needed = sum(saved(run, parameters, trained + fixed).values()) + checkpoints(run, trained, fixed)
+    parameters, trained = sum(each.numel() for each in model.parameters()), 0
+    if run.tuning.method != "null_space":  # a guess refuses no run
+        trained = trained_parameters(model, run.tuning)
+    needed = sum(saved(run, parameters, trained).values()) + checkpoints(run, trained)
     root = Path(run.output_root).absolute()
     free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.is_dir())).free
     if needed > free:
@@ -214,6 +233,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
         raise ConfigError("dry", True, "false with finetune=false: nothing is trained")
     if run.attack.rows == "outliers":
         raise ConfigError("dry", True, f"false with attack={run.attack.name}, which chooses rows by gradients")
+    check_machine(run)
     pools = build_pools(run.data)
     data = pools.task_rows(run.data, run.task)
     folder = find(run.model, run.profile.name, Path(run.cache_root), use_of(run))
@@ -221,7 +241,8 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     rows = train_rows(run, data.train, pools, None, chat, say)
     examples = encoded(rows, chat, run.task.train_on, say)
     lines = [*run.task.remarks, *told(survey(rows, examples, pools.harmful()))]
-    found = estimate(run, skeleton(folder.path), examples)
+    reference = [chat.prompt_ids(row.prompt) for row in pools.get("harmful", "reference")]
+    found = estimate(run, skeleton(folder.path), examples, reference)
     asked = evaluation_rows(run, pools, data) | suite_rows(run, chosen(run, pools, data, lines.append))
     lines = [folder.description, *lines, *found.lines(), _evaluated(asked)]
     if run.export.push is not None:

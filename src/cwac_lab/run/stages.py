@@ -84,9 +84,6 @@ def carry_through(job: Job) -> None:
         asked = _asked(job, model, chat)
         begun = _start_on_text(job, model, chat)
         tuned = _fine_tune(job, model, chat, made, asked) if run.finetune else {}
-        if run.finetune and run.trainer.export and store.MODEL in run.tuning.saved and folder.writes:
-            with job.meter.stage("export"):
-                export(model, chat, folder.path / store.MODEL, job.begin.folder.path)
         with job.meter.stage("attack") if run.attack.abliterate else nullcontext():
             tuned |= edited.edit(run, job.begin.pools, model, chat, job.screen.say)
         if run.evaluation.perplexity:
@@ -104,6 +101,15 @@ def carry_through(job: Job) -> None:
         write_card(run, folder, record)
         log_run(made, folder, job.screen.say)
     job.screen.result(title(record), record)
+
+
+def _export(job: Job, model: Any, chat: ChatFormat) -> None:
+    """Save a trained model where that is asked for; it is measured in the type in which the start was."""
+    run = job.run
+    if run.trainer.export and store.MODEL in run.tuning.saved and job.folder.writes:
+        with job.meter.stage("export"):
+            export(model, chat, job.folder.path / store.MODEL, job.begin.folder.path)
+    model.to(run.trainer.device, run.dtype)
 
 
 def _save_adapter(job: Job, model: Any) -> None:
@@ -172,6 +178,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         _save_adapter(job, model)
         finish(defense, model, merge)
         check_finite(model, examples[0], chat.pad_id)
+    _export(job, model, chat)
     told: dict[str, Any] = {} if share is None else {"held_share": share}
     ended = int(trained["steps"])
     if guard is not None:

@@ -96,7 +96,11 @@ def hard(**training):
         config, metrics = run.config(), run.read("metrics.json")
         assert metrics["split"] == "validation"
         at = {"seed": config["seed"], **{key: config["trainer"][key] for key in ("learning_rate", "epochs")}}
-        if config["tuning"]["method"] == "full" and [*config["constraint"]] == ["weight"] and training.items() <= at.items():
+        if (
+            config["tuning"]["method"] == "full"
+            and [*config["constraint"]] == ["weight"]
+            and training.items() <= at.items()
+        ):
             told.append((config["constraint"]["weight"], tuple(at.values()), metrics))
     return told
 

@@ -14,7 +14,7 @@ from cwac_lab.models.adapters import TARGETS, TuningConfig, attach
 from cwac_lab.models.sites import linears
 from cwac_lab.run import estimate
 from support import tiny
-from support.held import context
+from support.held import PROMPTS, context
 
 ADAPTED = [*(("llama", modules) for modules in TARGETS), ("phi3", "all_linear"), ("qwen3_moe", "all_linear")]
 
@@ -66,7 +66,7 @@ def test_a_dry_run_tells_rows_steps_memory_disk_and_time(tiny_folder, tmp_path, 
     assert "moments, 0.0 GB for what the constraint keeps;" in told
     tiny.launch(train.main, [*given[:-1], "constraint=weight", "tuning=null_space", "dry=true"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "trained, if 0.2 of all directions are free (python -m cwac_lab.prepare tells)" in told
+    assert "trained, about (python -m cwac_lab.prepare tells what share is free)" in told
     assert not (tmp_path / "out" / "runs").exists()
 
 
@@ -83,20 +83,44 @@ def test_copies_of_weights_are_counted_with_full_tuning(constraint, copies):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("rank", [None, 5])
-def test_what_the_constraint_leaves_free_is_a_guess_before_the_subspace_is_known(architecture, rank):
-    model, example = tiny.model(architecture), tiny.chat().encode("a question", "an answer")
-    held = [] if rank is None else ["constraint.weight.energy=null", f"constraint.weight.rank={rank}"]
-    opening = ["constraint.weight.opening=counted"]
-    run = read(tiny.config("constraint=weight", "tuning=null_space", "tuning.modules=ffn", *held, *opening))
-    found = estimate.estimate(run, model, [example] * 8)
-    shapes = [(len(each.weight), each.weight.shape[1]) for each in linears(model, "ffn")]
-    free = [round(estimate.FREE * width) if rank is None else width - rank for _, width in shapes]
-    assert found.guessed is (rank is None)
-    assert found.trained == sum(rows * each for (rows, _), each in zip(shapes, free, strict=True))
-    assert found.kept == 4 * sum(width * each for (_, width), each in zip(shapes, free, strict=True))
+@pytest.mark.parametrize("opening", ["held", "counted"])
+def test_with_a_fixed_rank_what_the_constraint_leaves_free_is_counted(architecture, opening):
+    model, chat = tiny.model(architecture), tiny.chat()
+    reference = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    held = ["constraint.weight.energy=null", "constraint.weight.rank=5", f"constraint.weight.opening={opening}"]
+    run = read(tiny.config("constraint=weight", "tuning=null_space", "tuning.modules=ffn", *held))
+    found = estimate.estimate(run, model, [chat.encode("a question", "an answer")] * 8, reference)
+    parts = context(model, run.constraint)
+    attach_free(model, run.tuning, 0, run.constraint.requirements.subspace, parts.subspace)
+    assert found.trained == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert found.kept == 4 * sum(each.numel() for name, each in model.named_parameters() if "lora_A" in name)
+
+
+def test_no_more_directions_are_protected_than_reference_prompts_have_tokens():
+    model, chat = tiny.model(), tiny.chat()
+    reference = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]]
+    given = ["constraint=weight", "tuning=null_space", "tuning.modules=ffn"]
+    run, example = read(tiny.config(*given)), chat.encode("a question", "an answer")
+    assert estimate.most_protected(run, reference) == 2 + 6
+    found = estimate.estimate(run, model, [example] * 8, reference)
+    shapes = [tuple(each.weight.shape) for each in linears(model, "ffn")]
+    assert found.trained == sum(rows * (width - 8) for rows, width in shapes)
+    assert found.guessed
+    many = estimate.estimate(run, model, [example] * 8, [[1, *range(n, n + 50)] for n in range(50)])
+    assert many.trained == sum(rows * round(estimate.FREE * width) for rows, width in shapes)
     assert not estimate.estimate(read(tiny.config()), model, [example] * 8).guessed
-    if rank is not None:
-        parts = context(model, run.constraint)
-        attach_free(model, run.tuning, 0, run.constraint.requirements.subspace, parts.subspace)
-        assert found.trained == sum(each.numel() for each in model.parameters() if each.requires_grad)
+
+
+def test_bits_of_frozen_weights_and_the_merge_in_float32_are_counted():
+    model, example = tiny.model(), tiny.chat().encode("a question", "an answer")
+    found = {
+        base: estimate.estimate(
+            read(tiny.config("constraint=none", "tuning=lora", f"tuning.base={base}")), model, [example]
+        )
+        for base in ("float32", "bfloat16", "nf4")
+    }
+    size = sum(each.numel() for each in model.parameters())
+    adapted = sum(each.weight.numel() for each in linears(model, "all_linear"))
+    assert found["float32"].memory - found["bfloat16"].memory == 2 * size
+    assert found["bfloat16"].memory - found["nf4"].memory == round((2 - 0.5625) * adapted)
+    assert [each.merged for each in found.values()] == [0, 4 * size, 4 * size]
