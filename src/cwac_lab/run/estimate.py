@@ -19,13 +19,13 @@ from cwac_lab.core.progress import duration
 from cwac_lab.data.batches import plan_batches
 from cwac_lab.data.forms import SYSTEM
 from cwac_lab.data.pools import build_pools
+from cwac_lab.defenses.cwac.subspace.parts import parts_of
 from cwac_lab.evaluation.metrics import form_of
 from cwac_lab.evaluation.protocol import evaluation_rows, suite_rows
 from cwac_lab.models.adapters import BLOCK, TuningConfig, attach
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
-from cwac_lab.models.prefix import shared_length
 from cwac_lab.models.sites import EXPERTS
 from cwac_lab.results import store
 from cwac_lab.run.push import listed
@@ -128,7 +128,7 @@ def most_protected(run: Run, reference: Sequence[Sequence[int]]) -> int | None:
     spec = run.constraint.requirements.subspace
     if spec is None or not reference:
         return None
-    opening = shared_length(reference, min(map(len, reference)))
+    opening = parts_of(reference)[0].opening
     own = spec.rank if spec.rank is not None else sum(len(ids) - opening for ids in reference)
     return own + (opening if spec.opening == "held" or spec.rank is None else 0)
 
