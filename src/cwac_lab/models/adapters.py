@@ -198,8 +198,7 @@ def attach(
 def merge(adapted: Any) -> Any:
     """Add ``alpha / r B A`` to the weights in float32, in place, whatever they are held in.
 
-    bfloat16 or 4 bits would round the update, and with it a constraint on it. A model that is held in these is merged
-    in the memory of the CPU, as the device may have no room for it in float32.
+    bfloat16 or 4 bits would round the update, and with it a constraint on it.
 
     Args:
         adapted: PEFT's ``LoraModel``.
@@ -210,17 +209,15 @@ def merge(adapted: Any) -> Any:
     from peft.tuners.lora import Linear
 
     model = adapted.model
-    short = any(parameter.dtype != torch.float32 for parameter in model.parameters())
-    where = torch.device("cpu") if short else model.device
     for layer in _layers(model):
         if in_few_bits(layer.base_layer):
             layer.__class__ = Linear  # PEFT's own for few bits would round the sum to them
     for name, module in list(model.named_modules()):
         if in_few_bits(module):
-            model.set_submodule(name, _plain(module).to(where))
+            model.set_submodule(name, _plain(module))
     if getattr(model, "hf_quantizer", None) is not None:  # as transformers loaded it
         model.hf_quantizer.remove_quantization_config(model)
-    model.to(where).float()
+    model.float()
     for layer in _layers(model):
         told = vars(layer).get("when_merged")
         before = _own(layer).detach().clone() if told else None

@@ -26,7 +26,7 @@ from cwac_lab.models.adapters import BLOCK, TuningConfig, attach
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
-from cwac_lab.models.sites import EXPERTS
+from cwac_lab.models.sites import EXPERTS, linears
 from cwac_lab.results import store
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
@@ -36,7 +36,7 @@ from cwac_lab.run.survey import survey, told
 
 # Rows and columns of the matrices whose product tells how fast a device computes, and for how long it is taken.
 _SIDE, _SECONDS = 1024, 1.0
-# Least share of a layer's directions that is free, as ``tuning=null_space`` is guessed to train. By default it
+# What share of an input's directions is guessed to be free where prompts have more tokens than it is wide. It
 # was 0.05 of the weights of SmolLM2-135M, and 0.29 of Qwen2.5-Coder-0.5B's: its FFN is wider than prompts have tokens.
 FREE = 0.1
 # Bytes of a number in NF4: 4 bits, and a scale in float32 for each block.
@@ -59,7 +59,7 @@ class Estimate:
         guessed: Whether that is a guess.
         memory: Bytes of weights, gradients and AdamW's moments; activations come on top.
         kept: Bytes of what the constraint keeps beside them, copies of weights or a basis.
-        merged: Bytes of the CPU's memory that the model takes when it is merged, where it was held in fewer bits.
+        merged: Bytes of the model once it is merged, where it was held in fewer bits.
         disk: Bytes that are written at most: what is saved, and two checkpoints, while one takes the other's place.
         seconds: Of training, roughly.
     """
@@ -84,7 +84,7 @@ class Estimate:
         kept = f", {self.kept / _GB:.1f} GB for what the constraint keeps" if self.kept else ""
         yield f"memory: {self.memory / _GB:.1f} GB for weights, gradients and moments{kept}; activations come on top"
         if self.merged:
-            yield f"memory of the CPU, at the end: {self.merged / _GB:.1f} GB for the merged model in float32"
+            yield f"memory at the end: {self.merged / _GB:.1f} GB for the merged model in float32"
         yield f"disk: {self.disk / _GB:.1f} GB"
         yield f"training: about {duration(self.seconds)}; preparing and evaluating come on top"
 
@@ -118,15 +118,26 @@ def _free(width: int, protected: int | None) -> int:
     return max(round(FREE * width), width - (width if protected is None else min(protected, width)))
 
 
+def _spans(run: Run, model: Any, protected: int | None) -> int:
+    """Return about how many numbers the spans have that a run holds: of an input's directions the fewer, those or U."""
+    spec = run.constraint.requirements.subspace
+    if spec is None:
+        return 0
+    widths = {linear.site: linear.width for linear in linears(model, spec.modules)}
+    return sum(width * min(_free(width, protected), width - _free(width, protected)) for width in widths.values())
+
+
 def most_protected(run: Run, reference: Sequence[Sequence[int]]) -> int | None:
     """Return the most directions that a run can protect of an input: no more than its reference prompts have tokens.
 
+    None where it is not known, or where other tokens count as well: answers, harmless prompts, other forms.
+
     Args:
         run: The run.
-        reference: Harmful reference prompts as token ids; of other forms, and of answers, the tokens are not counted.
+        reference: Harmful reference prompts as token ids.
     """
     spec = run.constraint.requirements.subspace
-    if spec is None or not reference:
+    if spec is None or not reference or (spec.held_on, spec.answers) != ("harmful", "none") or run.forms.others:
         return None
     opening = parts_of(reference)[0].opening
     own = spec.rank if spec.rank is not None else sum(len(ids) - opening for ids in reference)
@@ -170,7 +181,9 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Seque
     if run.tuning.base == "nf4":
         memory -= round((width - _NF4) * sum(rows * columns for rows, columns in adapted))
     merged = 4 * parameters if run.tuning.dtype is not None else 0
-    kept = 4 * fixed if run.tuning.adapts else round(run.constraint.copies * width * trained)
+    kept = round(run.constraint.copies * width * trained)
+    if run.tuning.adapts:
+        kept = 4 * (fixed + _spans(run, model, most))
     disk = sum(saved(run, parameters, trained + fixed).values()) + checkpoints(run, trained, fixed)
     return Estimate(
         len(examples), len(plan), tokens, parameters, trained, guessed, memory, kept, merged, disk,

@@ -104,12 +104,11 @@ def carry_through(job: Job) -> None:
 
 
 def _export(job: Job, model: Any, chat: ChatFormat) -> None:
-    """Save a trained model where that is asked for; it is measured in the type in which the start was."""
+    """Save a trained model where that is asked for."""
     run = job.run
     if run.trainer.export and store.MODEL in run.tuning.saved and job.folder.writes:
         with job.meter.stage("export"):
             export(model, chat, job.folder.path / store.MODEL, job.begin.folder.path)
-    model.to(run.trainer.device, run.dtype)
 
 
 def _save_adapter(job: Job, model: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cwac_lab.core import distributed
 from cwac_lab.core.cache import read_json, reading, write_json
+from cwac_lab.core.errors import LabError
 from cwac_lab.defenses.interface import Defense
 from cwac_lab.models.shards import is_sharded, like, local
 from cwac_lab.training.module import FineTuning
@@ -122,9 +123,12 @@ class Resume:
 
     def weights(self, model: Any, defense: Defense) -> None:
         """Put back weights and the defence's state; the defence is already prepared on the start weights."""
-        stored = _stored(self.folder, "weights")
+        stored, wanted = _stored(self.folder, "weights"), _trainable(model)
+        other = [name for name, each in wanted.items() if name not in stored or stored[name].shape != each.shape]
+        if other:
+            raise LabError(f"{self.folder} is of another model: {other[0]}; accepted: remove the folder to begin anew")
         with torch.no_grad():
-            for name, parameter in _trainable(model).items():
+            for name, parameter in wanted.items():
                 parameter.copy_(stored[name])
         with reading(self.folder):
             state = load_file(self.folder / "defense.safetensors")

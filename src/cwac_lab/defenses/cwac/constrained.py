@@ -63,4 +63,4 @@ class Constrained:
 def note_merged(group: Sequence[Constrained], before: Tensor, after: Tensor) -> None:
     """Take a parameter before and after its adapter is merged: what is added is rounded to what the sum can hold."""
     for held in group:
-        held.merged = held.span.to(after.device).leak(held.linear.of(after) - held.linear.of(before))
+        held.merged = held.span.leak(held.linear.of(after) - held.linear.of(before))
