@@ -73,6 +73,22 @@ def _own(rows: _Rows) -> list[float]:
     return ticks
 
 
+def _sft(rows: _Rows, model: Any, tokenizer: Any, common: dict[str, Any], callbacks: list[Any]) -> Any:
+    """Return TRL's trainer; packed, a step has one row of as many tokens as the steps of the others."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    answers = [[int(label >= 0) for label in labels] for labels in rows.labels]
+    table = datasets.Dataset.from_dict({"input_ids": rows.ids, "completion_mask": answers})
+    longest = rows.trainer["max_length"]
+    if common.get("packing"):
+        steps = len(rows.ids) // rows.trainer["batch_size"]
+        common = common | {"per_device_train_batch_size": 1}
+        longest = max(*map(len, rows.ids), -(-sum(map(len, rows.ids)) // steps))
+    arguments = SFTConfig(**common, max_length=longest, completion_only_loss=True, gradient_checkpointing=False)
+    return SFTTrainer(model, arguments, train_dataset=table, processing_class=tokenizer, callbacks=callbacks)
+
+
 def _others(rows: _Rows, kind: str, more: dict[str, Any]) -> list[float]:
     import tempfile
 
@@ -114,20 +130,9 @@ def _others(rows: _Rows, kind: str, more: dict[str, Any]) -> list[float]:
         "seed": 0,
         **more,
     }
+    trainer: Any
     if kind == "SFTTrainer":
-        from trl import SFTConfig, SFTTrainer
-
-        answers = [[int(label >= 0) for label in labels] for labels in rows.labels]
-        table = datasets.Dataset.from_dict({"input_ids": rows.ids, "completion_mask": answers})
-        own = {"max_length": settings["max_length"], "completion_only_loss": True, "gradient_checkpointing": False}
-        if more.get("packing"):  # one row of as many tokens as the others' steps have
-            steps = len(rows.ids) // settings["batch_size"]
-            common["per_device_train_batch_size"] = 1
-            own["max_length"] = max(*map(len, rows.ids), -(-sum(map(len, rows.ids)) // steps))
-        arguments = SFTConfig(**common, **own)
-        trainer = SFTTrainer(
-            model, arguments, train_dataset=table, processing_class=tokenizer, callbacks=[Clock()]
-        )  # fmt: skip
+        trainer = _sft(rows, model, tokenizer, common, [Clock()])
     else:
         ones = [[1] * len(ids) for ids in rows.ids]
         table = datasets.Dataset.from_dict({"input_ids": rows.ids, "attention_mask": ones, "labels": rows.labels})
