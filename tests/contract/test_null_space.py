@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from cwac_lab.core.errors import LabError
 from cwac_lab.data.batches import collate
+from cwac_lab.defenses.cwac import null_space
 from cwac_lab.defenses.cwac.null_space import attach as constrained
 from cwac_lab.defenses.cwac.null_space import free_directions
 from cwac_lab.defenses.cwac.subspace.span import Span
@@ -29,9 +30,9 @@ ARCHITECTURES = ["llama", "qwen2", "gpt2", "phi3"]
 
 def attached(architecture="llama", tuning=NULL_SPACE, energy=0.9, **settings):
     """Return a model with the factors of a prepared constraint, what it was prepared with, and the merge."""
-    model, defense = start_of(architecture, tuning), WeightConstraint(energy=energy, **settings)
-    prepared = context(model, defense)
-    merge = constrained(model, tuning, 0, defense.requirements.subspace, prepared.subspace)
+    model, defense, chat = start_of(architecture, tuning), WeightConstraint(energy=energy, **settings), tiny.chat()
+    prepared, rows = context(model, defense), [chat.encode(*row).input_ids for row in ROWS]
+    merge = constrained(model, tuning, 0, defense.requirements.subspace, prepared.subspace, rows, chat.pad_id)
     defense.prepare(prepared)
     return model, defense, prepared, merge
 
@@ -125,8 +126,9 @@ def test_training_equals_that_of_coordinates_in_dense_weights():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])
-def test_what_is_merged_has_no_part_along_protected_directions(architecture, base):
-    tuning = replace(NULL_SPACE, base=base)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_what_is_merged_has_no_part_along_protected_directions(architecture, base, rank):
+    tuning = replace(NULL_SPACE, base=base, rank=rank)
     defense = WeightConstraint(energy=0.9)
     model, prepared = train(defense, architecture=architecture, tuning=tuning)
     assert defense.summary()["leak"] < 1e-4
@@ -138,6 +140,81 @@ def test_what_is_merged_has_no_part_along_protected_directions(architecture, bas
         assert float((update @ span.basis.double()).norm()) <= 1e-4 * float(update.norm()) + 1e-7
     assert moved > 1e-2
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def read_alone(model, rows, normalize):
+    """Return, by layer, the second moment of what it reads, from plain hooks and one row at a time."""
+    moments, handles = {}, []
+    for linear in linears(model, "all_linear"):
+
+        def hook(_, args, name=linear.name):
+            x = args[0][0].double()
+            x = x / x.norm(dim=1, keepdim=True) if normalize else x
+            moments[name] = moments.get(name, 0) + x.T @ x
+
+        handles.append(linear.module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for ids in rows:
+            model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return moments
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_with_a_rank_they_are_the_free_directions_along_which_the_rows_vary_most(architecture, normalize):
+    model, chat = start_of(architecture, FULL), tiny.chat()
+    defense = WeightConstraint(energy=0.9, normalize=normalize)
+    spec, subspace = defense.requirements.subspace, context(model, defense).subspace
+    rows = [chat.encode(*row).input_ids for row in ROWS]
+    found = free_directions(model, spec, subspace, replace(NULL_SPACE, rank=3), rows, pad_id=chat.pad_id)
+    moments = read_alone(model, rows, normalize)
+    chosen = 0
+    for linear in linears(model, "all_linear"):
+        v = subspace.spans[linear.site.name].basis.double()
+        without = torch.eye(len(v), dtype=torch.float64) - v @ v.T
+        values, vectors = torch.linalg.eigh(without @ moments[linear.name] @ without)
+        basis = found[linear.name.removesuffix(".weight")].double()
+        assert basis.shape[1] == min(3, len(v) - v.shape[1])
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-5, rtol=0)
+        assert (v.T @ basis).abs().max() < 1e-5
+        if basis.shape[1] == 3 and values[-3] > 1.05 * values[-4]:  # where the three leading ones are told apart
+            chosen += 1
+            expected = vectors[:, -3:] @ vectors[:, -3:].T
+            torch.testing.assert_close(basis @ basis.T, expected, atol=1e-3, rtol=0)
+    assert chosen > 3
+
+
+def test_a_rank_of_all_that_is_free_trains_what_no_rank_does():
+    """Another basis of the same directions: plain gradient descent cannot tell them apart."""
+    width = tiny.model().config.intermediate_size
+    merged = []
+    for rank in (None, width):
+        model, _, _, merge = attached(tuning=replace(NULL_SPACE, rank=rank))
+        answer_loss(model, batch()).backward()
+        with torch.no_grad():
+            for linear in linears(model, "all_linear"):
+                linear.left.sub_(0.1 * linear.left.grad)
+        merge()
+        merged.append(weights(model))
+    for name, value in merged[0].items():
+        torch.testing.assert_close(merged[1][name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_no_more_than_some_rows_are_read_and_the_seed_draws_them(monkeypatch):
+    model, chat, defense = tiny.model(), tiny.chat(), WeightConstraint(energy=0.9)
+    spec, subspace = defense.requirements.subspace, context(model, defense).subspace
+    rows = [chat.encode(*row).input_ids for row in ROWS]
+    monkeypatch.setattr(null_space, "READ", 4)
+    ranked = replace(NULL_SPACE, rank=2)
+
+    def found(seed):
+        return free_directions(model, spec, subspace, ranked, rows, seed, chat.pad_id)
+
+    first, again, other = found(0), found(0), found(1)
+    assert same(first, again)
+    assert not same(first, other)
 
 
 def test_weights_in_4_bits_are_kept_beside_them():
@@ -155,13 +232,14 @@ def test_weights_in_4_bits_are_kept_beside_them():
 def test_a_layer_of_which_nothing_is_free_has_no_factors_and_none_at_all_is_an_error(tmp_path):
     model = tiny.model()
     width = model.config.hidden_size
-    free = free_directions(model, "all_linear", context(model, WeightConstraint(energy=0.9)).subspace, "ffn")
+    defense, tuning = WeightConstraint(energy=0.9), replace(NULL_SPACE, modules="ffn")
+    free = free_directions(model, defense.requirements.subspace, context(model, defense).subspace, tuning)
     assert all("mlp" in name for name in free)
     closed = {name: basis[:, :0] if "up_proj" in name else basis for name, basis in free.items()}
-    attach(model, replace(NULL_SPACE, modules="ffn"), 0, closed)
+    attach(model, tuning, 0, closed)
     adapted = {name.rpartition(".lora_A")[0] for name in factors(model) if ".lora_A" in name}
     assert adapted == {name for name in free if "up_proj" not in name}
-    shipped.save_adapter(model, replace(NULL_SPACE, modules="ffn"), tmp_path, torch.float32, "base")
+    shipped.save_adapter(model, tuning, tmp_path, torch.float32, "base")
     assert len(lora.check(tiny.model(), tmp_path)) == len(adapted)  # no factors are missed
     with pytest.raises(LabError, match="leaves nothing to train"):
         attach(tiny.model(), NULL_SPACE, 0, {name: torch.zeros(width, 0) for name in free})

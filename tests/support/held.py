@@ -18,7 +18,7 @@ from cwac_lab.training.settings import TrainerConfig
 from support import tiny
 
 FULL, LORA = TuningConfig(), TuningConfig(method="lora", rank=3, alpha=6)
-NULL_SPACE = TuningConfig(method="null_space")
+NULL_SPACE = TuningConfig(method="null_space", rank=None)
 HALF, QLORA = replace(LORA, base="bfloat16"), replace(LORA, base="nf4")
 # Rows of 64 weights, a block of 4-bit numbers.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -79,7 +79,8 @@ def start(architecture, tuning):
 def train(defense, *, architecture="llama", rows=ROWS, tuning=FULL, **settings):
     model, chat = start(architecture, tuning), tiny.chat()
     prepared = context(model, defense)
-    merge = attach(model, tuning, 0, defense.requirements.subspace, prepared.subspace)
+    ids = [chat.encode(*row).input_ids for row in rows]
+    merge = attach(model, tuning, 0, defense.requirements.subspace, prepared.subspace, ids, chat.pad_id)
     defense.prepare(prepared)
     rows = [
         (row.prompt, row.response)

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -26,7 +27,7 @@ FORK = multiprocessing.get_context("fork")
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
 WHOLE = {"safegrad", "osf", "safe_delta", "ema", "pgm", "pgm_frobenius", "weight_slowed", "weight_penalised"}
 SHARDABLE = [name for name in ACTIVE if not WHOLE & {name, *name.split("+")}]
-TUNINGS = {"full": FULL, "lora": LORA, "null_space": NULL_SPACE}
+TUNINGS = {"full": FULL, "lora": LORA, "null_space": NULL_SPACE, "ranked": replace(NULL_SPACE, rank=2)}
 # Every defence under both strategies and in both ways of tuning: the other way under the other strategy.
 TABLE = {
     "ddp": [(name, ("full", "lora")[place % 2]) for place, name in enumerate(ACTIVE)],
@@ -34,7 +35,7 @@ TABLE = {
 }
 # What stands for all in the fast set: both constraints, rows that change places, all ways of tuning.
 FEW = {
-    "ddp": [("lisa+weight", "full"), ("safegrad", "lora"), ("weight_both", "null_space")],
+    "ddp": [("lisa+weight", "full"), ("safegrad", "lora"), ("weight_both", "ranked")],
     "fsdp": [("coupled", "lora"), ("weight_both", "full"), ("coupled", "null_space")],
 }
 RESUMED = ["coupled", "lisa"]

@@ -85,7 +85,7 @@ def chosen(run: Run, label: str) -> Run:
         constraint = Composite({} if name == "none" else {name: constraint.parts[name]})
     spec = constraint.requirements.subspace
     if name != label and spec is not None:
-        tuning = replace(tuning, method="null_space", modules=spec.modules)
+        tuning = replace(tuning, method="null_space", rank=None, modules=spec.modules)
     elif tuning.method == "null_space" and spec is None:  # there is nothing that is left free
         tuning = replace(tuning, method="full", save="merged")
     return replace(run, tuning=tuning, constraint=constraint)
@@ -115,7 +115,8 @@ def _train(config: DictConfig, label: str, line: Connection, threads: int, steps
     model, chat = begin.load(run)
     examples = list(islice(cycle(mixture(run, begin, chat)), run.trainer.batch_size * steps))
     context, _ = artefacts(run, begin, model, chat, lambda _: None)
-    attach(model, run.tuning, run.seed, run.constraint.requirements.subspace, context.subspace)
+    ids = [example.input_ids for example in examples]
+    attach(model, run.tuning, run.seed, run.constraint.requirements.subspace, context.subspace, ids, chat.pad_id)
     run.constraint.prepare(context)
     trainer = replace(run.trainer, epochs=1, progress_bar=False)
     fit(model, examples, chat.pad_id, run.constraint, trainer, 0, callbacks=[_Turns(line)])

@@ -1,7 +1,7 @@
 """Factors beside frozen weights, by PEFT: attached to a model in place, merged into its weights after training.
 
-LoRA (Hu et al. 2022) trains both factors. With ``null_space`` A is a basis of what a constraint leaves free, it stays
-as it is, and B trains: the frozen A of LoRA-Null (Tang et al. 2025, arXiv 2503.02659), with all free directions.
+LoRA (Hu et al. 2022) trains both factors. With ``null_space`` the rows of A are directions that a constraint leaves
+free, A stays as it is, and B trains: the frozen A of LoRA-Null (Tang et al. 2025, arXiv 2503.02659).
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class TuningConfig:
     Attributes:
         method: ``full``: the weights themselves; ``lora``: low-rank factors B (m, r) and A (r, d) beside frozen ones,
             ``W = W_0 + alpha / r B A``, merged at the end; ``null_space``: ``W = W_0 + sqrt(d / c) B U^T``, where the
-            columns of U (d, c) are all directions that the constraint leaves free, and B (m, c) trains; not in experts.
+            columns of U (d, c) are directions that the constraint leaves free, and B (m, c) trains; not in experts.
             With this scale a step in which every number moves by the rate is as long as with ``full``, unprojected.
-        rank: Rank r of LoRA's factors.
+        rank: Rank r of LoRA's factors. With ``null_space`` the number c of columns of U, those free directions along
+            which the training rows vary most; None: all that are free.
         alpha: Numerator of the scale ``alpha / r`` of LoRA.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
         base: What W_0 is held in, one of ``BASES``; the factors are in float32, and so is the merged model. ``nf4``
@@ -54,7 +55,7 @@ class TuningConfig:
     """
 
     method: str = "full"
-    rank: int = 16
+    rank: int | None = 16
     alpha: float = 32.0
     modules: str = "all_linear"
     base: str = "float32"
@@ -63,7 +64,10 @@ class TuningConfig:
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("method", self.method, METHODS)
-        in_range("rank", self.rank, 1)
+        if self.rank is not None:
+            in_range("rank", self.rank, 1)
+        elif self.method == "lora":
+            raise ConfigError("rank", None, ">= 1, or null with tuning=null_space")
         in_range("alpha", self.alpha, 0, open_low=True)
         one_of("modules", self.modules, TARGETS)
         one_of("base", self.base, BASES)
@@ -80,7 +84,7 @@ class TuningConfig:
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """Folders of a run that hold what is saved of it: ``model``, ``adapter``, in this order."""
+        """Folders of a run with what is saved of it, in this order."""
         return {"merged": ("model",), "adapter": ("adapter",), "both": ("model", "adapter")}[self.save]
 
     @property
@@ -89,12 +93,12 @@ class TuningConfig:
         if self.method == "full":
             return "all weights that the constraint leaves free"
         if self.method == "null_space":
-            return f"all free directions of {self.modules}, beside weights in {self.base}"
+            return f"{self.rank or 'all'} free directions of {self.modules}, beside weights in {self.base}"
         return f"LoRA of rank {self.rank} in {self.modules}, beside weights in {self.base}"
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type that weights are loaded in; None leaves it to the trainer's precision."""
+        """The type that weights are loaded in; None: as the trainer's precision says."""
         return BASES[self.base] if self.adapts and self.base != "float32" else None
 
 

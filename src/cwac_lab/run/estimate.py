@@ -100,7 +100,7 @@ def trained_parameters(model: Any, tuning: TuningConfig, protected: int | None =
     if tuning.method == "full":
         return sum(parameter.numel() for parameter in model.parameters())
     if tuning.method == "null_space":
-        return sum(rows * _free(width, protected) for rows, width in _adapted(model, tuning))
+        return sum(rows * _factors(tuning, width, protected) for rows, width in _adapted(model, tuning))
     adapted = copy.deepcopy(model)
     attach(adapted, replace(tuning, base="float32"), seed=0)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
@@ -109,13 +109,19 @@ def trained_parameters(model: Any, tuning: TuningConfig, protected: int | None =
 def _adapted(model: Any, tuning: TuningConfig) -> list[tuple[int, int]]:
     """Return rows and columns of the layers that get factors."""
     adapted = copy.deepcopy(model)
-    attach(adapted, replace(tuning, method="lora", base="float32"), seed=0)
+    attach(adapted, replace(tuning, method="lora", rank=1, base="float32"), seed=0)
     return [(layer.out_features, layer.in_features) for layer in adapted.modules() if hasattr(layer, "lora_A")]
 
 
 def _free(width: int, protected: int | None) -> int:
     """Return about how many of an input's directions are free."""
     return max(round(FREE * width), width - (width if protected is None else min(protected, width)))
+
+
+def _factors(tuning: TuningConfig, width: int, protected: int | None) -> int:
+    """Return about how many free directions of an input have factors."""
+    free = _free(width, protected)
+    return free if tuning.rank is None else min(tuning.rank, free)
 
 
 def _spans(run: Run, model: Any, protected: int | None) -> int:
@@ -173,7 +179,8 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Seque
     trained = trained_parameters(model, run.tuning, most)
     adapted = _adapted(model, run.tuning) if run.tuning.adapts else []
     if run.tuning.method == "null_space":
-        guessed, fixed = True, sum(columns * _free(columns, most) for _, columns in adapted)
+        guessed = run.tuning.rank is None
+        fixed = sum(columns * _factors(run.tuning, columns, most) for _, columns in adapted)
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * used_share(model) * (4 * parameters + 2 * trained)
     # Gradients and moments, and with factors these themselves.

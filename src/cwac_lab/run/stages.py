@@ -148,7 +148,8 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     run, defense, say = job.run, job.run.constraint, job.screen.say
     with job.meter.stage("rows"):
         rows = train_rows(run, job.data.train, job.begin.pools, model, chat, say)
-        encoded(rows, chat, run.task.train_on, lambda _: None)  # what cannot be shown is told before hours of work
+        # What cannot be shown is told before hours of work.
+        ids = [example.input_ids for example in encoded(rows, chat, run.task.train_on, lambda _: None)]
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
         share = held_share(run, job.begin, context, prepared, chat)
@@ -157,7 +158,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     guard = guarded.guard(run, model, chat, context, job.folder)
     with job.meter.stage("prepare"):
         spec = run.constraint.requirements.subspace
-        merge = attach(model, run.tuning, run.seed, spec, context.subspace)
+        merge = attach(model, run.tuning, run.seed, spec, context.subspace, ids, chat.pad_id)
         defense.prepare(context)
     rows = defense.wrap_dataset(rows)
     _write_manifest(job, rows)

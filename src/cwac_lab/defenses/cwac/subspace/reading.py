@@ -47,8 +47,9 @@ class Receiver(Protocol):
 
 
 def fill(
-    held: Mapping[Site, Receiver], model: Any, batches: Sequence[Sequence[Text]], spec: SubspaceSpec, pad_id: int
-) -> None:
+    held: Mapping[Site, Receiver], model: Any, batches: Sequence[Sequence[Text]], spec: SubspaceSpec, pad_id: int,
+    title: str = "reading the inputs of reference prompts, batches",
+) -> None:  # fmt: skip
     """Give the inputs of sites on batches of texts to who receives them, token by token as the spec counts them."""
     counted: Int[Tensor, "B T"]
     labels: Int[Tensor, "B T"]
@@ -63,7 +64,7 @@ def fill(
 
     names, last = {site.name for site in held}, max(site.layer for site in held)
     with site_inputs(model, spec.modules, receive, names), truncated(model, last + 1):
-        for batch in track(batches, "reading the inputs of reference prompts, batches"):
+        for batch in track(batches, title):
             ids, mask = pad([text for text, _ in batch], pad_id)
             counted = mask.to(model.device)
             labels = torch.stack([parts.labels(ids.shape[1]) for _, parts in batch]).to(model.device)
