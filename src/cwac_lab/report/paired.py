@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ _ASKED = ("evaluation.max_new_tokens", "task.", "model.")
 _SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "data.n_", "data.mixing")}
 
 
-def alike(row: Row, other: Row, baseline: str) -> bool:
-    """Tell whether two runs share all settings that their difference is not to be due to."""
+def alike(row: Row, other: Row, baseline: str, meant: Collection[str] = ()) -> bool:
+    """Tell whether two runs share all settings that their difference is not to be due to, but for ``meant`` ones."""
     # A start is compared with whatever is asked as it was, however that was trained.
     same = [name for name in (*SETTING, "asking") if baseline != "start" or name != "attack"]
-    if any(other[key] != row[key] for key in same) or unlike(row, other, baseline):
+    if any(other[key] != row[key] for key in same) or set(unlike(row, other, baseline)) - set(meant):
         return False
     return baseline == "start" or (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, ListConfig
 
-from cwac_lab.core.cache import write_text
+from cwac_lab.core.cache import digest, write_text
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.core.stats import Difference, Rate, paired_difference, sign_flip_p
 from cwac_lab.evaluation.metrics import form_of, metric
@@ -22,6 +22,8 @@ from cwac_lab.report.tables import markdown, rate_of
 from cwac_lab.results import store
 
 Pairs = list[tuple[Row, Row]]
+# Characters of a file's name before its end; the limit of a file system is 255 bytes.
+LONGEST = 180
 _ELSEWHERE = ("exp", "views", "columns", "sort")
 # Where the settings of a method begin in its name: ``weight energy=0.9, layers=[1, 2]``.
 _SETTING = re.compile(r",\s*(?=[\w.]+=)")
@@ -35,9 +37,16 @@ class Asked:
     rate: str
 
     @property
+    def told(self) -> set[str]:
+        """The settings that the methods' names tell; how something is tuned has settings of its own."""
+        keys = set(re.findall(r"([\w.]+)=", " ".join(self.methods)))
+        return keys | ({"tuning.rank", "tuning.alpha"} if "tuning.method" in keys else set())
+
+    @property
     def name(self) -> str:
         """The name of its files."""
-        return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in ("compare", *self.methods, self.rate))
+        name = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in ("compare", *self.methods, self.rate))
+        return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{digest(name)[:8]}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def compared(rows: list[Row], asked: Asked) -> list[Found]:
     ours, theirs = (_cells_of(method, cells) for method in asked.methods)
     found, reasons = [], []
     for first, second in _beside(ours, theirs, asked):
-        pairs = [(a, b) for a in first[1] for b in second[1] if _fits(a, b)]
+        pairs = [(a, b) for a in first[1] for b in second[1] if _fits(a, b, asked.told)]
         entry = second[0] if first[0]["constraint"] == "start" else first[0]
         if pairs:
             found += [_compare(entry, pairs, rate) for rate in _rates(pairs, asked.rate)]
@@ -214,10 +223,10 @@ def _baseline(a: Row, b: Row) -> str:
     return "start" if "start" in (a["constraint"], b["constraint"]) else "none"
 
 
-def _fits(a: Row, b: Row) -> bool:
-    """Tell whether two runs share all that their difference is not to be due to."""
+def _fits(a: Row, b: Row, meant: set[str]) -> bool:
+    """Tell whether two runs share all that their difference is not to be due to, but for some settings."""
     ours, other = (b, a) if a["constraint"] == "start" else (a, b)
-    return alike(ours, other, _baseline(a, b))
+    return alike(ours, other, _baseline(a, b), meant)
 
 
 def _why(first: Row, second: Row, seeds: list[set[int]]) -> str:
@@ -227,7 +236,8 @@ def _why(first: Row, second: Row, seeds: list[set[int]]) -> str:
     if not told and first["asking"] != second["asking"]:
         told = ["attack"]
     if told:
-        return f"they were not trained and asked alike: {', '.join(told)}"
+        more = f" (a name such as {first['constraint']} {names[0]}=VALUE compares them all the same)" if names else ""
+        return f"they were not trained and asked alike: {', '.join(told)}{more}"
     return "no seed is that of both: {} and {}".format(*(sorted(side) for side in seeds))
 
 
@@ -304,7 +314,8 @@ def _caption(asked: Asked) -> str:
         f"{metric(asked.rate).words}. Percent: mean over seeds [95 % interval]; n: answers that count. Difference: "
         f"{first} less {second} in points [95 % interval] on the same items and seeds; p of the exact sign-flip test "
         "over items, which with one seed is McNemar's, not adjusted; n: items in each of so many seeds. Only: answers "
-        "that count towards the rate with this method and not with the other, over all seeds."
+        "that count towards the rate with this method and not with the other, over all seeds. Runs were trained and "
+        "asked alike, but for what the two names tell."
     )
 
 

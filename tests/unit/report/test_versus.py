@@ -127,6 +127,34 @@ def test_a_variant_is_named_by_what_tells_it(tmp_path):
     assert set(found.apart[0]) >= {"verdict_weight_1", "verdict_weight_2"}
 
 
+def with_trainer(run, **trainer):
+    """Give a record other settings of training."""
+    run.write("config.json", settings(constraint={}, trainer=trainer))
+    return run
+
+
+def test_runs_that_were_not_trained_alike_are_compared_where_a_name_tells_how(tmp_path):
+    record(tmp_path, "coupled", 0.2, 0, 30)
+    with_trainer(record(tmp_path, "weight", 0.2, 0, 10), learning_rate=2, epochs=1)
+    rows = records(runs(tmp_path))
+    with pytest.raises(
+        LabError, match=r"alike: trainer.learning_rate .* \(a name such as weight trainer.learning_rate="
+    ):
+        compared(rows, Asked(PAIR, "harmful_score"))
+    with pytest.raises(ConfigError, match="epochs=3: accepted"):
+        compared(rows, Asked(("weight trainer.epochs=3", "coupled"), "harmful_score"))
+    (found,) = compared(rows, Asked(("weight trainer.learning_rate=2", "coupled"), "harmful_score"))
+    assert found.difference.value == -20
+
+
+def test_long_names_have_files_of_their_own(tmp_path):
+    names = [f"weight {'energy=0.9, ' * 30}trainer.learning_rate={rate}" for rate in (1, 2)]
+    files = {Asked((name, "coupled"), "harmful_score").name for name in names}
+    assert len(files) == 2
+    for file in files:
+        (tmp_path / f"{file}-prompts.csv").touch()
+
+
 def test_the_start_stands_beside_every_ratio(tmp_path):
     record(tmp_path, "start", None, 0, 5)
     for ratio in (0.1, 0.2):
