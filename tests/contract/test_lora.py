@@ -12,8 +12,9 @@ from cwac_lab.defenses.literature.asft import AsFT
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.defenses.literature.sppft import SPPFT
-from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, _quantized, attach, keep_layout
-from cwac_lab.models.adapters import dense as as_float
+from cwac_lab.models.adapters import BASES, TARGETS, TuningConfig, attach
+from cwac_lab.models.few_bits import dense as as_float
+from cwac_lab.models.few_bits import keep_layout, quantized
 from cwac_lab.models.sites import linears
 from support import tiny
 from support.held import HALF, LORA, QLORA, ROWS, context, same, train, weights
@@ -303,7 +304,7 @@ def test_weights_in_few_bits_stay_and_what_is_merged_is_exact(tuning, architectu
 def test_4_bit_numbers_are_the_nearest_of_their_block():
     """The reference picks, for every weight over its block's largest, the nearest of the 16 values of NF4."""
     layer = torch.nn.Linear(128, 48)
-    found = as_float(_quantized(layer))
+    found = as_float(quantized(layer))
     blocks = layer.weight.detach().reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     expected = NF4[(blocks / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale

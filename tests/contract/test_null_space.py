@@ -14,6 +14,8 @@ from cwac_lab.data.batches import collate
 from cwac_lab.defenses.cwac import null_space
 from cwac_lab.defenses.cwac.null_space import attach as constrained
 from cwac_lab.defenses.cwac.null_space import free_directions
+from cwac_lab.defenses.cwac.subspace import reading
+from cwac_lab.defenses.cwac.subspace.solvers import Covariance, Gram, Randomized
 from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Defense
@@ -126,9 +128,9 @@ def test_training_equals_that_of_coordinates_in_dense_weights():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rank", [None, 2])
-def test_what_is_merged_has_no_part_along_protected_directions(architecture, base, rank):
-    tuning = replace(NULL_SPACE, base=base, rank=rank)
+@pytest.mark.parametrize("n", [None, 2])
+def test_what_is_merged_has_no_part_along_protected_directions(architecture, base, n):
+    tuning = ranked(n, base=base)
     defense = WeightConstraint(energy=0.9)
     model, prepared = train(defense, architecture=architecture, tuning=tuning)
     assert defense.summary()["leak"] < 1e-4
@@ -161,16 +163,25 @@ def read_alone(model, rows, normalize):
     return moments
 
 
+def ranked(n, **changes):
+    return replace(NULL_SPACE, free_directions=n, **changes)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("normalize", [True, False])
-def test_with_a_rank_they_are_the_free_directions_along_which_the_rows_vary_most(architecture, normalize):
+@pytest.mark.parametrize(
+    ("solver", "normalize", "memory"),
+    [(Covariance, True, 2**33), (Covariance, False, 2**12), (Gram, True, 2**12), (Randomized, True, 2**33)],
+)
+def test_those_that_are_chosen_hold_most_of_the_rows(architecture, solver, normalize, memory, monkeypatch):
+    monkeypatch.setattr(null_space, "cheapest", lambda *_: solver)
+    monkeypatch.setattr(reading, "MEMORY", memory)
     model, chat = start_of(architecture, FULL), tiny.chat()
     defense = WeightConstraint(energy=0.9, normalize=normalize)
     spec, subspace = defense.requirements.subspace, context(model, defense).subspace
     rows = [chat.encode(*row).input_ids for row in ROWS]
-    found = free_directions(model, spec, subspace, replace(NULL_SPACE, rank=3), rows, pad_id=chat.pad_id)
+    found = free_directions(model, spec, subspace, ranked(3), rows, pad_id=chat.pad_id)
     moments = read_alone(model, rows, normalize)
-    chosen = 0
+    told_apart = set()
     for linear in linears(model, "all_linear"):
         v = subspace.spans[linear.site.name].basis.double()
         without = torch.eye(len(v), dtype=torch.float64) - v @ v.T
@@ -180,41 +191,49 @@ def test_with_a_rank_they_are_the_free_directions_along_which_the_rows_vary_most
         torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-5, rtol=0)
         assert (v.T @ basis).abs().max() < 1e-5
         if basis.shape[1] == 3 and values[-3] > 1.05 * values[-4]:  # where the three leading ones are told apart
-            chosen += 1
+            told_apart.add(linear.site)
             expected = vectors[:, -3:] @ vectors[:, -3:].T
             torch.testing.assert_close(basis @ basis.T, expected, atol=1e-3, rtol=0)
-    assert chosen > 3
+    assert len(told_apart) > 3
 
 
-def test_a_rank_of_all_that_is_free_trains_what_no_rank_does():
-    """Another basis of the same directions: plain gradient descent cannot tell them apart."""
-    width = tiny.model().config.intermediate_size
-    merged = []
-    for rank in (None, width):
-        model, _, _, merge = attached(tuning=replace(NULL_SPACE, rank=rank))
-        answer_loss(model, batch()).backward()
-        with torch.no_grad():
-            for linear in linears(model, "all_linear"):
-                linear.left.sub_(0.1 * linear.left.grad)
-        merge()
-        merged.append(weights(model))
-    for name, value in merged[0].items():
-        torch.testing.assert_close(merged[1][name], value, atol=1e-6, rtol=1e-4)
-
-
-def test_no_more_than_some_rows_are_read_and_the_seed_draws_them(monkeypatch):
+def test_as_many_as_are_free_are_all(monkeypatch):
     model, chat, defense = tiny.model(), tiny.chat(), WeightConstraint(energy=0.9)
     spec, subspace = defense.requirements.subspace, context(model, defense).subspace
     rows = [chat.encode(*row).input_ids for row in ROWS]
-    monkeypatch.setattr(null_space, "READ", 4)
-    ranked = replace(NULL_SPACE, rank=2)
+    for linear in linears(model, "all_linear"):
+        free = subspace.spans[linear.site.name].complement
+        name, n = linear.name.removesuffix(".weight"), free.shape[1]
+        assert torch.equal(free_directions(model, spec, subspace, ranked(n), rows)[name], free)
+        fewer = free_directions(model, spec, subspace, ranked(n - 1), rows, pad_id=chat.pad_id)[name]
+        assert fewer.shape == (subspace.spans[linear.site.name].width, n - 1)
 
-    def found(seed):
-        return free_directions(model, spec, subspace, ranked, rows, seed, chat.pad_id)
+
+def test_rows_with_few_tokens_have_few_directions_and_none_are_an_error():
+    model, chat, defense = tiny.model(), tiny.chat(), WeightConstraint(energy=0.9)
+    spec, subspace = defense.requirements.subspace, context(model, defense).subspace
+    found = free_directions(model, spec, subspace, ranked(8), [[1, 2, 3]], pad_id=chat.pad_id)
+    assert {basis.shape[1] for basis in found.values()} <= {1, 2, 3}
+    with pytest.raises(ValueError, match="no training rows"):
+        free_directions(model, spec, subspace, ranked(8))
+
+
+def test_no_more_than_some_tokens_are_read_and_the_seed_draws_the_rows(monkeypatch):
+    model, chat, defense = tiny.model(), tiny.chat(), WeightConstraint(energy=0.9)
+    spec, subspace = defense.requirements.subspace, context(model, defense).subspace
+    rows = [chat.encode(*row).input_ids for row in ROWS]
+    monkeypatch.setattr(null_space, "READ", 2 * len(rows[0]))
+
+    def found(seed, rows=rows):
+        return free_directions(model, spec, subspace, ranked(2), rows, seed, chat.pad_id)
 
     first, again, other = found(0), found(0), found(1)
     assert same(first, again)
     assert not same(first, other)
+    drawn = null_space._drawn(rows, 0)
+    assert 1 < len(drawn) < 4
+    monkeypatch.setattr(null_space, "READ", 10**6)
+    assert same(found(0, drawn), first)
 
 
 def test_weights_in_4_bits_are_kept_beside_them():

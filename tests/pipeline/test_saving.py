@@ -13,7 +13,7 @@ from cwac_lab.core import linalg
 from cwac_lab.core.errors import LabError
 from cwac_lab.defenses.cwac.subspace.basis import leading
 from cwac_lab.defenses.cwac.weight import WeightConstraint
-from cwac_lab.models.adapters import dense, keep_layout
+from cwac_lab.models.few_bits import dense, keep_layout
 from cwac_lab.models.sites import linears
 from cwac_lab.training.checkpoint import Resume
 from support import tiny

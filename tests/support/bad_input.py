@@ -84,8 +84,10 @@ BAD = [
     (["trainer.devices=9"], "trainer.devices=9: accepted: at most trainer.batch_size=8"),
     (["trainer.strategy=zero3"], "trainer.strategy=zero3: accepted: ddp | fsdp"),
     (["trainer.strategy=fsdp", "constraint=safegrad"], "trainer.strategy=fsdp: accepted: ddp with constraint=safegrad"),
-    (["tuning=lora", "tuning.rank=null"], "tuning.rank=None: accepted: >= 1, or null with tuning=null_space"),
-    (["tuning=null_space", "constraint=weight", "tuning.rank=0"], "tuning.rank=0: accepted: a number in [1, inf)"),
+    (
+        ["tuning=null_space", "constraint=weight", "tuning.free_directions=0"],
+        "tuning.free_directions=0: accepted: a number in [1, inf)",
+    ),
     (["tuning=ia3"], "tuning=ia3: accepted: full | lora | null_space | qlora"),
     (["tuning=null_space", "constraint=none"], "tuning=null_space: accepted: full | lora | qlora with constraint=none"),
     (

@@ -40,6 +40,7 @@ from support.folders import (
     written,
 )
 
+RANK = ("constraint=weight", "constraint.weight.energy=null", "constraint.weight.rank=99999")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 FAMILIES = ("accepted:", "Llama, Mistral, Qwen2, Qwen3, Gemma")
 # Name: what is in the folder, settings of the run, what the line says.
@@ -297,6 +298,7 @@ REFUSED = {
         ("diagnostics.enabled=true",),
         ["diagnostics.enabled=true: accepted: false |", "OlmoeForCausalLM (olmoe)"],
     ),
+    "rank-of-all": (of("llama"), RANK, ["constraint.weight.rank=99999: accepted: below ", "nothing would train"]),
     "table-of-positions": (
         only(
             "opt",

@@ -18,7 +18,7 @@ from cwac_lab.training.settings import TrainerConfig
 from support import tiny
 
 FULL, LORA = TuningConfig(), TuningConfig(method="lora", rank=3, alpha=6)
-NULL_SPACE = TuningConfig(method="null_space", rank=None)
+NULL_SPACE = TuningConfig(method="null_space")
 HALF, QLORA = replace(LORA, base="bfloat16"), replace(LORA, base="nf4")
 # Rows of 64 weights, a block of 4-bit numbers.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

@@ -32,7 +32,7 @@ from cwac_lab.defenses.literature.safegrad import SafeGrad
 from cwac_lab.defenses.literature.safelora import SafeLoRA
 from cwac_lab.defenses.literature.sppft import SPPFT
 from cwac_lab.integrations import protect
-from cwac_lab.models.adapters import keep_layout
+from cwac_lab.models.few_bits import keep_layout
 from support import tiny
 from support.held import PROMPTS, ROWS, WIDE, weights
 

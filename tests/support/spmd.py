@@ -27,7 +27,7 @@ FORK = multiprocessing.get_context("fork")
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 4, "rows": ROWS[:22]}
 WHOLE = {"safegrad", "osf", "safe_delta", "ema", "pgm", "pgm_frobenius", "weight_slowed", "weight_penalised"}
 SHARDABLE = [name for name in ACTIVE if not WHOLE & {name, *name.split("+")}]
-TUNINGS = {"full": FULL, "lora": LORA, "null_space": NULL_SPACE, "ranked": replace(NULL_SPACE, rank=2)}
+TUNINGS = {"full": FULL, "lora": LORA, "null_space": NULL_SPACE, "ranked": replace(NULL_SPACE, free_directions=2)}
 # Every defence under both strategies and in both ways of tuning: the other way under the other strategy.
 TABLE = {
     "ddp": [(name, ("full", "lora")[place % 2]) for place, name in enumerate(ACTIVE)],

@@ -85,7 +85,7 @@ def chosen(run: Run, label: str) -> Run:
         constraint = Composite({} if name == "none" else {name: constraint.parts[name]})
     spec = constraint.requirements.subspace
     if name != label and spec is not None:
-        tuning = replace(tuning, method="null_space", rank=None, modules=spec.modules)
+        tuning = replace(tuning, method="null_space", modules=spec.modules)
     elif tuning.method == "null_space" and spec is None:  # there is nothing that is left free
         tuning = replace(tuning, method="full", save="merged")
     return replace(run, tuning=tuning, constraint=constraint)

@@ -14,7 +14,8 @@ from cwac_lab.defenses.cwac.sae.latents import FeatureSpec, LayerFeatures
 from cwac_lab.defenses.interface import Composite, Defense, Requirements, overrides, parts_of
 from cwac_lab.defenses.together import check_together
 from cwac_lab.integrations.callback import DefenseCallback
-from cwac_lab.models.adapters import has_adapters, in_few_bits
+from cwac_lab.models.adapters import has_adapters
+from cwac_lab.models.few_bits import in_few_bits
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
 
 # How far residuals of the same weights may be apart, relative to their norm: held in bfloat16, and in 4 bits.

@@ -15,8 +15,8 @@ from cwac_lab.defenses.cwac.subspace.basis import leading, subspace_of
 from cwac_lab.defenses.interface import Composite, Context, Defense
 from cwac_lab.integrations.callback import DefenseCallback
 from cwac_lab.integrations.checks import check_given, check_model, check_trainer, check_unasked, read_features
-from cwac_lab.models.adapters import keep_layout
 from cwac_lab.models.chat import ChatFormat
+from cwac_lab.models.few_bits import keep_layout
 
 
 def named(*overrides: str) -> Composite:

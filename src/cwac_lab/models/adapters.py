@@ -20,12 +20,11 @@ from torch import Tensor
 
 from cwac_lab.core.errors import ConfigError, LabError, in_range, one_of
 from cwac_lab.core.linalg import full_float32
+from cwac_lab.models.few_bits import dense, in_few_bits, plain, quantized
 from cwac_lab.models.sites import OF_EXPERTS, PROJECTIONS, SCOPES, Matrix, decoder_layers, is_turned, paths_in
 
 METHODS = ("full", "lora", "null_space")
 SAVED = ("merged", "adapter", "both")
-# NF4 numbers that share a scale.
-BLOCK = 64
 # What the frozen weights beside the factors are held in, and what they are loaded as.
 BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
 # The scopes of the weight constraint, and what the paper's family of baselines adapts.
@@ -44,30 +43,31 @@ class TuningConfig:
             ``W = W_0 + alpha / r B A``, merged at the end; ``null_space``: ``W = W_0 + sqrt(d / c) B U^T``, where the
             columns of U (d, c) are directions that the constraint leaves free, and B (m, c) trains; not in experts.
             With this scale a step in which every number moves by the rate is as long as with ``full``, unprojected.
-        rank: Rank r of LoRA's factors. With ``null_space`` the number c of columns of U, those free directions along
-            which the training rows vary most; None: all that are free.
+        rank: Rank r of LoRA's factors.
         alpha: Numerator of the scale ``alpha / r`` of LoRA.
         modules: Linear layers with factors: ``query_value`` or a scope of ``models.sites``.
         base: What W_0 is held in, one of ``BASES``; the factors are in float32, and so is the merged model. ``nf4``
             (QLoRA, Dettmers et al. 2023, by bitsandbytes) concerns the adapted layers, the rest is in bfloat16.
         save: What is saved of a run with factors: the ``merged`` model, the ``adapter`` in PEFT's own format, or
             ``both``.
+        free_directions: With ``null_space`` the most columns that U has, the free directions that hold most of the
+            training rows' inputs; None: all that are free.
     """
 
     method: str = "full"
-    rank: int | None = 16
+    rank: int = 16
     alpha: float = 32.0
     modules: str = "all_linear"
     base: str = "float32"
     save: str = "merged"
+    free_directions: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
         one_of("method", self.method, METHODS)
-        if self.rank is not None:
-            in_range("rank", self.rank, 1)
-        elif self.method == "lora":
-            raise ConfigError("rank", None, ">= 1, or null with tuning=null_space")
+        in_range("rank", self.rank, 1)
+        if self.free_directions is not None:
+            in_range("free_directions", self.free_directions, 1)
         in_range("alpha", self.alpha, 0, open_low=True)
         one_of("modules", self.modules, TARGETS)
         one_of("base", self.base, BASES)
@@ -93,7 +93,8 @@ class TuningConfig:
         if self.method == "full":
             return "all weights that the constraint leaves free"
         if self.method == "null_space":
-            return f"{self.rank or 'all'} free directions of {self.modules}, beside weights in {self.base}"
+            most = "all" if self.free_directions is None else f"up to {self.free_directions}"
+            return f"{most} free directions of {self.modules}, beside weights in {self.base}"
         return f"LoRA of rank {self.rank} in {self.modules}, beside weights in {self.base}"
 
     @property
@@ -194,7 +195,7 @@ def attach(
             a = layer.lora_A["default"].weight.requires_grad_(False)
             a.data.copy_(free[name].T)
         if config.base == "nf4":
-            layer.base_layer = _quantized(layer.base_layer)
+            layer.base_layer = quantized(layer.base_layer)
 
     return lambda: merge(adapted)
 
@@ -218,7 +219,7 @@ def merge(adapted: Any) -> Any:
             layer.__class__ = Linear  # PEFT's own for few bits would round the sum to them
     for name, module in list(model.named_modules()):
         if in_few_bits(module):
-            model.set_submodule(name, _plain(module))
+            model.set_submodule(name, plain(module))
     if getattr(model, "hf_quantizer", None) is not None:  # as transformers loaded it
         model.hf_quantizer.remove_quantization_config(model)
     model.float()
@@ -255,66 +256,6 @@ def _own(layer: Any) -> Tensor:
 def when_merged(layer: Any, told: Callable[[Tensor, Tensor], None]) -> None:
     """Have a call told the parameter that a PEFT layer's factors are of before and after it is merged, in float32."""
     layer.when_merged = told
-
-
-def in_few_bits(module: torch.nn.Module) -> bool:
-    """Tell whether bitsandbytes holds a linear layer's weight in 4 or 8 bits."""
-    return isinstance(module, torch.nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params")
-
-
-def _plain(linear: Any) -> torch.nn.Linear:
-    """Return a plain linear layer in float32 with the weight that another stands for."""
-    weight = dense(linear)
-    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-    plain.bias = linear.bias
-    return plain
-
-
-def _quantized(linear: torch.nn.Linear) -> torch.nn.Linear:
-    """Return a linear layer with the weight in blocks of 4-bit NormalFloat.
-
-    Raises:
-        LabError: If blocks would reach over rows, which bitsandbytes reads wrongly on the CPU (seen with 0.50.2).
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    if linear.weight.device.type == "cpu" and linear.in_features % BLOCK:
-        raise LabError(
-            f"tuning.base=nf4: a layer of width {linear.in_features}; accepted on the CPU: multiples of {BLOCK}"
-        )
-    made = Linear4bit(
-        linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype, quant_type="nf4"
-    )
-    made.load_state_dict(linear.state_dict())
-    keep_layout(made)
-    return made.to(linear.weight.device).requires_grad_(False)
-
-
-def keep_layout(model: torch.nn.Module) -> None:
-    """Have layers in 4 bits keep the layout that ``dense`` reads, in place.
-
-    Where the CPU has AVX-512 with bfloat16, bitsandbytes (0.50.2) puts the bytes of such a layer into another order
-    when it is first asked in eval mode, and rounds the scales. PEFT then reads other weights than the model uses.
-    """
-    module: Any
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # puts what is in that order back, but for scales that are not quantised themselves
-            state = module.weight.quant_state
-            if state is not None and state.absmax.ndim == 2:
-                state.absmax = state.absmax.T.reshape(-1).float().contiguous()
-
-
-def dense(linear: torch.nn.Linear) -> Float[Tensor, "m d"]:
-    """Return a new copy of a layer's weight in float32, whatever it is held in."""
-    weight: Tensor = linear.weight
-    if in_few_bits(linear):
-        from peft.utils.integrations import dequantize_bnb_weight
-
-        weight = dequantize_bnb_weight(weight, getattr(linear, "state", None))
-    return weight.detach().to(torch.float32, copy=True)
 
 
 def held_weight(linear: Matrix) -> Float[Tensor, "m d"]:

@@ -41,6 +41,7 @@ class Scope:
         without: The setting that does without them.
         stored: Whether their start is read from the file, by the names of the model.
         experts: Whether they may be those of experts.
+        rank: How many directions of each input are protected, where that is set and nothing else trains.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Scope:
     without: str
     stored: bool = True
     experts: bool = True
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,10 @@ def _check_scope(model: Any, scope: Scope) -> None:
         fitting = _fitting(model, SCOPES, experts=scope.experts) if scope.value in SCOPES else []
         accepted = " | ".join([*fitting, scope.without, f"another architecture ({FAMILIES})"])
         raise ConfigError(scope.key, scope.value, f"{accepted}; {_told(model, lacking)}")
+    widest = 0 if scope.rank is None else max(matrix.width for matrix in linears(model, scope.name))
+    if scope.rank is not None and scope.rank >= widest:
+        key = f"{scope.key.rpartition('.')[0]}.rank"
+        raise ConfigError(key, scope.rank, f"below {widest}, the widest input of {scope.name}: nothing would train")
 
 
 def _fitting(model: Any, scopes: Iterable[str], *, experts: bool = True) -> list[str]:

@@ -42,7 +42,10 @@ def alike(row: Row, other: Row, baseline: str, meant: Collection[str] = ()) -> b
     """Tell whether two runs share all settings that their difference is not to be due to, but for ``meant`` ones."""
     # A start is compared with whatever is asked as it was, however that was trained.
     same = [name for name in (*SETTING, "asking") if baseline != "start" or name != "attack"]
-    if any(other[key] != row[key] for key in same) or set(unlike(row, other, baseline)) - set(meant):
+    apart = set(unlike(row, other, baseline))
+    if "tuning.method" in apart & set(meant):  # each way of tuning has settings of its own
+        apart = {key for key in apart if not key.startswith("tuning.")}
+    if any(other[key] != row[key] for key in same) or apart - set(meant):
         return False
     return baseline == "start" or (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
 
@@ -51,6 +54,15 @@ def unlike(row: Row, other: Row, baseline: str) -> list[str]:
     """Return the settings of training and asking that two runs must share to be compared, and in which they differ."""
     shared = (key for key in row["config"] if key.startswith(_SHARED[baseline]) and key not in ALIKE)
     return [key for key in shared if other["config"].get(key, row["config"][key]) != row["config"][key]]
+
+
+def otherwise(row: Row, other: Row, baseline: str) -> str:
+    """Return in which settings of training two runs that are compared all the same differ, with both values."""
+    names = unlike(row, other, baseline)
+    if "tuning.method" in names:
+        names += [key for key in {**other["config"], **row["config"]} if key.startswith("tuning.") and key not in names]
+    values = ((name, row["config"].get(name, "-"), other["config"].get(name, "-")) for name in names)
+    return ", ".join(f"{name} {ours} and {theirs}" for name, ours, theirs in values if ours != theirs)
 
 
 def _partners(row: Row, rows: list[Row], baseline: str) -> list[Row]:

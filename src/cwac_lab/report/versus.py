@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from omegaconf import DictConfig, ListConfig
 from cwac_lab.core.cache import digest, write_text
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset
 from cwac_lab.core.stats import Difference, Rate, paired_difference, sign_flip_p
-from cwac_lab.evaluation.metrics import form_of, metric
-from cwac_lab.report.grouping import OWN, SETTING, Row, finished, grouped, records, word
-from cwac_lab.report.paired import alike, is_sound, outcomes_of_pairs, shown_p, unlike
+from cwac_lab.evaluation.metrics import metric
+from cwac_lab.report.differing import differing
+from cwac_lab.report.grouping import OWN, SETTING, Row, finished, grouped, records
+from cwac_lab.report.paired import alike, is_sound, otherwise, outcomes_of_pairs, shown_p, unlike
 from cwac_lab.report.rates import COUNT, OF, checked, suites, title
 from cwac_lab.report.tables import markdown, rate_of
 from cwac_lab.results import store
@@ -38,9 +39,8 @@ class Asked:
 
     @property
     def told(self) -> set[str]:
-        """The settings that the methods' names tell; how something is tuned has settings of its own."""
-        keys = set(re.findall(r"([\w.]+)=", " ".join(self.methods)))
-        return keys | ({"tuning.rank", "tuning.alpha"} if "tuning.method" in keys else set())
+        """The settings of training that the methods' names tell."""
+        return set(re.findall(r"((?:trainer|tuning)\.\w+)=", " ".join(self.methods)))
 
     @property
     def name(self) -> str:
@@ -63,6 +63,7 @@ class Found:
         only: Answers that count towards the rate with the first method only, and with the second only, over all seeds.
         apart: The items of these answers: seed, verdicts, and texts where they are kept.
         why: Why there is no difference.
+        otherwise: In which settings of training the two differ, beside the constraint.
     """
 
     entry: Row
@@ -74,6 +75,7 @@ class Found:
     only: tuple[int, int]
     apart: list[Row]
     why: str = ""
+    otherwise: str = ""
 
 
 def read(config: DictConfig) -> Asked | None:
@@ -149,10 +151,11 @@ def compared(rows: list[Row], asked: Asked) -> list[Found]:
     ours, theirs = (_cells_of(method, cells) for method in asked.methods)
     found, reasons = [], []
     for first, second in _beside(ours, theirs, asked):
-        pairs = [(a, b) for a in first[1] for b in second[1] if _fits(a, b, asked.told)]
+        pairs = [(a, b) for a in first[1] for b in second[1] if _fits(a, b, asked)]
         entry = second[0] if first[0]["constraint"] == "start" else first[0]
         if pairs:
-            found += [_compare(entry, pairs, rate) for rate in _rates(pairs, asked.rate)]
+            differing = otherwise(*pairs[0], _baseline(*pairs[0]))
+            found += [replace(_compare(entry, pairs, rate), otherwise=differing) for rate in _rates(pairs, asked.rate)]
         else:
             seeds = [{int(row["seed"]) for row in side} for side in (first[1], second[1])]
             reasons.append(_why(first[1][0], second[1][0], seeds))
@@ -223,10 +226,10 @@ def _baseline(a: Row, b: Row) -> str:
     return "start" if "start" in (a["constraint"], b["constraint"]) else "none"
 
 
-def _fits(a: Row, b: Row, meant: set[str]) -> bool:
-    """Tell whether two runs share all that their difference is not to be due to, but for some settings."""
+def _fits(a: Row, b: Row, asked: Asked) -> bool:
+    """Tell whether two runs share all that their difference is not to be due to, but for what the names tell."""
     ours, other = (b, a) if a["constraint"] == "start" else (a, b)
-    return alike(ours, other, _baseline(a, b), meant)
+    return alike(ours, other, _baseline(a, b), asked.told)
 
 
 def _why(first: Row, second: Row, seeds: list[set[int]]) -> str:
@@ -236,7 +239,8 @@ def _why(first: Row, second: Row, seeds: list[set[int]]) -> str:
     if not told and first["asking"] != second["asking"]:
         told = ["attack"]
     if told:
-        more = f" (a name such as {first['constraint']} {names[0]}=VALUE compares them all the same)" if names else ""
+        named = [f"{name}={first['config'][name]}" for name in names if name.startswith(("trainer.", "tuning."))]
+        more = f' (accepted: a name that tells it, "{first["constraint"]} {", ".join(named)}")' if named else ""
         return f"they were not trained and asked alike: {', '.join(told)}{more}"
     return "no seed is that of both: {} and {}".format(*(sorted(side) for side in seeds))
 
@@ -264,48 +268,15 @@ def _compare(entry: Row, pairs: Pairs, rate: str) -> Found:
         why = "no prompt counts with both" if sound else "a model is broken"
         return Found(entry, rate, variants, (first, second), None, None, (0, 0), [], f"n/a ({why})")
     items, ours, other = found
-    apart = [
-        told
-        for pair, mine, theirs in zip(sound, ours, other, strict=True)
-        for told in _apart(entry, pair, rate, [item for item, a, b in zip(items, mine, theirs, strict=True) if a != b])
-    ]
+    apart: list[Row] = []
+    for pair, mine, theirs in zip(sound, ours, other, strict=True):
+        unequal = [item for item, a, b in zip(items, mine, theirs, strict=True) if a != b]
+        apart += differing(entry, pair, rate, unequal)
     only = int((ours > other).sum()), int((ours < other).sum())
     difference, p = paired_difference(ours, other), sign_flip_p(ours, other)
     left_out = len(pairs) - len(sound)
     why = f"without {left_out} of {len(pairs)} pairs, which have a broken model" if left_out else ""
     return Found(entry, rate, variants, (first, second), difference, p, only, apart, why)
-
-
-def _apart(entry: Row, pair: tuple[Row, Row], rate: str, items: list[tuple[str, str]]) -> Iterator[Row]:
-    """Yield the items on which two runs differ, with both verdicts, and prompt and answers where they are kept."""
-    said, given = ([_by_item(row, file, rate) for row in pair] for file in (store.VERDICTS, store.GENERATIONS))
-    names = [row["constraint"] for row in pair]
-    sides = names if names[0] != names[1] else [f"{name}_{number}" for number, name in enumerate(names, 1)]
-    for item in items:
-        verdicts, texts = ([side.get(item, {}) for side in both] for both in (said, given))
-        asked = {"kind": item[0], "id": item[1], "form": form_of(verdicts[0])}
-        of = {name: verdicts[0].get(name) or "" for name in ("suite", "category")}
-        yield {
-            **{key: entry[key] for key in (*SETTING, "harmful_ratio")}, "seed": pair[0]["seed"], "rate": rate,
-            **asked, **of, "prompt": next((text["prompt"] for text in texts if text), ""),
-            **{f"verdict_{side}": word(verdict) for side, verdict in zip(sides, verdicts, strict=True)},
-            **{f"answer_{side}": text.get("output", "") for side, text in zip(sides, texts, strict=True)},
-        }  # fmt: skip
-
-
-def _by_item(run: Row, file: str, rate: str) -> dict[tuple[str, str], Row]:
-    """Return the rows of a file of a run that a rate is taken over, by kind and id; none where it is not kept."""
-    suite, verdicts = rate.partition(OF)[2], run["verdicts"]
-    try:
-        rows = verdicts if file == store.VERDICTS else run["run"].read(file)
-        beside = list(zip(verdicts, rows, strict=True))
-    except (LabError, OSError, ValueError):
-        return {}
-    return {
-        (verdict["kind"], verdict["id"]): row
-        for verdict, row in beside
-        if form_of(verdict) == metric(rate).form and (verdict.get("suite") or "") == suite
-    }
 
 
 def _caption(asked: Asked) -> str:
@@ -314,8 +285,8 @@ def _caption(asked: Asked) -> str:
         f"{metric(asked.rate).words}. Percent: mean over seeds [95 % interval]; n: answers that count. Difference: "
         f"{first} less {second} in points [95 % interval] on the same items and seeds; p of the exact sign-flip test "
         "over items, which with one seed is McNemar's, not adjusted; n: items in each of so many seeds. Only: answers "
-        "that count towards the rate with this method and not with the other, over all seeds. Runs were trained and "
-        "asked alike, but for what the two names tell."
+        "that count towards the rate with this method and not with the other, over all seeds. Runs were trained "
+        "and asked alike; where a name tells another setting of training, the difference is due to it as well."
     )
 
 
@@ -324,6 +295,7 @@ def _shown(found: Found, asked: Asked) -> Row:
     for name, variant, rate in zip(asked.methods, found.variants, found.sides, strict=True):
         told |= {f"variant of {name}": "" if name.endswith(variant) else variant}
         told |= {name: str(rate), f"{COUNT}{name}": rate.n}
+    told |= {"trained otherwise": found.otherwise}
     if found.difference is None or found.p is None:
         return told | {"difference": found.why}
     told |= {"difference": str(found.difference), "p": shown_p(found.p), f"{COUNT}pairs": found.difference.n}
@@ -338,6 +310,7 @@ def _numbers(found: Found, asked: Asked) -> Row:
     for side, name, variant, rate in zip(("first", "second"), asked.methods, found.variants, found.sides, strict=True):
         told |= {side: name, f"{side}_variant": variant, f"{side}_rate": rate.value}
         told |= {f"{side}_low": rate.low, f"{side}_high": rate.high, f"{side}_n": rate.n}
+    told |= {"trained_otherwise": found.otherwise}
     if found.difference is not None:
         told |= {"difference": found.difference.value, "difference_low": found.difference.low}
         told |= {"difference_high": found.difference.high, "p": found.p, "n": found.difference.n}

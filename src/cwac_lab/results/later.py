@@ -19,10 +19,15 @@ BEFORE: dict[str, dict[str, Any]] = {
     },
     "activation": {"answer_tokens": 0},
 }
+# By the way of tuning.
+TUNED_BEFORE: dict[str, dict[str, Any]] = {"null_space": {"free_directions": None}}
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a recorded configuration in which every part of its constraint names these settings."""
+    """Return a recorded configuration in which the parts of its constraint and its tuning name these settings."""
+    tuning = config.get("tuning") or {}
+    if later := TUNED_BEFORE.get(tuning.get("method", "")):
+        config = {**config, "tuning": {**later, **tuning}}
     parts = dict(config.get("constraint") or {})
     for name in parts.keys() & BEFORE.keys():
         parts[name] = {**parts[name], **{key: value for key, value in BEFORE[name].items() if key not in parts[name]}}

@@ -22,8 +22,9 @@ from cwac_lab.data.pools import build_pools
 from cwac_lab.defenses.cwac.subspace.parts import parts_of
 from cwac_lab.evaluation.metrics import form_of
 from cwac_lab.evaluation.protocol import evaluation_rows, suite_rows
-from cwac_lab.models.adapters import BLOCK, TuningConfig, attach
+from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.models.chat import Encoded
+from cwac_lab.models.few_bits import BLOCK
 from cwac_lab.models.folder import skeleton
 from cwac_lab.models.loading import find, load_chat
 from cwac_lab.models.sites import EXPERTS, linears
@@ -109,7 +110,7 @@ def trained_parameters(model: Any, tuning: TuningConfig, protected: int | None =
 def _adapted(model: Any, tuning: TuningConfig) -> list[tuple[int, int]]:
     """Return rows and columns of the layers that get factors."""
     adapted = copy.deepcopy(model)
-    attach(adapted, replace(tuning, method="lora", rank=1, base="float32"), seed=0)
+    attach(adapted, replace(tuning, method="lora", base="float32"), seed=0)
     return [(layer.out_features, layer.in_features) for layer in adapted.modules() if hasattr(layer, "lora_A")]
 
 
@@ -121,7 +122,7 @@ def _free(width: int, protected: int | None) -> int:
 def _factors(tuning: TuningConfig, width: int, protected: int | None) -> int:
     """Return about how many free directions of an input have factors."""
     free = _free(width, protected)
-    return free if tuning.rank is None else min(tuning.rank, free)
+    return free if tuning.free_directions is None else min(tuning.free_directions, free)
 
 
 def _spans(run: Run, model: Any, protected: int | None) -> int:
@@ -179,7 +180,8 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Seque
     trained = trained_parameters(model, run.tuning, most)
     adapted = _adapted(model, run.tuning) if run.tuning.adapts else []
     if run.tuning.method == "null_space":
-        guessed = run.tuning.rank is None
+        known = [columns - most for _, columns in adapted] if most is not None else [0]
+        guessed = run.tuning.free_directions is None or run.tuning.free_directions > min(known)
         fixed = sum(columns * _factors(run.tuning, columns, most) for _, columns in adapted)
     # Forward 2 N a token, backward as much for what flows through and, where weights train, for them (Kaplan 2020).
     flops = tokens * used_share(model) * (4 * parameters + 2 * trained)

@@ -58,7 +58,10 @@ def use_of(run: Run) -> Use:
     for name, part in run.constraint.parts.items() if run.finetune else ():
         if (modules := getattr(part, "modules", None)) is not None:
             held = isinstance(part, WeightConstraint)  # others read the start of every matrix from the file
-            scopes.append(Scope(f"constraint.{name}.modules", modules, modules, "constraint=none", experts=held))
+            rank = part.rank if isinstance(part, WeightConstraint) and part.trainable == "constrained" else None
+            scopes.append(
+                Scope(f"constraint.{name}.modules", modules, modules, "constraint=none", experts=held, rank=rank)
+            )
         elif isinstance(part, L2) and adapted is not None:
             scopes.append(Scope("constraint", name, "all_linear", "tuning=full", stored=False))
         elif isinstance(part, PGM):

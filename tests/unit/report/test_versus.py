@@ -137,14 +137,53 @@ def test_runs_that_were_not_trained_alike_are_compared_where_a_name_tells_how(tm
     record(tmp_path, "coupled", 0.2, 0, 30)
     with_trainer(record(tmp_path, "weight", 0.2, 0, 10), learning_rate=2, epochs=1)
     rows = records(runs(tmp_path))
-    with pytest.raises(
-        LabError, match=r"alike: trainer.learning_rate .* \(a name such as weight trainer.learning_rate="
-    ):
+    with pytest.raises(LabError) as raised:
         compared(rows, Asked(PAIR, "harmful_score"))
+    assert str(raised.value).endswith('(accepted: a name that tells it, "weight trainer.learning_rate=2")')
     with pytest.raises(ConfigError, match="epochs=3: accepted"):
         compared(rows, Asked(("weight trainer.epochs=3", "coupled"), "harmful_score"))
-    (found,) = compared(rows, Asked(("weight trainer.learning_rate=2", "coupled"), "harmful_score"))
-    assert found.difference.value == -20
+    asked = Asked(("weight trainer.learning_rate=2", "coupled"), "harmful_score")
+    (found,) = compared(rows, asked)
+    assert (found.difference.value, found.otherwise) == (-20, "trainer.learning_rate 2 and 1")
+    assert "| trained otherwise |" in write(tmp_path, asked, lambda _: None)
+    assert [row["trained_otherwise"] for row in numbers(tmp_path, asked.name)] == [found.otherwise]
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "names", "told"),
+    [
+        ({"method": "lora", "rank": 8}, {"method": "lora", "rank": 64}, ("lora", "lora"), None),
+        (
+            {"method": "null_space", "free_directions": 8},
+            {"method": "lora", "rank": 8},
+            ("null_space", "lora"),
+            "tuning.method null_space and lora, tuning.free_directions 8 and -, tuning.rank - and 8",
+        ),
+    ],
+)
+def test_ways_of_tuning_bring_settings_of_their_own(ours, other, names, told, tmp_path):
+    for name, tuning in (("weight", ours), ("coupled", other)):
+        run = record(tmp_path, name, 0.2, 0, 10)
+        run.write("config.json", settings(constraint={}, trainer={"learning_rate": 1}, tuning=tuning))
+    asked = Asked(
+        tuple(f"{name} tuning.method={method}" for name, method in zip(PAIR, names, strict=True)), "harmful_score"
+    )
+    if told is None:
+        with pytest.raises(LabError, match=r"asked alike: tuning.rank 8 and 64"):
+            compared(records(runs(tmp_path)), asked)
+    else:
+        (found,) = compared(records(runs(tmp_path)), asked)
+        assert set(found.otherwise.split(", ")) >= set(told.split(", "))
+
+
+def test_what_was_asked_otherwise_is_no_pair_whatever_a_name_tells(tmp_path):
+    for name, length in (("weight", 48), ("coupled", 96)):
+        run = record(tmp_path, name, 0.2, 0, 10)
+        told = settings(constraint={}, trainer={"learning_rate": 1}, evaluation={"max_new_tokens": length})
+        run.write("config.json", told)
+    asked = Asked(("weight evaluation.max_new_tokens=48", "coupled"), "harmful_score")
+    with pytest.raises(LabError, match=r"asked alike: evaluation.max_new_tokens 48 and 96$"):
+        compared(records(runs(tmp_path)), asked)
 
 
 def test_long_names_have_files_of_their_own(tmp_path):

@@ -85,17 +85,19 @@ def test_copies_of_weights_are_counted_with_full_tuning(constraint, copies):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("opening", ["held", "counted"])
-@pytest.mark.parametrize("rank", ["null", 4])
-def test_with_a_fixed_rank_what_the_constraint_leaves_free_is_counted(architecture, opening, rank):
+@pytest.mark.parametrize("n", ["null", 4])
+def test_with_a_fixed_rank_what_the_constraint_leaves_free_is_counted(architecture, opening, n):
     model, chat = tiny.model(architecture), tiny.chat()
     reference = [chat.prompt_ids(prompt) for prompt in PROMPTS]
     held = ["constraint.weight.energy=null", "constraint.weight.rank=5", f"constraint.weight.opening={opening}"]
     run = read(
-        tiny.config("constraint=weight", "tuning=null_space", "tuning.modules=ffn", *held, f"tuning.rank={rank}")
+        tiny.config(
+            "constraint=weight", "tuning=null_space", "tuning.modules=ffn", *held, f"tuning.free_directions={n}"
+        )
     )
     example = chat.encode("a question", "an answer")
     found = estimate.estimate(run, model, [example] * 8, reference)
-    assert found.guessed == (rank == "null")
+    assert found.guessed == (n == "null")
     parts = context(model, run.constraint)
     attach_free(model, run.tuning, 0, run.constraint.requirements.subspace, parts.subspace, [example.input_ids] * 8)
     assert found.trained == sum(each.numel() for each in model.parameters() if each.requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from cwac_lab.core import distributed
 from cwac_lab.defenses.cwac.subspace.reading import batched, fill, passes
-from cwac_lab.defenses.cwac.subspace.solvers import cheapest
+from cwac_lab.defenses.cwac.subspace.solvers import Solver, cheapest
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.models import adapters
 from cwac_lab.models.adapters import TARGETS, TuningConfig
 from cwac_lab.models.sites import OF_EXPERTS, Site, decoder_layers, linears, paths_in
 
-# Training rows that are read, at most, to find the directions along which they vary.
-READ = 256
+# Tokens of training rows that are read, at most, to find the directions that hold most of them.
+READ = 8192
 
 
 def free_directions(
@@ -32,12 +33,16 @@ def free_directions(
         model: The model, without factors.
         spec: What the defence asks of the subspace.
         subspace: The protected directions of its sites.
-        tuning: What gets factors, within the scope of the subspace; experts are left out. With a ``rank`` r, U has the
-            r free directions along which the training rows vary most: the leading eigenvectors of ``U^T C U``, where C
-            is the second moment of their tokens, as ``spec`` counts and scales them.
-        rows: Token ids of the training rows; ``READ`` of them, drawn with the seed, are read.
+        tuning: What gets factors, within the scope of the subspace; experts are left out. With ``free_directions`` U is
+            cut to so many of its span, about the leading eigenvectors of ``U^T C U``: C is the second moment of the
+            training rows' tokens at the start, of unit norm where ``spec`` says so, all parts of a row alike. There are
+            fewer where fewer are free, or where these tokens have fewer.
+        rows: Token ids of the training rows; of those, drawn with the seed, about ``READ`` tokens are read.
         seed: Seed of the draw.
         pad_id: Id to pad with.
+
+    Raises:
+        ValueError: If directions are to be chosen and there are no rows.
     """
     adapted = {
         layer.get_submodule(path)
@@ -50,24 +55,33 @@ def free_directions(
     ]
     sites = dict.fromkeys(linear.site for linear in found)  # layers that read one input share it
     free = {site: subspace.spans[site.name].complement for site in sites}
-    if tuning.rank is not None:
-        read = random.Random(seed).sample(list(rows), min(len(rows), READ))
-        free = _leading(model, spec, free, tuning.rank, read, pad_id)
+    if tuning.free_directions is not None:
+        free = _leading(model, spec, free, tuning.free_directions, _drawn(rows, seed), pad_id)
     return {linear.name.removesuffix(".weight"): free[linear.site] for linear in found}
+
+
+def _drawn(rows: Sequence[Sequence[int]], seed: int) -> list[Sequence[int]]:
+    """Return rows in an order drawn with a seed, up to the one with which they have ``READ`` tokens."""
+    if not rows:
+        raise ValueError("no training rows to choose free directions by")
+    ordered = random.Random(seed).sample(list(rows), len(rows))
+    before = accumulate(map(len, ordered), initial=0)
+    return [row for row, n in zip(ordered, before, strict=False) if n < READ]
 
 
 class _Coordinates:
     """Gives a solver the coordinates U^T x of tokens x along directions U (d, c), in float64."""
 
-    def __init__(self, basis: Float[Tensor, "d c"], n: int, rank: int) -> None:
-        self.basis = basis.double()
-        self.solver = cheapest(n, basis.shape[1], rank)(basis.shape[1], basis.device)
+    def __init__(self, basis: Float[Tensor, "d c"], solver: Solver) -> None:
+        self.basis, self.solver = basis, solver
 
     def add(self, rows: Float[Tensor, "N d"], labels: Int[Tensor, " N"]) -> None:
-        self.solver.add(rows @ self.basis.to(rows.device))
+        self.solver.add(rows @ self.basis.to(rows))
 
     def solve(self, rank: int) -> Float[Tensor, "d r"]:
-        return (self.basis @ self.solver.solve(None, rank)[0].to(self.basis.device)).float().contiguous()
+        """Return the directions, those of the first process: an eigensolver may turn them on another machine."""
+        found = self.solver.solve(None, rank)[0]
+        return distributed.told((self.basis.to(found) @ found).float().cpu()).to(self.basis.device).contiguous()
 
 
 @torch.no_grad()
@@ -75,13 +89,16 @@ def _leading(
     model: Any, spec: SubspaceSpec, free: Mapping[Site, Float[Tensor, "d c"]], rank: int,
     rows: Sequence[Sequence[int]], pad_id: int,
 ) -> dict[Site, Float[Tensor, "d r"]]:  # fmt: skip
-    """Return, by site, the directions within free ones along which rows vary most; all where there are no more."""
-    n = sum(map(len, rows))
-    found = dict(free)
-    sizes = {site: 8 * basis.shape[1] * min(n, basis.shape[1]) for site, basis in free.items() if basis.shape[1] > rank}
+    """Return, by site, the directions within free ones that hold most of some rows; all where there are no more."""
+    n, found = sum(map(len, rows)), dict(free)
+    widths = {site: basis.shape[1] for site, basis in free.items() if basis.shape[1] > rank}
+    kinds = {site: cheapest(n, width, rank) for site, width in widths.items()}
+    sizes = {site: kinds[site].size(n, width) + 4 * free[site].numel() for site, width in widths.items()}
     batches = batched(rows, None, 16)[distributed.rank() :: distributed.world()]
     for group in passes(sizes) if sizes else ():
-        held = {site: _Coordinates(free[site].to(model.device), n, rank) for site in group}
+        held = {
+            site: _Coordinates(free[site].to(model.device), kinds[site](widths[site], model.device)) for site in group
+        }
         fill(held, model, batches, spec, pad_id, "reading the inputs of training rows, batches")
         found |= {site: held.pop(site).solve(rank) for site in group}
     return found
