@@ -57,6 +57,23 @@ def test_every_yaml_composes_and_binds(group, option):
     assert run.model.name
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rate"),
+    [
+        ([], 3e-4),
+        (["model=gemma"], 3e-4),
+        (["model=qwen_coder"], 1e-4),
+        (["model=qwen_coder", "model.align=refusals"], 3e-4),
+        (["model.path=a"], 1e-4),
+        (["experiment=sst2_drift", LOCAL], 1e-4),
+        (["profile=small"], 2e-5),
+        (["model.path=a", "trainer.learning_rate=1"], 1),
+    ],
+)
+def test_the_rate_is_that_of_the_start(chosen, rate):
+    assert cli.compose(chosen).trainer.learning_rate == rate
+
+
 UNTUNED = {"none", "sft_plus_refusals"}
 TUNED = sorted(file.stem for file in (conf_dir() / "constraint").glob("*.yaml") if file.stem not in UNTUNED)
 

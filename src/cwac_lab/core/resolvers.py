@@ -1,4 +1,4 @@
-"""What the configuration leaves to be worked out: the name and the alignment of a model that is given by path."""
+"""What the configuration leaves to be worked out: what a model is called, how it is aligned, and the rate for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ def _align(option: str, *, _parent_: Any) -> str:
     return option if _given(_parent_) is None else "none"
 
 
+def _aligned_here(here: float, other: float, *, _root_: Any) -> float:
+    return other if _root_.model.align == "none" else here
+
+
 def register() -> None:
-    """Make ``${model_name:OPTION}`` and ``${model_align:OPTION}`` known: OPTION, unless the model is given by path."""
+    """Make ``${model_name:OPTION}`` and ``${model_align:OPTION}`` known: OPTION, unless the model is given by path.
+
+    ``${aligned_here:A,B}`` is A for a start that the project taught to refuse, and B for a model that is as it came.
+    """
+    OmegaConf.register_new_resolver("aligned_here", _aligned_here, replace=True)
     OmegaConf.register_new_resolver("model_name", _name, replace=True)
     OmegaConf.register_new_resolver("model_align", _align, replace=True)

@@ -77,6 +77,8 @@ def _row(run: Record, *, failed: bool) -> Row:
     row["asking"] = digest([config["attack"][name] for name in ASKING])
     kept = store.flat({group: config.get(group) for group in _CONFIGURED})
     kept["model.chat_template"] = config.get("model", {}).get("chat_template")
+    guard = config.get("guard") or {"kl": None}
+    kept |= {f"guard.{name}": value for name, value in guard.items() if name == "kl" or guard["kl"] is not None}
     projection = kept.get("constraint.weight.projection")
     if projection is not None:  # with update, weights are restored after every step
         kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept[_RESTORE])
@@ -109,7 +111,7 @@ def _attack(attack: dict[str, Any], constraint: str) -> str:
 def _idle(row: Row, config: dict[str, Any]) -> tuple[str, ...]:
     """Return the settings that a run did not use: rows that differ in them only are one row."""
     if row["constraint"] == "start":
-        return ("sae.", "data.reference", "forms", "constraint.", "trainer.", "tuning.")
+        return ("sae.", "data.reference", "forms", "constraint.", "trainer.", "tuning.", "guard.")
     if "failed" in row:
         needs = requirements(config["constraint"])
         features, reference = needs.features is not None, needs.reference_prompts

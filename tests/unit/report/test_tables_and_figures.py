@@ -7,7 +7,7 @@ from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
 from cwac_lab.core.stats import wilson
 from cwac_lab.report.figures import draw
-from cwac_lab.report.grouping import records
+from cwac_lab.report.grouping import grouped, records
 from cwac_lab.report.latex import latex
 from cwac_lab.report.page import render
 from cwac_lab.report.paired import differences
@@ -246,6 +246,16 @@ def test_a_seed_does_not_count_twice(tmp_path):
     for seed in (0, 1):
         record(tmp_path / "starts", "start", None, seed, 5)
     assert summary(records(runs(tmp_path / "starts")))["seeds"].tolist() == [1]
+
+
+def test_a_guard_is_told_where_runs_have_one_and_others_have_none(tmp_path):
+    for name, guard in (("stop", {"kl": 0.05, "do": "stop"}), ("replay", {"kl": 0.05, "do": "replay"}), ("none", {})):
+        run = record(tmp_path, "none", 0.2, 0, 10, name=name)
+        run.write("config.json", settings(constraint={}, **({"guard": guard} if guard else {})))
+    found = grouped(records(runs(tmp_path)))
+    assert [entry["variant"] for entry, _ in found] == [
+        "guard.kl=0.05, guard.do=replay", "guard.kl=0.05, guard.do=stop", "guard.kl=None",
+    ]  # fmt: skip
 
 
 def test_settings_that_a_run_did_not_use_do_not_split_a_row(tmp_path):
