@@ -66,6 +66,8 @@ def test_every_yaml_composes_and_binds(group, option):
         (["model=qwen_coder", "model.align=refusals"], 3e-4),
         (["model.path=a"], 1e-4),
         (["experiment=sst2_drift", LOCAL], 1e-4),
+        (["experiment=sst2_drift", "profile=small"], 2e-5),
+        (["experiment=hard_rate", "profile=small"], 4e-4),
         (["profile=small"], 2e-5),
         (["model.path=a", "trainer.learning_rate=1"], 1),
     ],

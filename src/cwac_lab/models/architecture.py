@@ -185,10 +185,11 @@ def _check_scope(model: Any, scope: Scope) -> None:
         fitting = _fitting(model, SCOPES, experts=scope.experts) if scope.value in SCOPES else []
         accepted = " | ".join([*fitting, scope.without, f"another architecture ({FAMILIES})"])
         raise ConfigError(scope.key, scope.value, f"{accepted}; {_told(model, lacking)}")
-    widest = 0 if scope.rank is None else max(matrix.width for matrix in linears(model, scope.name))
-    if scope.rank is not None and scope.rank >= widest:
+    found = list(linears(model, scope.name)) if scope.rank is not None else []
+    widest = max((matrix.width for matrix in found if matrix.site.expert is None), default=0)
+    if scope.rank is not None and scope.rank >= widest and all(matrix.site.expert is None for matrix in found):
         key = f"{scope.key.rpartition('.')[0]}.rank"
-        raise ConfigError(key, scope.rank, f"below {widest}, the widest input of {scope.name}: nothing would train")
+        raise ConfigError(key, scope.rank, f"below {widest}, the width of the widest input of {scope.name}")
 
 
 def _fitting(model: Any, scopes: Iterable[str], *, experts: bool = True) -> list[str]:

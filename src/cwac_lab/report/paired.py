@@ -35,17 +35,14 @@ def comparisons(rates: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 # Settings that two runs must share for their difference to be the constraint's, by what is compared with.
 _ASKED = ("evaluation.max_new_tokens", "task.", "model.")
-_SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "data.n_", "data.mixing")}
+_SHARED = {"start": _ASKED, "none": (*_ASKED, "trainer.", "tuning.", "guard.", "data.n_", "data.mixing")}
 
 
 def alike(row: Row, other: Row, baseline: str, meant: Collection[str] = ()) -> bool:
     """Tell whether two runs share all settings that their difference is not to be due to, but for ``meant`` ones."""
     # A start is compared with whatever is asked as it was, however that was trained.
     same = [name for name in (*SETTING, "asking") if baseline != "start" or name != "attack"]
-    apart = set(unlike(row, other, baseline))
-    if "tuning.method" in apart & set(meant):  # each way of tuning has settings of its own
-        apart = {key for key in apart if not key.startswith("tuning.")}
-    if any(other[key] != row[key] for key in same) or apart - set(meant):
+    if any(other[key] != row[key] for key in same) or set(unlike(row, other, baseline)) - set(meant):
         return False
     return baseline == "start" or (other["harmful_ratio"], other["seed"]) == (row["harmful_ratio"], row["seed"])
 
@@ -59,10 +56,7 @@ def unlike(row: Row, other: Row, baseline: str) -> list[str]:
 def otherwise(row: Row, other: Row, baseline: str) -> str:
     """Return in which settings of training two runs that are compared all the same differ, with both values."""
     names = unlike(row, other, baseline)
-    if "tuning.method" in names:
-        names += [key for key in {**other["config"], **row["config"]} if key.startswith("tuning.") and key not in names]
-    values = ((name, row["config"].get(name, "-"), other["config"].get(name, "-")) for name in names)
-    return ", ".join(f"{name} {ours} and {theirs}" for name, ours, theirs in values if ours != theirs)
+    return ", ".join(f"{name} {row['config'][name]} and {other['config'][name]}" for name in names)
 
 
 def _partners(row: Row, rows: list[Row], baseline: str) -> list[Row]:

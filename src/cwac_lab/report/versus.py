@@ -40,7 +40,7 @@ class Asked:
     @property
     def told(self) -> set[str]:
         """The settings of training that the methods' names tell."""
-        return set(re.findall(r"((?:trainer|tuning)\.\w+)=", " ".join(self.methods)))
+        return set(re.findall(r"((?:trainer|tuning|guard)\.\w+)=", " ".join(self.methods)))
 
     @property
     def name(self) -> str:
@@ -239,7 +239,9 @@ def _why(first: Row, second: Row, seeds: list[set[int]]) -> str:
     if not told and first["asking"] != second["asking"]:
         told = ["attack"]
     if told:
-        named = [f"{name}={first['config'][name]}" for name in names if name.startswith(("trainer.", "tuning."))]
+        named = [
+            f"{name}={first['config'][name]}" for name in names if name.startswith(("trainer.", "tuning.", "guard."))
+        ]
         more = f' (accepted: a name that tells it, "{first["constraint"]} {", ".join(named)}")' if named else ""
         return f"they were not trained and asked alike: {', '.join(told)}{more}"
     return "no seed is that of both: {} and {}".format(*(sorted(side) for side in seeds))

@@ -24,7 +24,7 @@ class TrainerConfig:
         max_steps: Optimizer steps after which training ends, if the passes are not over; null: no such limit.
         batch_size: Rows per forward, of all devices together: a run does not depend on how many there are.
         accumulate: Forwards per optimizer step.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate of AdamW. ``conf/trainer`` has 3e-4 for a start that the project aligned.
         weight_decay: Decoupled weight decay, on matrices only.
         schedule: Learning-rate schedule, one of ``SCHEDULES``.
         warmup_share: Share of the steps with linear warm-up (not for ``constant``).

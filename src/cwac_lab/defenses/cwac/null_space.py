@@ -14,6 +14,7 @@ from torch import Tensor
 from cwac_lab.core import distributed
 from cwac_lab.defenses.cwac.subspace.reading import batched, fill, passes
 from cwac_lab.defenses.cwac.subspace.solvers import Solver, cheapest
+from cwac_lab.defenses.cwac.subspace.span import Span
 from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.models import adapters
 from cwac_lab.models.adapters import TARGETS, TuningConfig
@@ -54,9 +55,11 @@ def free_directions(
         linear for linear in linears(model, spec.modules) if linear.site.expert is None and linear.module in adapted
     ]
     sites = dict.fromkeys(linear.site for linear in found)  # layers that read one input share it
-    free = {site: subspace.spans[site.name].complement for site in sites}
-    if tuning.free_directions is not None:
-        free = _leading(model, spec, free, tuning.free_directions, _drawn(rows, seed), pad_id)
+    spans = {site: subspace.spans[site.name] for site in sites}
+    if tuning.free_directions is None:
+        free = {site: span.complement for site, span in spans.items()}
+    else:
+        free = _leading(model, spec, spans, tuning.free_directions, _drawn(rows, seed), pad_id)
     return {linear.name.removesuffix(".weight"): free[linear.site] for linear in found}
 
 
@@ -86,18 +89,20 @@ class _Coordinates:
 
 @torch.no_grad()
 def _leading(
-    model: Any, spec: SubspaceSpec, free: Mapping[Site, Float[Tensor, "d c"]], rank: int,
-    rows: Sequence[Sequence[int]], pad_id: int,
-) -> dict[Site, Float[Tensor, "d r"]]:  # fmt: skip
-    """Return, by site, the directions within free ones that hold most of some rows; all where there are no more."""
-    n, found = sum(map(len, rows)), dict(free)
-    widths = {site: basis.shape[1] for site, basis in free.items() if basis.shape[1] > rank}
-    kinds = {site: cheapest(n, width, rank) for site, width in widths.items()}
-    sizes = {site: kinds[site].size(n, width) + 4 * free[site].numel() for site, width in widths.items()}
+    model: Any, spec: SubspaceSpec, spans: Mapping[Site, Span], rank: int, rows: Sequence[Sequence[int]], pad_id: int
+) -> dict[Site, Float[Tensor, "d r"]]:
+    """Return, by site, the directions outside a span that hold most of some rows; all where there are no more."""
+    n = sum(map(len, rows))
+    free = {site: span.width - span.rank for site, span in spans.items()}
+    found = {site: spans[site].complement for site, c in free.items() if c <= rank}
+    widths = {site: c for site, c in free.items() if c > rank}
+    kinds = {site: cheapest(n, c, rank) for site, c in widths.items()}
+    sizes = {site: kinds[site].size(n, c) + 4 * c * spans[site].width for site, c in widths.items()}
     batches = batched(rows, None, 16)[distributed.rank() :: distributed.world()]
     for group in passes(sizes) if sizes else ():
         held = {
-            site: _Coordinates(free[site].to(model.device), kinds[site](widths[site], model.device)) for site in group
+            site: _Coordinates(spans[site].complement.to(model.device), kinds[site](widths[site], model.device))
+            for site in group
         }
         fill(held, model, batches, spec, pad_id, "reading the inputs of training rows, batches")
         found |= {site: held.pop(site).solve(rank) for site in group}
