@@ -298,11 +298,7 @@ REFUSED = {
         ("diagnostics.enabled=true",),
         ["diagnostics.enabled=true: accepted: false |", "OlmoeForCausalLM (olmoe)"],
     ),
-    "rank-of-all": (
-        of("llama"),
-        RANK,
-        ["constraint.weight.rank=99999: accepted: below ", "the widest input of all_linear"],
-    ),
+    "rank-of-all": (of("llama"), RANK, ["constraint.weight.rank=99999: accepted: below ", "the widest input"]),
     "table-of-positions": (
         only(
             "opt",
