@@ -20,6 +20,7 @@ from cwac_lab.data.batches import plan_batches
 from cwac_lab.data.forms import SYSTEM
 from cwac_lab.data.pools import build_pools
 from cwac_lab.defenses.cwac.subspace.parts import parts_of
+from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.evaluation.metrics import form_of
 from cwac_lab.evaluation.protocol import evaluation_rows, suite_rows
 from cwac_lab.models.adapters import TuningConfig, attach
@@ -119,6 +120,12 @@ def _free(width: int, protected: int | None) -> int:
     return max(round(FREE * width), width - (width if protected is None else min(protected, width)))
 
 
+def _alone(run: Run) -> str | None:
+    """Return the scope that trains where a constraint freezes all else; None where it does not."""
+    parts = (part for part in run.constraint.parts.values() if isinstance(part, WeightConstraint))
+    return next((part.modules for part in parts if part.trainable == "constrained"), None)
+
+
 def _factors(tuning: TuningConfig, width: int, protected: int | None) -> int:
     """Return about how many free directions of an input have factors."""
     free = _free(width, protected)
@@ -178,6 +185,8 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Seque
     parameters = sum(parameter.numel() for parameter in model.parameters())
     most, guessed, fixed, width = most_protected(run, reference), False, 0, run.dtype.itemsize
     trained = trained_parameters(model, run.tuning, most)
+    if run.tuning.method == "full" and (alone := _alone(run)) is not None:
+        trained = sum(matrix.weight.numel() for matrix in linears(model, alone))
     adapted = _adapted(model, run.tuning) if run.tuning.adapts else []
     if run.tuning.method == "null_space":
         known = [columns - most for _, columns in adapted] if most is not None else [0]

@@ -79,8 +79,20 @@ def test_copies_of_weights_are_counted_with_full_tuning(constraint, copies):
         run = read(tiny.config(f"constraint={constraint}", f"tuning={tuning}"))
         found = estimate.estimate(run, model, [example] * 8)
         if tuning == "full" or "weight" not in constraint:
-            assert found.kept == (copies * width * size if tuning == "full" else 0)
-    assert estimate.estimate(read(tiny.config()), model, [example] * 8).memory == width * 4 * size
+            assert found.kept == (copies * width * found.trained if tuning == "full" else 0)
+    plain = read(tiny.config("constraint=none"))
+    assert estimate.estimate(plain, model, [example] * 8).memory == width * 4 * size
+
+
+@pytest.mark.parametrize("trainable", ["constrained", "all"])
+@pytest.mark.parametrize("modules", ["all_linear", "ffn_out"])
+def test_what_a_constraint_freezes_does_not_count_as_trained(trainable, modules):
+    model, example = tiny.model(), tiny.chat().encode("a question", "an answer")
+    given = [f"constraint.weight.trainable={trainable}", f"constraint.weight.modules={modules}"]
+    run = read(tiny.config("constraint=weight", *given))
+    found = estimate.estimate(run, model, [example])
+    run.constraint.prepare(context(model, run.constraint))
+    assert found.trained == sum(each.numel() for each in model.parameters() if each.requires_grad)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
