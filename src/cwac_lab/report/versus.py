@@ -154,8 +154,8 @@ def compared(rows: list[Row], asked: Asked) -> list[Found]:
         pairs = [(a, b) for a in first[1] for b in second[1] if _fits(a, b, asked)]
         entry = second[0] if first[0]["constraint"] == "start" else first[0]
         if pairs:
-            differing = otherwise(*pairs[0], _baseline(*pairs[0]))
-            found += [replace(_compare(entry, pairs, rate), otherwise=differing) for rate in _rates(pairs, asked.rate)]
+            told = otherwise(*pairs[0], _baseline(*pairs[0]))
+            found += [replace(_compare(entry, pairs, rate), otherwise=told) for rate in _rates(pairs, asked.rate)]
         else:
             seeds = [{int(row["seed"]) for row in side} for side in (first[1], second[1])]
             reasons.append(_why(first[1][0], second[1][0], seeds))

@@ -183,9 +183,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     ended = int(trained["steps"])
     if guard is not None:
         told["guard"] = guard.facts()
-        say(guarded.told(told["guard"]))
-        back = told["guard"]["rolled_back_to"]
-        ended = ended if back is None else back  # the step whose weights are kept
+        ended = _guarded(job, told["guard"], ended)
     if drift is not None:
         with job.meter.stage("diagnose"):
             found = drift.measure(model)
@@ -204,6 +202,13 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         "prepared": prepared,
         **told,
     } | followed
+
+
+def _guarded(job: Job, facts: dict[str, Any], ended: int) -> int:
+    """Tell what a guard did; returns the step whose weights are kept, of a training that ended at a step."""
+    job.screen.say(guarded.told(facts))
+    back: int | None = facts["rolled_back_to"]
+    return ended if back is None else back
 
 
 def _course(job: Job, model: Any, chat: ChatFormat, asked: Asked) -> course.Course | None:
