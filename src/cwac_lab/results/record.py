@@ -118,6 +118,17 @@ class HalfLost(TypedDict):
     steps: Annotated[int, Says("of the run")]
 
 
+class Growth(TypedDict):
+    """With which power of training time the divergence from the start grows at first (``evaluation.growth``)."""
+
+    value: Annotated[float, Says("exponent", better="lower")]
+    low: Annotated[float, Says("lower end of the 95 % interval")]
+    high: Annotated[float, Says("upper end of the 95 % interval")]
+    n: Annotated[int, Says("watched prompts")]
+    samples: Annotated[int, Says("samples that count")]
+    steps: Annotated[int, Says("of the last sample that counts")]
+
+
 class Harness(TypedDict):
     """What lm-evaluation-harness measured."""
 
@@ -210,6 +221,7 @@ class Metrics(Facts):
     lm_eval: NotRequired[Annotated[Harness, Says("tasks of lm-evaluation-harness")]]
     win_rates: NotRequired[Annotated[dict[str, WinRate], Says("answers preferred to another run's, by its method")]]
     half_lost: NotRequired[Annotated[HalfLost, Says("when half of the start's refusals were lost")]]
+    growth: NotRequired[Annotated[Growth, Says("how the divergence from the start grew at first")]]
     guard: NotRequired[Annotated[Guard, Says("what a guard saw and did while the model was trained")]]
     abliterated: NotRequired[Annotated[Abliterated, Says("the direction that an attack took out of the weights")]]
     held_share: NotRequired[Annotated[float, Says("||V^T x||^2 / ||x||^2 on unseen harmful prompts", "of 1", "higher")]]

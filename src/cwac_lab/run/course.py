@@ -7,24 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn.utils import parametrize
 
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError
-from cwac_lab.data.batches import collate
 from cwac_lab.diagnostics.callback import Sample, Sampler
-from cwac_lab.diagnostics.probe import evaluating, first_tokens
-from cwac_lab.diagnostics.stream import divergence
+from cwac_lab.diagnostics.divergence import Divergence
+from cwac_lab.diagnostics.probe import evaluating
 from cwac_lab.evaluation.course import half_lost, sample
+from cwac_lab.evaluation.growth import growth
 from cwac_lab.evaluation.protocol import answered, prompt_of
 from cwac_lab.evaluation.verdicts import START_OUTPUT, judge_rows
 from cwac_lab.judges.refusal import RefusalJudge
-from cwac_lab.models.answers import answer_logits, to_device
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
+from cwac_lab.training.rates import training_time
 
 KEY = "evaluation.every_n_steps"
 
@@ -49,13 +47,7 @@ class Course:
         self._rows = rows[: run.evaluation.watched]
         asking = chat.with_template(run.attack.template)
         begun = [asking.encode_own(prompt_of(row), row[START_OUTPUT], ended=True) for row in self._rows]
-        self._batch = collate([first_tokens(row) for row in begun], chat.pad_id)
-        self._start = self._log_probs(start)
-
-    @torch.no_grad()
-    def _log_probs(self, model: Any) -> Float[Tensor, "A V"]:
-        with evaluating(model):
-            return answer_logits(model, to_device(self._batch, model.device))[0].float().log_softmax(-1).cpu()
+        self._divergence = Divergence(start, begun, chat.pad_id)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -68,11 +60,15 @@ class Course:
         }
 
     def __call__(self, model: Any) -> Sample:
-        """Return a sample of a model (``evaluation.course.sample``), with ``kl`` from the start at its first tokens."""
+        """Return a sample of a model (``evaluation.course.sample``).
+
+        It also has the divergence from the start at its first tokens: ``kl`` over all of them, and ``kl_by_prompt``.
+        """
         with parametrize.cached(), evaluating(model), torch.no_grad():
             given = answered(self._run, {"harmful": self._rows}, model, self._chat)
         found = sample(judge_rows(given, self._run.task, self._judge))
-        return {**found, "kl": divergence(self._start, self._log_probs(model))}
+        apart = self._divergence.by_answer(model)
+        return {**found, "kl": float(torch.cat(apart).mean()), "kl_by_prompt": [float(each.mean()) for each in apart]}
 
 
 def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
@@ -88,19 +84,25 @@ def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
     resumed = (folder.path / store.CHECKPOINT).is_dir() and folder.has(store.COURSE)
     earlier = folder.read(store.COURSE)["samples"] if resumed else []
 
+    time = training_time(run.trainer, steps)
+
     def record(samples: list[Sample]) -> None:
-        lost = half_lost(samples, facts["start_refused"])
-        folder.write(store.COURSE, {**facts, "half_lost": lost, "samples": samples})
+        lost, grown = half_lost(samples, facts["start_refused"]), growth(samples, time)
+        folder.write(store.COURSE, {**facts, "half_lost": lost, "growth": grown, "samples": samples})
 
     return Sampler("course", course, every, earlier, record)
 
 
 def told(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     """Return what a record has of the course, and tell it."""
-    lost = folder.read(store.COURSE)["half_lost"]
+    found = folder.read(store.COURSE)
+    lost, grown = found["half_lost"], found["growth"]
     if lost is None:
         say("course: the start refuses none of the prompts that are watched")
-        return {}
-    half = f"after {lost['value']:.0f} steps" if lost["value"] is not None else f"not within {lost['steps']} steps"
-    say(f"half of the start's refusals are lost {half} (n={lost['n']})")
-    return {"half_lost": lost}
+    else:
+        half = f"after {lost['value']:.0f} steps" if lost["value"] is not None else f"not within {lost['steps']} steps"
+        say(f"half of the start's refusals are lost {half} (n={lost['n']})")
+    if grown is not None:
+        power = "{value:.1f} [{low:.1f}, {high:.1f}] (n={n}, {samples} samples up to step {steps})".format(**grown)
+        say(f"the divergence from the start grows with training time to the power {power}")
+    return {name: each for name, each in (("half_lost", lost), ("growth", grown)) if each is not None}

@@ -4,40 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.utils import parametrize
-
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError
-from cwac_lab.data.batches import collate
 from cwac_lab.defenses.interface import Context
-from cwac_lab.diagnostics.probe import evaluating, first_tokens
-from cwac_lab.diagnostics.stream import divergence
-from cwac_lab.models.answers import answer_logits, to_device
+from cwac_lab.diagnostics.divergence import Divergence
 from cwac_lab.models.chat import IGNORED, ChatFormat, Encoded
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.training.guard import Guard
-
-
-class Divergence:
-    """The divergence of a model from the start, at the first tokens of the start's own refusals."""
-
-    def __init__(self, start: Any, refusals: list[Encoded], pad_id: int) -> None:
-        """Run the start on its refusals."""
-        self._batch = collate([first_tokens(row) for row in refusals], pad_id)
-        self._start = self._log_probs(start)
-
-    @torch.no_grad()
-    def _log_probs(self, model: Any) -> Float[Tensor, "A V"]:
-        with parametrize.cached(), evaluating(model):
-            return answer_logits(model, to_device(self._batch, model.device))[0].float().log_softmax(-1).cpu()
-
-    def __call__(self, model: Any) -> float:
-        """Return the mean of ``KL(start || model)`` in nats."""
-        return divergence(self._start, self._log_probs(model))
 
 
 def own_refusals(context: Context) -> list[Encoded]:

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import Diverged
@@ -21,6 +20,7 @@ from cwac_lab.defenses.interface import Defense
 from cwac_lab.models.answers import Batch, answer_loss
 from cwac_lab.models.chat import Encoded
 from cwac_lab.models.shards import is_sharded
+from cwac_lab.training import rates
 from cwac_lab.training.settings import TrainerConfig
 from cwac_lab.training.sharding import Sharded, clip_grad_norm
 
@@ -168,8 +168,7 @@ class FineTuning(L.LightningModule):
             ]
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=True)
-        warmup = int(self.config.warmup_share * self.total_steps)
-        self.schedule = get_scheduler(self.config.schedule, self.optimizer, warmup, self.total_steps)
+        self.schedule = rates.schedule(self.config, self.optimizer, self.total_steps)
         if self._restore is not None:
             self._restore(self.optimizer, self.schedule)
         return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
