@@ -1,0 +1,55 @@
+"""How many multiplications and additions the training of a run takes, counted without a weight in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cwac_lab.models.chat import IGNORED, Encoded
+from cwac_lab.models.prefix import shared_length
+from cwac_lab.models.sites import EXPERTS, decoder_layers
+
+
+def training(
+    model: Any, rows: Sequence[Encoded], forwards: Sequence[Sequence[int]], trained: int, *, checkpointing: bool = False
+) -> float:
+    """Return the floating-point operations of a run's steps, as Kaplan et al. (2020, arXiv 2001.08361) count them.
+
+    Two a weight and token forward, two backward for what flows through, two more where the weight trains. As the loop
+    does it, an opening that a forward's rows share counts once, and the head at answer tokens only; a look-up of an
+    embedding is none. What attention multiplies besides its weights is left out, and so is what a constraint adds.
+
+    Args:
+        model: The model, on the meta device.
+        rows: What is trained on.
+        forwards: The rows of each forward.
+        trained: How many weights train.
+        checkpointing: Whether layers are computed again backward; no opening is shared then.
+    """
+    layers = sum(weight.numel() for weight in decoder_layers(model).parameters())
+    outside = sum(weight.numel() for weight in model.parameters()) - layers
+    head = model.get_output_embeddings().weight.numel()
+    inside = trained if trained <= layers else trained - outside  # all of it trains, or no more than the layers
+    tokens = sum(_tokens([rows[at] for at in each], shared=not checkpointing) for each in forwards if each)
+    answers = sum(sum(label != IGNORED for label in rows[at].labels) for each in forwards for at in each)
+    through = used_share(model) * ((6 if checkpointing else 4) * layers + 2 * inside)
+    return tokens * through + answers * (6 if trained > layers else 4) * head
+
+
+def _tokens(rows: Sequence[Encoded], *, shared: bool) -> int:
+    """Return the tokens that one forward computes."""
+    total = sum(len(row.input_ids) for row in rows)
+    first = min(next(at for at, label in enumerate(row.labels) if label != IGNORED) for row in rows)
+    opening = shared_length([row.input_ids for row in rows], first - 1) if shared else 0
+    return total - (len(rows) - 1) * opening
+
+
+def used_share(model: Any) -> float:
+    """Return the share of its layers' weights that a token goes through: of a mixture not the experts it passes by."""
+    config = model.config
+    of = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if not of:
+        return 1.0
+    sizes = {name: each.numel() for name, each in decoder_layers(model).named_parameters()}
+    experts = sum(size for name, size in sizes.items() if f".{EXPERTS}." in name)
+    return 1 - experts * (1 - config.num_experts_per_tok / of) / sum(sizes.values())
