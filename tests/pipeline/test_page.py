@@ -30,7 +30,12 @@ SPOKEN = {
 def root(tiny_folder, tmp_path_factory):
     """Two runs with drift and answers, the second with answers that judges disagree on."""
     where = tmp_path_factory.mktemp("root")
-    shared = [*tiny.small_run(tiny_folder, where), "trainer.epochs=2", "diagnostics.enabled=true"]
+    shared = [
+        *tiny.small_run(tiny_folder, where),
+        "trainer.epochs=2",
+        "diagnostics.enabled=true",
+        "evaluation.every_n_steps=3",
+    ]
     for constraint in ("none", "weight"):
         tiny.launch(train.main, [*shared, f"constraint={constraint}"])
     for folder in runs(where):
@@ -65,6 +70,9 @@ def test_the_page_holds_everything_and_loads_nothing(root, capsys):
     assert {cell["method"] for cell in data["cells"]} == {"none", "weight"}
     assert data["runs"][0]["curve"]["step"][0] == 0
     for run, shown in zip(runs(root), data["runs"], strict=True):
+        samples = read_json(run.path / "course.json")["samples"]
+        assert shown["course"]["step"] == [0, *(sample["step"] for sample in samples)]
+        assert shown["course"]["kl"][1:] == pytest.approx([sample["kl"] for sample in samples], rel=1e-3)
         rate = read_json(run.path / "metrics.json")["finetune_accuracy"]
         assert shown["rates"]["FA"]["n"] == rate["n"]
         assert shown["rates"]["FA"]["value"] == pytest.approx(rate["value"], rel=1e-3)
@@ -121,6 +129,11 @@ def test_filters_and_blurred_prompts_work_by_mouse_and_keyboard(root, browser, t
     view.locator("#drift").scroll_into_view_if_needed()
     view.wait_for_selector("#drift-plot .hm")
     assert view.locator("#drift-plot .hm").count() == 2
+    view.locator("#course").scroll_into_view_if_needed()
+    view.wait_for_selector("#course-plot .scatterlayer .trace")
+    assert view.locator("#course-plot .scatterlayer .trace").count() == 2
+    view.select_option("#course-what", "kl")
+    assert "KL to the start" in view.text_content("#course-plot .ytitle")
     assert view.locator("#tables table").count() >= 1
     assert complaints == []
 
@@ -131,7 +144,7 @@ def test_it_fits_phones_and_both_schemes(root, browser, scheme, width, tmp_path)
     tiny.launch(report.main, [f"output_root={root}"], "report")
     size = {"width": width, "height": 900}
     view, complaints = opened(browser, root / "report" / "index.html", color_scheme=scheme, viewport=size)
-    for section in ("ratio", "drift", "training", "answers", "runs", "tables"):
+    for section in ("ratio", "drift", "training", "course", "answers", "runs", "tables"):
         view.locator(f"#{section}").scroll_into_view_if_needed()
     view.wait_for_selector(".answer")
     assert view.evaluate("document.documentElement.scrollWidth") <= width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ Sample = dict[str, Any]
 
 
 class Sampler(L.Callback):
-    """Measures every so many optimizer steps; a sample is the step and what is measured there.
+    """Measures every so many optimizer steps; a sample is the step, what is measured there, and how long that took.
 
     It is measured as it would be if training ended there: with the weights that its defence makes of the trained ones,
     which are put back. The last step is left to who measures the trained model, by ``end``.
@@ -51,9 +52,10 @@ class Sampler(L.Callback):
         if step % self._every or step == pl_module.total_steps:
             pl_module.log_figures(self._name, {})
             return
+        begun = time.perf_counter()
         with settled(pl_module.defense, pl_module.model):
             found = self._measure(pl_module.model)
-        self._samples.append({"step": step, **found})
+        self._samples.append({"step": step, **found, "seconds": time.perf_counter() - begun})
         self._record(self._samples)
         figures = flat(found, self._name)
         numbers = {key.replace(".", "/"): value for key, value in figures.items() if isinstance(value, float)}

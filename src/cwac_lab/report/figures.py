@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwac_lab.core.cache import digest
+from cwac_lab.report.course import FIELDS, followed
 from cwac_lab.report.grouping import SETTING, Row, finished, grouped, has_rate
 from cwac_lab.report.tables import heading, rate_of
 from cwac_lab.results.store import COURSE
@@ -106,22 +107,15 @@ def curves(figure: Figure, lines: Lines, label: str) -> None:
         axes.set_ylim(-3, 103)
 
 
-# What is drawn of the course of a run: by field of its samples.
-_COURSE = {"retained_refusals": "retained refusals (%), higher is better", "kl": "KL to the start, first tokens (nats)"}
-
-
 def course(figure: Figure, cells: Cells) -> None:
-    """Draw refusals, and how far first tokens are from the start's, over steps: a line a run, a colour a method.
-
-    All begin at the start, which keeps all its refusals.
-    """
-    figure.set_size_inches(7.2, 3.6)
-    for axes, (field, title) in zip(figure.subplots(1, 2), _COURSE.items(), strict=True):
+    """Draw refusals, and how far first tokens are from the start's, over steps: a line a run, a colour a method."""
+    figure.set_size_inches(3.6 * len(FIELDS), 3.6)
+    for axes, (field, title) in zip(figure.subplots(1, len(FIELDS)), FIELDS.items(), strict=True):
         for number, (entry, group) in enumerate(cells):
             colour = _COLOURS[number % len(_COLOURS)]
             for at, row in enumerate(_followed(group)):
-                samples = [{"step": 0, "retained_refusals": 100.0, "kl": 0.0}, *row["run"].read(COURSE)["samples"]]
-                known = [(each["step"], each[field]) for each in samples if each[field] is not None]
+                seen = followed(row["run"])
+                known = [at for at in zip(seen["step"], seen[field], strict=True) if at[1] is not None]
                 axes.plot(*zip(*known, strict=True), marker=".", color=colour, label="" if at else _name(entry))
         axes.set_xlabel("optimizer steps")
         axes.set_title(title, fontsize=9)
@@ -215,9 +209,9 @@ def draw(rows: list[Row], folder: Path, name: str) -> list[Path]:
                     trade_off(figure.subplots(), alike)
                     file = folder / f"{stem}-trade_off-p{ratio:g}"
                     written += _save(figure, f"{title}, harmful ratio {ratio:g}", file)
-            if followed := [cell for cell in cells if _followed(cell[1])]:
+            if watched := [cell for cell in cells if _followed(cell[1])]:
                 figure = Figure(layout="constrained")
-                course(figure, followed)
+                course(figure, watched)
                 written += _save(figure, title, folder / f"{stem}-course")
             for label, lines in _lines(cells):
                 figure = Figure(layout="constrained")

@@ -135,6 +135,14 @@ function drawCurve() {
   draw("curve-plot", lines, { xaxis: { title: "optimizer step" }, yaxis: { title: "loss" } });
 }
 
+const watched = data.runs.filter((run) => run.course.step);
+function drawCourse() {
+  const what = by("course-what");
+  const lines = watched.map((run, i) => ({ x: run.course.step, y: run.course[what.value], name: run.name, mode: "lines+markers",
+    connectgaps: true, line: { color: COLORS[i % COLORS.length] }, marker: { symbol: i % 8 } }));
+  draw("course-plot", lines, { xaxis: { title: "optimizer step" }, yaxis: { title: what.selectedOptions[0].text, rangemode: "tozero" } });
+}
+
 const answered = data.runs.filter((run) => run.texts);
 const unpacked = new Map();
 async function answersOf(run) {
@@ -295,6 +303,7 @@ function main() {
   whereAny(measured, "drift-plot", "drift-none", ["drift-left", "drift-right", "drift-kind"], drawDrift);
   fill(by("curve-run"), places(logged), names(logged));
   whereAny(logged, "curve-plot", "curve-none", ["curve-run"], drawCurve);
+  whereAny(watched, "course-plot", "course-none", ["course-what"], drawCourse);
 
   fill(by("record-run"), places(data.runs), names(data.runs));
   by("record-run").addEventListener("input", () => openRun(data.runs[Number(by("record-run").value)].name));

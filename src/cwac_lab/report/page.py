@@ -16,6 +16,7 @@ from jinja2 import Environment
 from cwac_lab.core.cache import write_text
 from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.evaluation.combined import described
+from cwac_lab.report.course import FIELDS, followed
 from cwac_lab.report.figures import PARTS
 from cwac_lab.report.files import NOTE
 from cwac_lab.report.grouping import SETTING, Row, finished, records, said
@@ -79,6 +80,11 @@ def _drift(run: Record) -> dict[str, Any]:
     return {"layers": layers, "means": means, "n": found["prompts"]}
 
 
+def _course(run: Record) -> dict[str, list[Any]]:
+    """Return how refusals went while a run was trained."""
+    return {name: [None if at is None else short(at) for at in values] for name, values in followed(run).items()}
+
+
 def _answers(run: Record) -> list[dict[str, Any]]:
     """Return the verdicts of all judges of a run on every answer, with prompt, answer and reasons where texts are kept.
 
@@ -131,6 +137,7 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
         "provenance": {name: provenance[name] for name in told if name in provenance} | provenance.get("packages", {}),
         "drift": _kept(_drift, run, say) or {},
         "curve": _kept(_curve, run, say) or {},
+        "course": _kept(_course, run, say) or {},
         "answers": _packed(answers),
         "texts": any("output" in answer for answer in answers),
     }
@@ -168,6 +175,7 @@ def render(found: list[Record], say: Callable[[str], None] = print) -> str:
         tables=tables,
         note=NOTE,
         n_runs=len(rows),
+        followed=FIELDS,
         weights=sorted({str(row["weights"]) for row in rows}),
         data=_json(
             {

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.progress import duration
 from cwac_lab.diagnostics.callback import Sample, Sampler
 from cwac_lab.diagnostics.divergence import Divergence
 from cwac_lab.diagnostics.probe import evaluating
@@ -102,6 +103,8 @@ def told(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     else:
         half = f"after {lost['value']:.0f} steps" if lost["value"] is not None else f"not within {lost['steps']} steps"
         say(f"half of the start's refusals are lost {half} (n={lost['n']})")
+    spent = sum(each.get("seconds", 0) for each in found["samples"])
+    say(f"watching refusals during training took {duration(spent)}")
     if grown is not None:
         power = "{value:.1f} [{low:.1f}, {high:.1f}] (n={n}, {samples} samples up to step {steps})".format(**grown)
         say(f"the divergence from the start grows with training time to the power {power}")

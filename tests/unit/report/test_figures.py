@@ -44,12 +44,15 @@ def test_figures_of_what_was_varied_are_the_same_every_time(tmp_path):
 
 
 def test_runs_that_were_followed_have_a_figure_over_steps(tmp_path):
-    samples = [{"step": 5, "retained_refusals": 50.0, "kl": 0.4}, {"step": 9, "retained_refusals": None, "kl": 0.9}]
+    samples = [
+        {"step": 5, "harmful_score": 60.0, "retained_refusals": 50.0, "kl": 0.4},
+        {"step": 9, "harmful_score": 100.0, "retained_refusals": None, "kl": 0.9},
+    ]
     for constraint in ("none", "weight"):
         for seed in (0, 1):
             run = record(tmp_path, constraint, 0.2, seed, 50)
             if seed or constraint == "none":
-                run.write("course.json", {"samples": samples})
+                run.write("course.json", {"start_refused": [True, True, True, False], "samples": samples})
     rows = records(runs(tmp_path))
     (file,) = [file for file in draw(rows, tmp_path / "figures", "mine") if "-course.svg" in file.name]
     text = file.read_text()
@@ -57,6 +60,7 @@ def test_runs_that_were_followed_have_a_figure_over_steps(tmp_path):
     assert text.count(">none<") == text.count(">weight<") == 1
     figure = Figure()
     course(figure, [(entry, group) for entry, group in grouped(rows)])
-    kept, apart = figure.axes
+    lost, kept, apart = figure.axes
+    assert [line.get_xydata().tolist() for line in lost.lines] == [[[0, 25], [5, 60], [9, 100]]] * 3
     assert [line.get_xydata().tolist() for line in kept.lines] == [[[0, 100], [5, 50]]] * 3
     assert [line.get_xydata().tolist() for line in apart.lines] == [[[0, 0], [5, 0.4], [9, 0.9]]] * 3
