@@ -106,6 +106,18 @@ def test_kl_on_refusals():
     assert_equal(trained(KL(strength=0.7, held_on="refusals", batch_size=2)), plain(formula))
 
 
+def test_ldifs_on_refusals():
+    """The formula's distance is that of the asked rows, its cross-entropy that of the task's."""
+
+    def formula(model, start, batch, step):
+        asked = refusal_batch(cyclic(5, 2, step, "ldifs/0"))
+        distance = ldifs(model, start, asked, step) - sft(model, start, asked, step)
+        return sft(model, start, batch, step) + distance
+
+    made = LDIFS(strength=5.0, depths=[0.0, 0.5], held_on="refusals", batch_size=2)
+    assert_equal(trained(made), plain(formula))
+
+
 def test_sppft_trains_all_but_the_block():
     found = trained(SPPFT(block=[0.5, 1.0]))
     assert_equal(found, plain(sft, freeze=("model.layers.1.",)))

@@ -76,6 +76,7 @@ BAD = [
     (["forms=varied", "constraint=lisa"], "forms=varied: accepted: own with constraint=lisa, which holds on to no"),
     (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both"),
     (["constraint.activation.held_on=none"], "constraint.activation.held_on=none: accepted: harmful | both"),
+    (["constraint=ldifs", "constraint.ldifs.held_on=all"], "constraint.ldifs.held_on=all: accepted: task | refusals"),
     (["data=local"], "data.root=None: accepted: an existing folder"),
     (["model.path=/nowhere"], "model.path=/nowhere: accepted: a folder with config.json"),
     (["model=mistral", "profile=small"], "profile=small: accepted: for model=mistral: embedded | paper"),

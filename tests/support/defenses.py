@@ -76,6 +76,7 @@ ACTIVE = {
     "kl_refusals": lambda: KL(strength=2.0, held_on="refusals", batch_size=3),
     "constrained_sft": lambda: ConstrainedSFT(beta=1.0),
     "ldifs": lambda: LDIFS(strength=2.0, depths=[0.0, 0.5]),
+    "ldifs_refusals": lambda: LDIFS(strength=2.0, depths=[0.0, 0.5], held_on="refusals", batch_size=3),
     "safegrad": lambda: SafeGrad(strength=1.0, batch_size=3),
     "safelora": lambda: SafeLoRA(share=0.5),
     "osf": lambda: OSF(share=0.3),

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from cwac_lab.core.errors import in_range, one_of
-from cwac_lab.data.batches import collate, cyclic
+from cwac_lab.core.errors import in_range
 from cwac_lab.defenses.interface import Context, Defense, Requirements
+from cwac_lab.defenses.literature.refusals import Refusals, check_held_on
 from cwac_lab.defenses.literature.start import StartLogits
-from cwac_lab.models.answers import Batch, answer_logits, mean_over_answers, to_device
+from cwac_lab.models.answers import Batch, answer_logits, mean_over_answers
 from cwac_lab.models.chat import Encoded
 
 
@@ -47,7 +47,7 @@ class KL(Defense):
     def __post_init__(self) -> None:
         """Check the fields."""
         in_range("strength", self.strength, 0)
-        one_of("held_on", self.held_on, ("task", "refusals"))
+        check_held_on(self.held_on)
         in_range("batch_size", self.batch_size, 1)
         self._start: StartLogits | None = None
 
@@ -59,22 +59,19 @@ class KL(Defense):
     def prepare(self, context: Context) -> None:
         """Take the refusals."""
         self._context = context
-        self._seed, self._pad_id = context.seed, context.chat.pad_id
-        self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
+        self._refusals = Refusals(context, "kl", self.batch_size)
 
     def begin(self, total_steps: int, examples: Sequence[Encoded]) -> None:
         """Keep what the start answers to the rows that the divergence is taken on (Lisa may train on refusals)."""
         if self.strength:
-            rows = [*(examples if self.held_on == "task" else ()), *self._refusals]
+            rows = [*(examples if self.held_on == "task" else ()), *self._refusals.rows]
             with self._context.autocast():
-                self._start = StartLogits(self._context.model, rows, self._pad_id)
+                self._start = StartLogits(self._context.model, rows, self._context.chat.pad_id)
 
     def loss_terms(self, model: Any, batch: Batch, step: int) -> dict[str, Float[Tensor, ""]]:
         """Return the penalty, of shape ()."""
         if self._start is None:
             return {}
         if self.held_on == "refusals":
-            rows = cyclic(len(self._refusals), self.batch_size, step, f"kl/{self._seed}")
-            piece = batch["piece"][:2] if "piece" in batch else ()
-            batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id, *piece), model.device)
+            batch = self._refusals.beside(batch, step)
         return {"kl": self.strength * divergence(model, self._start, batch)}

@@ -5,7 +5,7 @@
 Fidelity: variant. Unit-normalised features as in the authors' vision code, of a decoder's residual stream; pads are
 left out and no layer's term is ever dropped (a public language-model port adds a term only while it is below 0.1).
 The natural control for CWAC's activation half: all directions, and the task's inputs instead of harmful reference
-prompts.
+prompts. ``held_on=refusals`` (not the paper's) takes refusals to these prompts, so that the features alone differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cwac_lab.core.errors import ConfigError, in_range
-from cwac_lab.defenses.interface import Context, Defense
+from cwac_lab.defenses.interface import Context, Defense, Requirements
+from cwac_lab.defenses.literature.refusals import Refusals, check_held_on
 from cwac_lab.defenses.literature.start import StartModel
 from cwac_lab.models.answers import Batch, mean_over_tokens
 from cwac_lab.models.capture import layer_outputs
@@ -33,16 +34,27 @@ class LDIFS(Defense):
     Attributes:
         strength: Weight of the distance of features, alpha of the paper; 0 switches it off.
         depths: Relative depths of the hooked layers.
+        held_on: ``task``: on the inputs that are trained on; ``refusals``: on refusals to the reference prompts.
+        batch_size: Refusals a step.
     """
 
     strength: float = 0.05
     depths: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 0.97])
+    held_on: str = "task"
+    batch_size: int = 4
 
     def __post_init__(self) -> None:
         """Check the fields."""
         in_range("strength", self.strength, 0)
         if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
             raise ConfigError("depths", list(self.depths), "a list of relative depths in [0, 1)")
+        check_held_on(self.held_on)
+        in_range("batch_size", self.batch_size, 1)
+
+    @property
+    def requirements(self) -> Requirements:
+        """The refusals, where they are used."""
+        return Requirements(reference_prompts=self.held_on == "refusals" and self.strength > 0)
 
     @property
     def copies(self) -> float:
@@ -50,7 +62,8 @@ class LDIFS(Defense):
         return float(self.strength > 0)
 
     def prepare(self, context: Context) -> None:
-        """Keep the start."""
+        """Keep the start, and take the refusals."""
+        self._refusals = Refusals(context, "ldifs", self.batch_size)
         self._start = StartModel(context.model) if self.strength else None
         n_layers = len(decoder_layers(context.model))
         self._layers = sorted({depth_to_layer(depth, n_layers) for depth in self.depths})
@@ -59,6 +72,8 @@ class LDIFS(Defense):
         """Return the penalty, of shape ()."""
         if self._start is None:
             return {}
+        if self.held_on == "refusals":
+            batch = self._refusals.beside(batch, step)
         inputs = batch["input_ids"], batch["attention_mask"]
         now = layer_outputs(model, self._layers, *inputs)
         with torch.no_grad(), self._start.model() as start:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import in_range
-from cwac_lab.data.batches import collate, cyclic
 from cwac_lab.defenses.interface import Context, Defense, Requirements
 from cwac_lab.defenses.literature.kl import divergence
+from cwac_lab.defenses.literature.refusals import Refusals
 from cwac_lab.defenses.literature.start import StartLogits
-from cwac_lab.models.answers import to_device
 
 # At the start the divergence has no gradient; what rounding leaves of it, relative to the user's, is no direction.
 NOISE = 1e-4
@@ -57,21 +56,18 @@ class SafeGrad(Defense):
     def prepare(self, context: Context) -> None:
         """Take the refusals and keep what the start answers there."""
         self._model, self._autocast = context.model, context.autocast
-        self._seed, self._pad_id = context.seed, context.chat.pad_id
-        self._refusals = [context.chat.encode(row.prompt, row.response) for row in context.refusals]
+        self._refusals = Refusals(context, "safegrad", self.batch_size)
         self._conflicts, self._start = 0, None
         if self.strength:
             with context.autocast():
-                self._start = StartLogits(context.model, self._refusals, self._pad_id)
+                self._start = StartLogits(context.model, self._refusals.rows, context.chat.pad_id)
 
     def after_backward(self, step: int) -> None:
         """Replace the gradients by the operated ones."""
         if self._start is None:
             return
-        rows = cyclic(len(self._refusals), self.batch_size, step, f"safegrad/{self._seed}")
         # Every device takes a part of the refusals; their gradients are averaged, and so the same everywhere.
-        piece = distributed.rank(), distributed.world()
-        batch = to_device(collate([self._refusals[row] for row in rows], self._pad_id, *piece), self._model.device)
+        batch = self._refusals.batch(step, distributed.rank(), distributed.world())
         trained = [p for p in self._model.parameters() if p.requires_grad and p.grad is not None]
         with torch.enable_grad(), self._autocast():
             aligned = torch.autograd.grad(divergence(self._model, self._start, batch), trained, allow_unused=True)
