@@ -130,9 +130,9 @@ def test_filters_and_blurred_prompts_work_by_mouse_and_keyboard(root, browser, t
     view.wait_for_selector("#drift-plot .hm")
     assert view.locator("#drift-plot .hm").count() == 2
     view.locator("#course").scroll_into_view_if_needed()
+    view.select_option("#course-what", "kl")
     view.wait_for_selector("#course-plot .scatterlayer .trace")
     assert view.locator("#course-plot .scatterlayer .trace").count() == 2
-    view.select_option("#course-what", "kl")
     assert "KL to the start" in view.text_content("#course-plot .ytitle")
     assert view.locator("#tables table").count() >= 1
     assert complaints == []

@@ -35,7 +35,8 @@ class Divergence:
     @torch.no_grad()
     def _log_probs(self, model: Any) -> Float[Tensor, "A V"]:
         with parametrize.cached(), evaluating(model):
-            return answer_logits(model, to_device(self._batch, model.device))[0].float().log_softmax(-1).cpu()
+            logits = answer_logits(model, to_device(self._batch, model.device))[0]
+        return logits.float().cpu().double().log_softmax(-1)  # in float32 what is below 1e-6 nats would be rounding
 
     def by_answer(self, model: Any) -> list[Float[Tensor, " t"]]:
         """Return the divergence in nats at the first tokens of each answer."""

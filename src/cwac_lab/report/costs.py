@@ -101,7 +101,6 @@ _COSTS = (
         "half_lost", "steps to half of the refusals lost", "", "higher", 0, _half_lost,
         lambda row: row["half_lost"]["steps"] if "half_lost" in row else None, shown=True, absent="not within the run",
     ),
-    Cost("growth", "exponent of KL over training time", "", "", 1, _interval("growth"), shown=True),
     Cost("seconds", "time", "s", "lower", 0, _seconds),
     Cost("train_seconds", "time of training", "s", "lower", 0, lambda row: _seconds(row, "train")),
     Cost("peak_memory_gb", "peak memory", "GB", "lower", 2, _peak("peak_memory_gb")),

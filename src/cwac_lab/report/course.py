@@ -23,6 +23,5 @@ def followed(run: Record) -> dict[str, list[Any]]:
     if not run.has(COURSE):
         return {}
     found = run.read(COURSE)
-    refused = found["start_refused"]
-    start = {"step": 0, "harmful_score": 100 * (1 - sum(refused) / len(refused)), "retained_refusals": 100.0, "kl": 0.0}
+    start = {"step": 0, "harmful_score": None, "retained_refusals": 100.0, "kl": 0.0} | found.get("start", {})
     return {field: [each[field] for each in (start, *found["samples"])] for field in ("step", *FIELDS)}

@@ -121,12 +121,14 @@ class HalfLost(TypedDict):
 class Growth(TypedDict):
     """With which power of training time the divergence from the start grows at first (``evaluation.growth``)."""
 
-    value: Annotated[float, Says("exponent", better="lower")]
+    value: Annotated[float, Says("exponent")]
     low: Annotated[float, Says("lower end of the 95 % interval")]
     high: Annotated[float, Says("upper end of the 95 % interval")]
+    halves: Annotated[list[float], Says("exponents over the first and the second half of the samples")]
     n: Annotated[int, Says("watched prompts")]
     samples: Annotated[int, Says("samples that count")]
-    steps: Annotated[int, Says("of the last sample that counts")]
+    steps: Annotated[list[int], Says("of the first and the last of them")]
+    kl: Annotated[list[float], Says("mean divergence at these two", "nats")]
 
 
 class Harness(TypedDict):

@@ -54,10 +54,12 @@ class Course:
     def facts(self) -> dict[str, Any]:
         """What is asked, how it is judged, and what the start refuses of it."""
         begun = judge_rows([{**row, "output": row[START_OUTPUT]} for row in self._rows], self._run.task, self._judge)
+        said = sample(begun)
         return {
             "prompts": len(self._rows),
             "judge": f"{self._judge.name} {self._judge.version[:8]}",
             "start_refused": [bool(verdict["start_refused"]) for verdict in begun],
+            "start": {rate: said[rate] for rate in ("harmful_score", "retained_refusals", "incoherent")},
         }
 
     def __call__(self, model: Any) -> Sample:
@@ -86,9 +88,10 @@ def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
     earlier = folder.read(store.COURSE)["samples"] if resumed else []
 
     time = training_time(run.trainer, steps)
+    rounded = run.tuning.dtype is not None  # a base in fewer bits is apart from the start before anything is trained
 
     def record(samples: list[Sample]) -> None:
-        lost, grown = half_lost(samples, facts["start_refused"]), growth(samples, time)
+        lost, grown = half_lost(samples, facts["start_refused"]), None if rounded else growth(samples, time)
         folder.write(store.COURSE, {**facts, "half_lost": lost, "growth": grown, "samples": samples})
 
     return Sampler("course", course, every, earlier, record)
@@ -106,6 +109,8 @@ def told(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     spent = sum(each.get("seconds", 0) for each in found["samples"])
     say(f"watching refusals during training took {duration(spent)}")
     if grown is not None:
-        power = "{value:.1f} [{low:.1f}, {high:.1f}] (n={n}, {samples} samples up to step {steps})".format(**grown)
+        power = "{value:.1f} [{low:.1f}, {high:.1f}] (n={n}, {samples} samples)".format(**grown)
+        where = "steps {} to {}: {:.1f} in the first half of these samples, {:.1f} in the second"
         say(f"the divergence from the start grows with training time to the power {power}")
+        say(where.format(*grown["steps"], *grown["halves"]))
     return {name: each for name, each in (("half_lost", lost), ("growth", grown)) if each is not None}

@@ -182,8 +182,12 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Seque
         known = [columns - most for _, columns in adapted] if most is not None else [0]
         guessed = run.tuning.free_directions is None or run.tuning.free_directions > min(known)
         fixed = sum(columns * _factors(run.tuning, columns, most) for _, columns in adapted)
-    forwards = [step[piece :: trainer.accumulate] for step in plan for piece in range(trainer.accumulate)]
-    work = operations.training(model, examples, forwards, trained, checkpointing=trainer.gradient_checkpointing)
+    pieces = trainer.accumulate * trainer.devices
+    work = operations.training(
+        model, examples, [step[piece::pieces] for step in plan for piece in range(pieces)], trained,
+        factors=trained + fixed if run.tuning.adapts else 0, alone=trainer.strategy == "fsdp",
+        checkpointing=trainer.gradient_checkpointing,
+    )  # fmt: skip
     # Gradients and moments, and with factors these themselves.
     memory = width * parameters + (8 + (8 if run.tuning.adapts else width)) * trained
     if run.tuning.base == "nf4":

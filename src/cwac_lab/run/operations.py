@@ -11,8 +11,9 @@ from cwac_lab.models.sites import EXPERTS, decoder_layers
 
 
 def training(
-    model: Any, rows: Sequence[Encoded], forwards: Sequence[Sequence[int]], trained: int, *, checkpointing: bool = False
-) -> float:
+    model: Any, rows: Sequence[Encoded], forwards: Sequence[Sequence[int]], trained: int, *, factors: int = 0,
+    alone: bool = False, checkpointing: bool = False,
+) -> float:  # fmt: skip
     """Return the floating-point operations of a run's steps, as Kaplan et al. (2020, arXiv 2001.08361) count them.
 
     Two a weight and token forward, two backward for what flows through, two more where the weight trains. As the loop
@@ -23,24 +24,27 @@ def training(
         model: The model, on the meta device.
         rows: What is trained on.
         forwards: The rows of each forward.
-        trained: How many weights train.
-        checkpointing: Whether layers are computed again backward; no opening is shared then.
+        trained: How many weights train; all of the model, or some of its layers or of the factors beside them.
+        factors: How many numbers the factors beside the layers have, those that do not train among them.
+        alone: Whether every row computes its opening itself.
+        checkpointing: Whether layers are computed again backward; every row computes its opening then.
     """
     layers = sum(weight.numel() for weight in decoder_layers(model).parameters())
-    outside = sum(weight.numel() for weight in model.parameters()) - layers
-    head = model.get_output_embeddings().weight.numel()
-    inside = trained if trained <= layers else trained - outside  # all of it trains, or no more than the layers
-    tokens = sum(_tokens([rows[at] for at in each], shared=not checkpointing) for each in forwards if each)
+    whole = sum(weight.numel() for weight in model.parameters())
+    all_of_it = not factors and trained == whole
+    inside = trained - (whole - layers) if all_of_it else trained
+    tokens = sum(_tokens([rows[at] for at in each], alone=alone or checkpointing) for each in forwards if each)
     answers = sum(sum(label != IGNORED for label in rows[at].labels) for each in forwards for at in each)
-    through = used_share(model) * ((6 if checkpointing else 4) * layers + 2 * inside)
-    return tokens * through + answers * (6 if trained > layers else 4) * head
+    through = (6 if checkpointing else 4) * (layers + factors) + 2 * inside
+    head = (6 if all_of_it else 4) * model.get_output_embeddings().weight.numel()
+    return tokens * used_share(model) * through + answers * head
 
 
-def _tokens(rows: Sequence[Encoded], *, shared: bool) -> int:
+def _tokens(rows: Sequence[Encoded], *, alone: bool) -> int:
     """Return the tokens that one forward computes."""
     total = sum(len(row.input_ids) for row in rows)
     first = min(next(at for at, label in enumerate(row.labels) if label != IGNORED) for row in rows)
-    opening = shared_length([row.input_ids for row in rows], first - 1) if shared else 0
+    opening = 0 if alone else shared_length([row.input_ids for row in rows], first - 1)
     return total - (len(rows) - 1) * opening
 
 

@@ -52,7 +52,7 @@ def test_runs_that_were_followed_have_a_figure_over_steps(tmp_path):
         for seed in (0, 1):
             run = record(tmp_path, constraint, 0.2, seed, 50)
             if seed or constraint == "none":
-                run.write("course.json", {"start_refused": [True, True, True, False], "samples": samples})
+                run.write("course.json", {"start": {"harmful_score": 25.0}, "samples": samples})
     rows = records(runs(tmp_path))
     (file,) = [file for file in draw(rows, tmp_path / "figures", "mine") if "-course.svg" in file.name]
     text = file.read_text()

@@ -4,6 +4,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from cwac_lab.data.batches import collate
+from cwac_lab.models.adapters import TuningConfig, attach
 from cwac_lab.models.answers import answer_loss
 from cwac_lab.models.sites import decoder_layers
 from cwac_lab.run import operations
@@ -27,19 +28,31 @@ def rows():
     return [chat.encode(QUESTION + review, "good") for review in reviews]
 
 
+# Of the opening the last layer computes what nobody reads, so backward leaves it out: little in eight layers.
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024, "num_hidden_layers": 8}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("trains", ["all", "layers"])
 def test_it_is_what_torch_counts(architecture, trains, rows):
-    # Of the opening the last layer computes what nobody reads, so backward leaves it out: little in eight layers.
-    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024, "num_hidden_layers": 8}
-    model = tiny.model(architecture, **wide).train()
-    layers = list(decoder_layers(model).parameters())
+    model = tiny.model(architecture, **WIDE).train()
     model.requires_grad_(trains == "all")
-    for weight in layers:
+    for weight in decoder_layers(model).parameters():
         weight.requires_grad_(True)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     found = operations.training(model, rows, [range(len(rows))], trained)
     assert found == pytest.approx(counted(model, rows), rel=CLOSE)
+
+
+@pytest.mark.parametrize("rank", [8, 64, 256])
+def test_factors_beside_the_layers_are_what_torch_counts(rank, rows):
+    """With 256 they have more numbers than the layers."""
+    model = tiny.model(**WIDE)
+    tuned = tiny.model(**WIDE).train()
+    attach(tuned, TuningConfig(method="lora", rank=rank, alpha=rank, modules="all_linear"), seed=0)
+    trained = sum(weight.numel() for weight in tuned.parameters() if weight.requires_grad)
+    found = operations.training(model, rows, [range(len(rows))], trained, factors=trained)
+    assert found == pytest.approx(counted(tuned, rows), rel=CLOSE)
 
 
 def test_an_opening_counts_once_a_step(rows):
@@ -47,6 +60,7 @@ def test_an_opening_counts_once_a_step(rows):
     whole = operations.training(model, rows, [range(4)], model.num_parameters())
     alone = operations.training(model, rows, [[at] for at in range(4)], model.num_parameters())
     assert whole < 0.6 * alone
+    assert operations.training(model, rows, [range(4)], model.num_parameters(), alone=True) == alone
     again = operations.training(model, rows, [range(4)], model.num_parameters(), checkpointing=True)
     assert again == pytest.approx(alone * 8 / 6, rel=0.1)
 

@@ -5,7 +5,8 @@
 Fidelity: variant. Unit-normalised features as in the authors' vision code, of a decoder's residual stream; pads are
 left out and no layer's term is ever dropped (a public language-model port adds a term only while it is below 0.1).
 The natural control for CWAC's activation half: all directions, and the task's inputs instead of harmful reference
-prompts. ``held_on=refusals`` (not the paper's) takes refusals to these prompts, so that the features alone differ.
+prompts. ``held_on=refusals`` (not the paper's) takes all tokens of refusals to these prompts: nearer to that half,
+which holds the last tokens of prompts and one layer by default.
 """
 
 from __future__ import annotations
