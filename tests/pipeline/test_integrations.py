@@ -233,6 +233,7 @@ def test_a_name_is_that_of_the_command_line():
         (WeightConstraint(answers="own"), {"harmful": PROMPTS}, "answers=own: accepted: none with protect"),
         (SafeLoRA(), {}, "protect: base_weight=None"),
         (WeightConstraint(energy=0.9, held_on="both"), {"harmful": PROMPTS}, "protect: benign=None"),
+        (WeightConstraint(energy=0.9, held_on="harmless"), {"harmful": PROMPTS}, "protect: benign=None"),
         (BOTH, {"harmful": PROMPTS}, r"constraint=\[osf,weight\]: accepted: one of osf \| weight: each moves"),
         (SafeInstruct(share=0.1), {"harmful": PROMPTS}, "a defence without rows of its own"),
     ],

@@ -74,7 +74,11 @@ BAD = [
     (["+forms.others.system.prefix=a"], "forms.others=system: accepted: another name: own and system are taken"),
     (["+forms.others.mine.system=''"], "forms.others.mine.prefix=: accepted: a prefix, a template, or a system"),
     (["forms=varied", "constraint=lisa"], "forms=varied: accepted: own with constraint=lisa, which holds on to no"),
-    (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both"),
+    (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both | harmless"),
+    (
+        ["constraint.weight.held_on=harmless", "constraint.weight.answers=own"],
+        "constraint.weight.answers=own: accepted: none with held_on=harmless",
+    ),
     (["constraint.activation.held_on=none"], "constraint.activation.held_on=none: accepted: harmful | both"),
     (["constraint=ldifs", "constraint.ldifs.held_on=all"], "constraint.ldifs.held_on=all: accepted: task | refusals"),
     (["data=local"], "data.root=None: accepted: an existing folder"),

@@ -156,7 +156,7 @@ def cross_check(run: Run) -> None:
         raise ConfigError(
             "forms", run.forms.name, f"own with constraint={run.constraint_name}, which holds on to no reference prompt"
         )
-    benign = needs.features is not None or (needs.subspace is not None and needs.subspace.held_on == "both")
+    benign = needs.features is not None or (needs.subspace is not None and needs.subspace.held_on != "harmful")
     if run.finetune and benign and not _total(run.data.harmless, "reference"):
         raise ConfigError("data.harmless.reference", 0, f">= 1 prompts: constraint={run.constraint_name} uses them")
     if run.finetune and needs.features is not None and needs.features.n_latents > run.sae.n_latents:

@@ -111,7 +111,7 @@ def check_given(needs: Requirements, given: set[str]) -> None:
     """
     asked = {
         "harmful": needs.reference_prompts,
-        "benign": any(spec is not None and spec.held_on == "both" for spec in (needs.subspace, needs.features)),
+        "benign": any(spec is not None and spec.held_on != "harmful" for spec in (needs.subspace, needs.features)),
         "features": needs.features is not None,
         "base_weight": needs.base_weights,
     }

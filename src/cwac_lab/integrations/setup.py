@@ -94,7 +94,8 @@ def protect(
     model.eval()
     held_at = read_features(Path(features), needs.features, model) if needs.features and features else ()
     if needs.subspace is not None:
-        held = reference + ([chat.prompt_ids(prompt) for prompt in benign] if needs.subspace.held_on == "both" else [])
+        kinds = {"harmful": [harmful], "both": [harmful, benign], "harmless": [benign]}[needs.subspace.held_on]
+        held = [chat.prompt_ids(prompt) for kind in kinds for prompt in kind]
         subspace = subspace_of(leading(model, held, needs.subspace, chat.pad_id))
     context = Context(
         model=model,

@@ -28,8 +28,11 @@ _UNSEEN, _FIRST = 32, 8
 def texts(held: References, spec: SubspaceSpec) -> tuple[list[list[int]], list[Parts]]:
     """Return the reference prompts that a subspace is built from, with answers where they count, and their parts."""
     forms = [size for size in held.forms.values() if size]
-    found, groups = list(held.harmful_ids), [len(held.harmful), *forms]
-    if spec.held_on == "both":
+    found: list[list[int]] = []
+    groups: list[int] = []
+    if spec.held_on != "harmless":
+        found, groups = list(held.harmful_ids), [len(held.harmful), *forms]
+    if spec.held_on != "harmful":
         found += held.benign_ids
         groups += [len(held.benign)] * (1 + len(forms))
     parts = parts_of(found, groups)

@@ -10,15 +10,17 @@ from cwac_lab.core.errors import QualityError
 from cwac_lab.data.forms import Form
 from cwac_lab.data.pools import build_pools
 from cwac_lab.data.responses import refusal
-from cwac_lab.data.sources import normalise
+from cwac_lab.data.sources import PromptRow, normalise
 from cwac_lab.defenses.cwac.activation import ActivationConstraint
+from cwac_lab.defenses.cwac.subspace.parts import Parts
+from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.evaluation.generate import Answer
 from cwac_lab.models.capture import site_inputs
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.templates import Turn
-from cwac_lab.run import artefacts, start
+from cwac_lab.run import artefacts, protected, start
 from cwac_lab.run import references as module
-from cwac_lab.run.references import forms_of, references
+from cwac_lab.run.references import References, forms_of, references
 from support import families, tiny
 
 
@@ -284,3 +286,21 @@ def test_a_model_that_refuses_nothing_is_an_error(tmp_path, tiny_folder):
     run, pools = setting(tmp_path, tiny_folder, "data.reference=refused")
     with pytest.raises(QualityError, match=r"refuses none of the 6 .* model.align=refusals, or data.reference=all"):
         found(run, pools)
+
+
+@pytest.mark.parametrize(
+    ("held_on", "kinds"), [("harmful", ["harmful"]), ("both", ["harmful", "benign"]), ("harmless", ["benign"])]
+)
+def test_a_subspace_is_built_from_the_kinds_that_are_held(held_on, kinds):
+    """In every form: what all prompts of a kind and form begin with is the opening of these."""
+    ids = {
+        "harmful": [[1, 5, 6, 9], [1, 7, 6, 9], [2, 5, 6, 8], [2, 7, 6, 8]],  # two prompts, then in another form
+        "benign": [[1, 11, 9], [1, 12, 9], [1, 13, 9], [2, 11, 8], [2, 12, 8], [2, 13, 8]],
+    }
+    rows = {kind: [PromptRow(str(at), "") for at in range(n)] for kind, n in (("harmful", 2), ("benign", 3))}
+    held = References(rows["harmful"], rows["benign"], [], 2, ids["harmful"], ids["benign"], {"other": 2})
+    spec = SubspaceSpec("ffn_out", 0.9, None, "all", True, held_on)
+    found, parts = protected.texts(held, spec)
+    assert found == [each for kind in kinds for each in ids[kind]]
+    expected = {"harmful": [Parts(1, 2, 4)] * 4, "benign": [Parts(1, 2, 3)] * 6}
+    assert parts == [part for kind in kinds for part in expected[kind]]

@@ -69,7 +69,8 @@ class WeightConstraint(Defense):
             constraint off.
         directions: Which are protected: the ``leading`` ones (the paper's), or as many ``random`` ones, drawn once for
             each site whatever the seed, beside those of a held opening: the control for their choice.
-        held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), or ``both`` kinds.
+        held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), ``both`` kinds, or
+            ``harmless`` ones alone, which tells what harmful prompts add.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
         opening: The tokens that all reference prompts of a form begin with: ``counted`` as the others are (the
@@ -121,10 +122,12 @@ class WeightConstraint(Defense):
         one_of("projection", self.projection, PROJECTIONS)
         one_of("directions", self.directions, DIRECTIONS)
         one_of("factor_norm", self.factor_norm, FACTOR_NORMS)
-        one_of("held_on", self.held_on, HELD_ON)
+        one_of("held_on", self.held_on, (*HELD_ON, "harmless"))
         one_of("tokens", self.tokens, ("all", "no_sinks"))
         one_of("opening", self.opening, OPENINGS)
         one_of("answers", self.answers, ANSWERS)
+        if self.answers == "own" and self.held_on == "harmless":
+            raise ConfigError("answers", self.answers, "none with held_on=harmless: there are no refusals to these")
         in_range("closing_weight", self.closing_weight, 0)
         one_of("tail", self.tail, TAILS)
         in_range("tail_strength", self.tail_strength, 0)

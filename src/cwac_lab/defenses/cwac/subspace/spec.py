@@ -38,7 +38,7 @@ class SubspaceSpec:
         rank: Fixed number of protected directions per site, beside those of a held opening.
         tokens: ``all`` tokens of the reference prompts, or ``no_sinks``.
         normalize: Scale each token's activation to unit norm, so that energy is not owned by outlier tokens.
-        held_on: ``harmful`` reference prompts, or ``both`` kinds.
+        held_on: ``harmful`` reference prompts, ``both`` kinds, or ``harmless`` ones.
         opening: ``counted``: the tokens that all prompts of a form begin with count as the others do, in every prompt;
             ``held``: their directions are protected to rounding, and ``energy`` is of the other tokens.
         answers: ``none``, or ``own``: tokens of the start's own refusals count as well.
