@@ -49,9 +49,12 @@ from cwac_lab.models.answers import Batch
 from cwac_lab.models.shards import is_sharded, local, rows, total
 from cwac_lab.models.sites import SCOPES, Matrix, Site, linears
 
-PROJECTIONS = ("gradient", "update", "both")
-OPENINGS, ANSWERS, DIRECTIONS = ("counted", "held"), ("none", "own"), ("leading", "random")
-FACTOR_NORMS = ("projected", "kept")
+# What fields accept that name one of several ways.
+_CHOICES = {
+    "modules": SCOPES, "trainable": ("all", "constrained"), "projection": ("gradient", "update", "both"),
+    "directions": ("leading", "random"), "factor_norm": ("projected", "kept"), "held_on": (*HELD_ON, "harmless"),
+    "tokens": ("all", "no_sinks"), "opening": ("counted", "held"), "answers": ("none", "own"), "tail": TAILS,
+}  # fmt: skip
 
 
 @dataclass
@@ -117,19 +120,11 @@ class WeightConstraint(Defense):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        one_of("modules", self.modules, SCOPES)
-        one_of("trainable", self.trainable, ("all", "constrained"))
-        one_of("projection", self.projection, PROJECTIONS)
-        one_of("directions", self.directions, DIRECTIONS)
-        one_of("factor_norm", self.factor_norm, FACTOR_NORMS)
-        one_of("held_on", self.held_on, (*HELD_ON, "harmless"))
-        one_of("tokens", self.tokens, ("all", "no_sinks"))
-        one_of("opening", self.opening, OPENINGS)
-        one_of("answers", self.answers, ANSWERS)
+        for name, accepted in _CHOICES.items():
+            one_of(name, getattr(self, name), accepted)
         if self.answers == "own" and self.held_on == "harmless":
             raise ConfigError("answers", self.answers, "none with held_on=harmless: there are no refusals to these")
         in_range("closing_weight", self.closing_weight, 0)
-        one_of("tail", self.tail, TAILS)
         in_range("tail_strength", self.tail_strength, 0)
         self._check_energy()
         if self.tail == "slowed" and self.projection == "gradient":
