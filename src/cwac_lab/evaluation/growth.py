@@ -36,7 +36,8 @@ def growth(samples: Sequence[dict[str, Any]], time: Float[np.ndarray, " S"]) -> 
 
     Returns:
         ``value``, ``low`` and ``high``; ``halves``: the two slopes; ``n``: prompts; ``samples``; ``steps`` and ``kl``:
-        of the first and of the last sample that counts. None with fewer than ``FEWEST`` of them.
+        of the first and of the last sample that counts. None with fewer than ``FEWEST`` of them, or where the prompts
+        of a resample have no divergence.
     """
     early = _early(samples, time)
     if len(early) < FEWEST:

@@ -66,7 +66,7 @@ def protect(
         defense: As ``named`` returns it.
         harmful: Reference prompts that the model refuses; the constraints hold on to them, and baselines learn refusals
             to them.
-        benign: Harmless reference prompts, where the defence holds on to both kinds.
+        benign: Harmless reference prompts, where the defence holds on to harmless ones.
         features: Folder of encoders and safety latents for the activation constraint, as ``python -m cwac_lab.prepare``
             builds it for the same model; others are refused.
         base_weight: Reader of weights before alignment by parameter name, for methods that need them.

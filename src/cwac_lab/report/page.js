@@ -136,10 +136,9 @@ function drawCurve() {
 }
 
 const watched = data.runs.filter((run) => run.course.step);
-const settingOf = new Map(data.cells.flatMap((cell) => cell.runs.map((name) => [name, cell.setting])));
 function drawCourse() {
   const what = by("course-what");
-  const shown = watched.filter((run) => settingOf.get(run.name) === by("course-setting").value);
+  const shown = watched.filter((run) => run.setting === by("course-setting").value);
   const lines = shown.map((run, i) => ({ x: run.course.step, y: run.course[what.value], name: run.name, mode: "lines+markers",
     connectgaps: true, line: { color: COLORS[i % COLORS.length] }, marker: { symbol: i % 8 } }));
   draw("course-plot", lines, { xaxis: { title: "optimizer step" }, yaxis: { title: what.selectedOptions[0].text, rangemode: "tozero" } });
@@ -305,7 +304,7 @@ function main() {
   whereAny(measured, "drift-plot", "drift-none", ["drift-left", "drift-right", "drift-kind"], drawDrift);
   fill(by("curve-run"), places(logged), names(logged));
   whereAny(logged, "curve-plot", "curve-none", ["curve-run"], drawCurve);
-  fill(by("course-setting"), settings.filter((setting) => watched.some((run) => settingOf.get(run.name) === setting)));
+  fill(by("course-setting"), unique(watched.map((run) => run.setting)));
   whereAny(watched, "course-plot", "course-none", ["course-setting", "course-what"], drawCourse);
 
   fill(by("record-run"), places(data.runs), names(data.runs));

@@ -122,6 +122,7 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
     return {
         "name": run.path.name,
         "facts": {**facts, "weights content": str(row["weights_content"])[:8], "judged by": row["judge"]},
+        "setting": heading(row),
         "failed": row.get("failed"),
         "rates": {
             described(name).heading: {part: short(value) for part, value in row[name].items()}

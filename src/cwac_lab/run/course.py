@@ -88,7 +88,8 @@ def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
     earlier = folder.read(store.COURSE)["samples"] if resumed else []
 
     time = training_time(run.trainer, steps)
-    rounded = run.tuning.dtype is not None  # a base in fewer bits is apart from the start before anything is trained
+    # A base in fewer bits is apart from the start before anything is trained, and one in 16 moves in jumps.
+    rounded = run.tuning.dtype is not None or run.dtype != torch.float32
 
     def record(samples: list[Sample]) -> None:
         lost, grown = half_lost(samples, facts["start_refused"]), None if rounded else growth(samples, time)

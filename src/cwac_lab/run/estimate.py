@@ -197,9 +197,10 @@ def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Seque
     if run.tuning.adapts:
         kept = 4 * (fixed + _spans(run, model, most))
     disk = sum(saved(run, parameters, trained + fixed).values()) + checkpoints(run, trained, fixed)
+    at_once = 1 if trainer.device.type == "cpu" else trainer.devices  # processes share the cores of a CPU
     return Estimate(
         len(examples), len(plan), tokens, parameters, trained, guessed, memory, kept, merged, disk,
-        work / (_REACHED * speed(trainer.device, run.dtype)),
+        work / (_REACHED * at_once * speed(trainer.device, run.dtype)),
     )  # fmt: skip
 
 

@@ -55,6 +55,8 @@ def shares(
             ids = context.reference[at : at + n]
             yield f"harmful reference prompts, {name}", covered(context.model, ids, subspace, spec, chat.pad_id)
         at += n
+    if spec.held_on != "harmful":
+        yield "harmless reference prompts", covered(context.model, context.benign, subspace, spec, chat.pad_id)
     for kind in ("harmful", "harmless"):
         ids = _to_come(run, begin, chat, kind)
         name = f"{kind} prompts of {run.evaluation.split} as attack={run.attack.name} asks"

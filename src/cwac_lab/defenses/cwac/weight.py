@@ -73,7 +73,7 @@ class WeightConstraint(Defense):
         directions: Which are protected: the ``leading`` ones (the paper's), or as many ``random`` ones, drawn once for
             each site whatever the seed, beside those of a held opening: the control for their choice.
         held_on: Reference prompts whose directions are protected: ``harmful`` (the paper's), ``both`` kinds, or
-            ``harmless`` ones alone, which tells what harmful prompts add.
+            ``harmless`` ones alone: the control for the harmful ones, which are asked for all the same.
         tokens: ``all`` reference tokens, or ``no_sinks``.
         normalize: Unit-norm tokens in C.
         opening: The tokens that all reference prompts of a form begin with: ``counted`` as the others are (the
