@@ -97,13 +97,19 @@ def test_the_loss_is_the_formula(name):
     assert_equal(trained(make()), plain(formula))
 
 
-def test_kl_on_refusals():
-    def formula(model, start, batch, step):
-        asked = refusal_batch(cyclic(5, 2, step, "kl/0"))
-        now, before = token_losses(model, asked)[0], token_losses(start, asked)[0].detach()
-        return sft(model, start, batch, step) + 0.7 * (before.exp() * (before - now)).sum(-1).mean()
+@pytest.mark.parametrize("every", [1, 2])
+def test_kl_on_refusals(every):
+    """At every second step it counts twice, and no refusal is passed over."""
 
-    assert_equal(trained(KL(strength=0.7, held_on="refusals", batch_size=2)), plain(formula))
+    def formula(model, start, batch, step):
+        if step % every:
+            return sft(model, start, batch, step)
+        asked = refusal_batch(cyclic(5, 2, step // every, "kl/0"))
+        now, before = token_losses(model, asked)[0], token_losses(start, asked)[0].detach()
+        return sft(model, start, batch, step) + 0.7 * every * (before.exp() * (before - now)).sum(-1).mean()
+
+    made = KL(strength=0.7, held_on="refusals", batch_size=2, every_n_steps=every)
+    assert_equal(trained(made), plain(formula))
 
 
 def test_ldifs_on_refusals():

@@ -18,6 +18,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         },
     },
     "activation": {"answer_tokens": 0},
+    "kl": {"every_n_steps": 1},
     "ldifs": {"held_on": "task", "batch_size": 4},
 }
 # By the way of tuning.

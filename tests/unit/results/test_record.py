@@ -126,7 +126,7 @@ def test_a_configuration_of_schema_2_is_read_with_what_its_run_did(constraint, t
 
 def test_what_a_record_of_before_does_not_name_is_what_its_run_did():
     """Whatever the defaults have become: a run made again is the same run."""
-    today = OmegaConf.to_container(tiny.config("constraint=[weight,activation,ldifs]"), resolve=True)
+    today = OmegaConf.to_container(tiny.config("constraint=[weight,activation,kl,ldifs]"), resolve=True)
     then = copy.deepcopy(today)
     for part, settings in later.BEFORE.items():
         for name in settings:

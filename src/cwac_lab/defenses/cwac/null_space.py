@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cwac_lab.core import distributed
+from cwac_lab.core.progress import track
 from cwac_lab.defenses.cwac.subspace.reading import batched, fill, passes
 from cwac_lab.defenses.cwac.subspace.solvers import Solver, cheapest
 from cwac_lab.defenses.cwac.subspace.span import Span
@@ -105,7 +106,7 @@ def _leading(
             for site in group
         }
         fill(held, model, batches, spec, pad_id, "reading the inputs of training rows, batches")
-        found |= {site: held.pop(site).solve(rank) for site in group}
+        found |= {site: held.pop(site).solve(rank) for site in track(group, "finding the free directions, sites")}
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cwac_lab.core import distributed, linalg
 from cwac_lab.core.cache import digest, read_json, reading, write_json
+from cwac_lab.core.progress import track
 from cwac_lab.defenses.cwac.subspace.parts import Parts
 from cwac_lab.defenses.cwac.subspace.reading import Text, batched, fill, passes
 from cwac_lab.defenses.cwac.subspace.solvers import Routed, Solver, cheapest
@@ -197,7 +198,7 @@ def leading(
         }  # fmt: skip
         del beside
         fill(held, model, batches[distributed.rank() :: distributed.world()], spec, pad_id)
-        for site in group:
+        for site in track(group, "finding the directions of layers' inputs, sites"):
             found = held.pop(site).solve(spec.energy_at(site.kind), ranks[site], spec.reach, ordered=spec.ordered)
             each = {name: getattr(found, name).float().contiguous() for name in ("basis", "tail", "shares")}
             yield site.name, replace(found, span=found.span.to(torch.float32), **each)
