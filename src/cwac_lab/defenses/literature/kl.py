@@ -39,7 +39,8 @@ class KL(Defense):
         held_on: ``task``: on the batch that is trained on; ``refusals``: on refusals to the reference prompts.
         batch_size: Refusals a step.
         every_n_steps: The penalty is computed every n-th step and multiplied by n. That keeps the mean of its gradient,
-            at about an n-th of its cost.
+            at about an n-th of its cost in training. It does not keep its effect: AdamW's scaling and clipping see
+            n-fold gradients, so strengths compare at equal n only, and n is meant to be far below a run's steps.
     """
 
     strength: float = 1.0
