@@ -1,7 +1,7 @@
 """Records of many runs in two files: ``records.parquet``, a row a run, and ``verdicts.parquet``, a row a verdict.
 
 Equal records make equal bytes: rows are sorted, and nothing tells of the writing. Answers are not among them, as texts
-of models stay where they were made.
+of models stay where they were made. Nor are the folders of a machine: of a path in a configuration the last part stays.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _row(run: Record) -> tuple[dict[str, Any], _Verdicts]:
     told = run.told()
     started = run.has(PROVENANCE)
     content: dict[str, Any] = {name: run.read(name) for name in (DRIFT, SAMPLES, COURSE) if run.has(name)}
-    content |= {CONFIG: run.config()} if run.has(CONFIG) else {}
+    content |= {CONFIG: _without_folders(run.config())} if run.has(CONFIG) else {}
     content |= {PROVENANCE: run.provenance()} if started else {}
     content |= {METRICS: run.facts()} if told["status"] == "ok" else {}
     said = {file: run.read(file) for file in run.verdict_files()} if told["status"] == "ok" else {}
@@ -249,6 +249,15 @@ def _row(run: Record) -> tuple[dict[str, Any], _Verdicts]:
     row |= {"ended": told.get("heartbeat"), "schema": made_under(content[PROVENANCE]) if started else None}
     row |= {column: _json(content[name]) if name in content else None for name, column in _JSON.items()}
     return row | {"verdicts": digest(said)}, said
+
+
+def _without_folders(node: Any) -> Any:
+    """Return settings in which an absolute path is its last part: it names a machine, and often a person."""
+    if isinstance(node, dict):
+        return {key: _without_folders(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_without_folders(child) for child in node]
+    return Path(node).name if isinstance(node, str) and Path(node).is_absolute() else node
 
 
 def _of_verdicts(name: str, said: _Verdicts) -> list[dict[str, Any]]:

@@ -100,6 +100,17 @@ def test_equal_records_make_equal_bytes_in_whatever_order_they_come(both, tmp_pa
         assert (tmp_path / "again" / name).read_bytes() == (archive / name).read_bytes()
 
 
+def test_of_a_path_only_the_last_part_is_archived(tmp_path):
+    run = record(tmp_path / "folders", "none", 0.2, 0, 5)
+    paths = {"output_root": "/home/someone/outputs", "data": {"root": "/data/public", "lists": ["/a/b", "c/d"]}}
+    run.write("config.json", run.read("config.json") | paths | {"cache_root": "outputs/cache"})
+    add(tmp_path / "archive", [run], force=False, say=pytest.fail)
+    add(tmp_path / "archive", [run], force=False, say=pytest.fail)
+    (found,) = archived(tmp_path / "archive")
+    expected = {"output_root": "outputs", "data": {"root": "public", "lists": ["b", "c/d"]}}
+    assert found.config() == run.config() | expected
+
+
 def test_another_record_of_a_name_takes_its_place_when_that_is_asked_for(both):
     folders, archive = both
     before = (archive / RECORDS).read_bytes()

@@ -22,6 +22,7 @@ TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS, CHECKS = (
     for name in ("tuning", "sst2_tuned", "sst2_attacks", "sst2_between", "agnews_drift", "sst2_checks")
 )
 STORES = (OWN, TUNING, TUNED, ATTACKS, BETWEEN, AGNEWS, CHECKS)
+ALL = sorted(path.parent for path in OWN.parent.glob(f"*/{RECORDS}"))
 
 
 @pytest.mark.parametrize("root", STORES, ids=lambda root: root.name)
@@ -32,7 +33,7 @@ def test_every_record_is_read(root):
     assert not (root / "runs").exists()
 
 
-@pytest.mark.parametrize("root", [BETWEEN, AGNEWS, CHECKS], ids=lambda root: root.name)
+@pytest.mark.parametrize("root", ALL, ids=lambda root: root.name)
 def test_an_archive_written_again_has_the_same_bytes(root, tmp_path):
     add(tmp_path, runs(root), force=False, say=pytest.fail)
     for name in (RECORDS, SAID):
