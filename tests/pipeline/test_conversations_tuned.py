@@ -155,7 +155,7 @@ def test_what_is_asked_in_one_part_is_asked_in_no_other(tmp_path):
     task = Chat(name="chat", train=str(file))
     found = split_task(data, task, taken={"plan a trip 0"})
     parts = [{row.asked for row in part} for part in (found.train, found.validation, found.test)]
-    assert [len(part) for part in parts] == [17, 3, 3]
+    assert [len(part) for part in parts] == [18, 2, 3]  # three rows each
     assert len(found.train) + len(found.validation) + len(found.test) == 23 + 5
     assert sum(map(len, parts)) == len(set.union(*parts))
     other = tmp_path / "b.jsonl"
@@ -163,6 +163,7 @@ def test_what_is_asked_in_one_part_is_asked_in_no_other(tmp_path):
     tested = split_task(data, Chat(name="chat", train=str(file), test=str(other)), ())
     assert [row.prompt for row in tested.test] == [row["messages"][0]["content"] for row in ROWS[3:5]]
     assert not {row.asked for row in tested.train} & {row.asked for row in tested.test}
+    assert tested.remarks == ["4 of 30 rows to train on are left out: they begin as a row to test on does"]
 
 
 def test_no_answer_of_a_test_row_is_learned_where_rows_go_on_with_one_another(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -16,9 +15,11 @@ import yaml
 from cwac_lab.core.errors import ConfigError, MissingAsset, one_of
 from cwac_lab.data.cells import is_empty, meets, optional_text, prompt_text
 from cwac_lab.data.folding import normalise as normalise
+from cwac_lab.data.own_parts import part
 from cwac_lab.data.placing import placed
 from cwac_lab.data.reading import LONGEST, SUFFIXES, Row, find_file, read_rows
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
+from cwac_lab.data.tasks.base import TaskData as TaskData
 
 EMBEDDED_LISTS = ("harmful_requests", "harmless_instructions", "harmless_lookalikes")
 # Generated rows are a fixed corpus, as a public data set is: the seed of a run draws from it, never changes it.
@@ -58,15 +59,6 @@ class PromptRow:
     prompt: str
     opening: str | None = None
     category: str | None = None
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """Rows of a task, disjoint: to train on, to tune on, to report on."""
-
-    train: list[TaskRow]
-    validation: list[TaskRow]
-    test: list[TaskRow]
 
 
 def from_hub(hub: HubSource, split: str) -> list[Row]:
@@ -226,7 +218,8 @@ def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> Tas
     """
     own = task.own_rows("train", data.max_line, scored=data.n_validation > 0)
     if own is not None:
-        return _split_own(data, own, task.own_rows("test", data.max_line), taken)
+        sizes = {"n_validation": data.n_validation, "n_test": data.n_test, "seed": data.split_seed}
+        return part(own, task.own_rows("test", data.max_line), taken, **sizes)
     root = Path(data.root) if data.root is not None else None
     seen: set[str] = set()
 
@@ -240,43 +233,6 @@ def split_task(data: DataConfig, task: Task, taken: Collection[str] = ()) -> Tas
         if getattr(data, key) > most:
             raise ConfigError(f"data.{key}", getattr(data, key), f"at most {most} rows of task={task.name}")
     return TaskData(held[data.n_validation :], held[: data.n_validation], test[: data.n_test])
-
-
-# Share of a task's own rows that is held out where it has no test rows.
-HELD_OUT = 0.1
-
-
-def _split_own(data: DataConfig, rows: list[TaskRow], test: list[TaskRow] | None, taken: Collection[str]) -> TaskData:
-    """Split rows of a task's own: conversations that begin with the same prompt stay within one part.
-
-    So no answer of a test row is learned, where rows go on with one another. Rows with a prompt that is used otherwise
-    are left out. Without test rows a tenth of the others is held out, at most ``n_test``. Of test rows the first
-    ``n_test`` count.
-    """
-
-    def free(given: list[TaskRow]) -> list[TaskRow]:
-        return [row for row in given if not any(normalise(prompt) in taken for prompt in row.prompts)]
-
-    def first(row: TaskRow) -> str:
-        return normalise(row.prompts[0])
-
-    rows = free(rows)
-    begun = list(dict.fromkeys(map(first, rows)))
-    order = random.Random(data.split_seed).sample(begun, len(begun))
-    if test is None:
-        n = min(data.n_test, math.ceil(HELD_OUT * len(begun)))
-        held, order = set(order[:n]), order[n:]
-        test = [row for row in rows if first(row) in held]
-    else:
-        test = free(test)[: data.n_test]
-        held = set(map(first, test))
-        order = [each for each in order if each not in held]
-    chosen = set(order[: data.n_validation])
-    learned = set(order[data.n_validation :])
-    if not learned or not test:
-        few = f"{len(rows)} rows to train on that begin with {len(begun)} prompts, {len(test)} to test on"
-        raise ConfigError("data.n_test", data.n_test, f"at least one prompt for each part ({few})")
-    return TaskData([row for row in rows if first(row) in learned], [row for row in rows if first(row) in chosen], test)
 
 
 @dataclass

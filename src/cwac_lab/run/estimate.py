@@ -266,7 +266,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     chat = load_chat(folder.path, run.trainer.max_length, run.model.chat_template)
     rows = train_rows(run, data.train, pools, None, chat, say)
     examples = encoded(rows, chat, run.task.train_on, say)
-    lines = [*run.task.remarks, *told(survey(rows, examples, pools.harmful()))]
+    lines = [*run.task.remarks, *data.remarks, *told(survey(rows, examples, pools.harmful()))]
     reference = [chat.prompt_ids(row.prompt) for row in pools.get("harmful", "reference")]
     found = estimate(run, skeleton(folder.path), examples, reference)
     asked = evaluation_rows(run, pools, data) | suite_rows(run, chosen(run, pools, data, lines.append))

@@ -60,7 +60,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     """
     pools = build_pools(run.data)
     data = pools.task_rows(run.data, run.task)  # a bad row stops here, before a start is trained
-    for line in run.task.remarks:
+    for line in (*run.task.remarks, *data.remarks):
         screen.say(line)
     suites = chosen(run, pools, data, screen.say)
     begin = start(run, screen.say, pools)

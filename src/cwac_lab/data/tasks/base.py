@@ -33,6 +33,16 @@ class TaskRow:
         return (*self.before, Turn("user", self.prompt)) if self.before else self.prompt
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """Rows of a task, disjoint: to train on, to tune on, to report on; and what was left out of them, in words."""
+
+    train: list[TaskRow]
+    validation: list[TaskRow]
+    test: list[TaskRow]
+    remarks: list[str] = field(default_factory=list)
+
+
 def with_input(instruction: str, text: str) -> str:
     """Return an instruction followed by its input; the chat template takes the place of the Alpaca frame."""
     return f"{instruction.rstrip()}\n\nInput: {text}"
