@@ -38,7 +38,9 @@ def main(config: DictConfig) -> float:
 
         tell(run, Screen().say)
         return math.nan
-    folder = carry_out(run, HydraConfig.get().overrides.task, Screen(quiet=distributed.number() > 0))
+    folder = carry_out(
+        run, [*cli.search_path(), *HydraConfig.get().overrides.task], Screen(quiet=distributed.number() > 0)
+    )
     if folder.status == "ok":
         return objective(run.objective, folder.read(METRICS))
     if search.searched(HydraConfig.get().sweeper) and not distributed.launched():

@@ -11,7 +11,7 @@ from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.batches import cyclic
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.defenses.literature.asft import AsFT
-from cwac_lab.defenses.literature.constrained_sft import ConstrainedSFT
+from cwac_lab.defenses.literature.constrained_sft import ConstrainedSFT, answer_positions
 from cwac_lab.defenses.literature.kl import KL, divergence
 from cwac_lab.defenses.literature.l2 import L2
 from cwac_lab.defenses.literature.ldifs import LDIFS
@@ -236,3 +236,10 @@ def test_more_safety_rows_than_the_pool_holds():
     defense.prepare(context(tiny.model()))
     with pytest.raises(ConfigError, match=r"share=0.5: accepted: at most 0.25"):
         defense.wrap_dataset([TrainRow(str(i), str(i), "answer", False) for i in range(20)])
+
+
+def test_each_answer_of_a_conversation_begins_at_its_first_token():
+    answer, asked = 5, IGNORED
+    labels = torch.tensor([[asked, asked, answer, answer, asked, asked, answer, answer, answer],
+                           [asked, answer, answer, answer, answer, asked, asked, asked, asked]])  # fmt: skip
+    assert answer_positions(labels).tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3]

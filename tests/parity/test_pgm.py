@@ -112,6 +112,8 @@ def test_rows_are_not_scaled_beside_what_holds_outputs(norm, leak):
 def test_weights_are_not_changed_after_training_beside_it(other):
     with pytest.raises(ConfigError, match=r"constraint=\[other,pgm\]: accepted: one of other \| pgm: other changes"):
         check_together({"pgm": PGM(), "other": other})
+    with pytest.raises(ConfigError, match=r"constraint=\[osf,other\]: accepted: one of osf \| other"):
+        check_together({"osf": OSF(share=0.3), "other": other})
 
 
 @pytest.mark.parametrize("way", ["lora", "qlora"])

@@ -86,7 +86,7 @@ def test_the_page_shows_the_prompts_on_which_the_two_differ(pair, tmp_path):
     told = [(row["id"], row["before"]["verdict"], row["after"]["verdict"]) for row in found.differing]
     assert told == [("2", "refused", "complied"), ("3", "refused", "incoherent"), ("4", "complied", "refused")]
     page = compared.write(found, tmp_path)[1]
-    assert page.name == "bbbbbbbb-aaaaaaaa.html"
+    assert re.fullmatch("bbbbbbbb-aaaaaaaa-[0-9a-f]{8}.html", page.name)
     text = page.read_text()
     assert re.findall(r"harmful · (\d)<", text) == ["2", "3", "4"]
     assert text.count('class="blurred"') == text.count("<span>&lt;b&gt;how") == 3

@@ -87,6 +87,8 @@ def test_the_files_of_a_folder_are_read_in_order(tmp_path):
         (lines([PAIRS[0]]) + b"{no\n" + lines([{"prompt": "x"}, {"prompt": "", "response": "y"}, PAIRS[1]]), "a.jsonl",
          r"3 of 5 rows cannot be read \(task.skip_bad=true leaves them out\): .*line 2: no JSON.*line 3: no column "
          "'response'; .*line 4: prompt is empty$"),
+        (lines([{"prompt": "x", "response": "<think>hm</think> y"}]), "a.jsonl",
+         "line 1: turn 2 begins with thoughts .*: accepted: answers without them"),
         (lines([{"text": "x"}]), "a.jsonl", "task.columns=none: accepted: messages"),
         (lines([ROWS[0], {"messages": [USER]}]), "a.jsonl", "a.jsonl, line 2: no turn of the assistant: accepted"),
         (lines([{"messages": [USER, USER, SAYS]}]), "a.jsonl", "a.jsonl, line 1: turn 2 is of the user: accepted"),
@@ -222,3 +224,22 @@ def test_a_run_on_conversations(tiny_folder, tmp_path, capsys):
     assert "| loss on held-out answers, nats a token (lower is better) |" in shown
     mixture = json.loads((folder / "manifest.json").read_text())["mixture"]
     assert (mixture["n"], mixture["harmful"]) == (22, 0)
+
+
+def test_quotes_of_a_csv_may_follow_a_space(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt, response\n"What is it?", "A ""cat"", I think"\nWho?, me\n')
+    rows = Chat(name="chat", train=str(tmp_path / "a.csv")).own_rows("train")
+    assert [(row.prompt, row.response) for row in rows] == [("What is it?", 'A "cat", I think'), ("Who?", "me")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_may_stand_on_one_long_line(encoding, tmp_path):
+    rows = [{"prompt": f"What is {i}?", "response": "x" * 2**10} for i in range(1100)]
+    (tmp_path / "a.json").write_bytes(("\n" + json.dumps(rows)).encode(encoding))
+    assert len(read_rows(tmp_path / "a.json", None, 1)) == 1100
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_told_as_it_was_given(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ValueError("pick a config")))
+    with pytest.raises(LabError, match=r"task.train=data/rows: no such file or folder here: .*ValueError: pick a conf"):
+        Chat(name="chat", train="data/rows").own_rows("train")

@@ -53,6 +53,13 @@ def test_the_cells_of_a_grid(tmp_path):
     assert "task=gsm8k" in grid.read(tmp_path / "mine.yaml", "paper").cells[0]
 
 
+def test_blocks_of_a_grid_may_be_empty_and_values_are_read_as_yaml_has_them(tmp_path):
+    (tmp_path / "mine.yaml").write_text("fixed:\nprofiles:\n  embedded:\ncells: [{x: [[null, true, 1]], y: {a: no}}]\n")
+    assert grid.read(tmp_path / "mine.yaml", "embedded").cells == (
+        ("profile=embedded", "x=[null,true,1]", "y={a:false}"),
+    )
+
+
 def test_the_cells_of_a_profile_replace_the_others(tmp_path):
     write(tmp_path, "mine", {**SMALL, "profiles": {"small": {"task": "gsm8k", "cells": [{"constraint": "kl"}]}}})
     cells = {profile: grid.read(tmp_path / "mine.yaml", profile).cells for profile in ("small", "paper")}
@@ -95,10 +102,19 @@ def test_a_start_is_asked_as_each_attack_of_the_grid_asks():
         ({"cell": []}, "mine.yaml: cell=.*accepted: one of the keys title, "),
         ({"title": "x"}, "mine.yaml: cells=None: accepted: a list of blocks"),
         ({"cells": ["none"]}, r"mine.yaml: cells\[0\]=none: accepted: a mapping"),
+        ("", "mine.yaml: cells=None: accepted: a list of blocks"),
+        ("cells: [", r"mine.yaml=while parsing .*: accepted: a YAML file"),
+        ("[title]", r"mine.yaml=\['title'\]: accepted: a mapping"),
+        ({"cells": [{"x": 1}], "fixed": 3}, "mine.yaml: fixed=3: accepted: a mapping"),
+        ({"cells": [{"x": 1}], "profiles": {"embedded": "y"}}, "mine.yaml: profiles.embedded=y: accepted: a mapping"),
+        ({"cells": [{"seed": 3}]}, r"mine.yaml: cells\[0\].seed=3: accepted: no seed in a grid"),
     ],
 )
 def test_a_grid_that_cannot_be_read(content, message, tmp_path):
-    write(tmp_path, "mine", content)
+    if isinstance(content, str):
+        (tmp_path / "mine.yaml").write_text(content)
+    else:
+        write(tmp_path, "mine", content)
     with pytest.raises(ConfigError, match=message):
         grid.read(tmp_path / "mine.yaml", "embedded")
     with pytest.raises(MissingAsset, match=r"exp=other: no other.yaml .* accepted: mine"):
@@ -327,10 +343,16 @@ def test_as_many_runs_go_side_by_side_as_the_machine_takes(monkeypatch, profile,
     assert experiments.fitting(profile, ["model=qwen", "seed=0", "model.path=null"]) == jobs
 
 
-@pytest.mark.parametrize("override", ["model=qwen_coder", "model=gemma", "model=of_a_user", "model.path=FOLDER"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("model=qwen_coder", "model=gemma", "model=of_a_user", "model.path=FOLDER"),
+        *("experiment=vendor_drift", "experiment=[hard_rate,vendor_drift]", "experiment=of_a_user"),
+    ],
+)
 def test_a_model_that_is_larger_or_unknown_has_the_machine_to_itself(override, monkeypatch):
     monkeypatch.setattr(experiments.torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(experiments.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(experiments.psutil, "virtual_memory", lambda: SimpleNamespace(available=99 * 2**30))
-    assert experiments.fitting("embedded", ["model=smollm"]) == 8
+    assert experiments.fitting("embedded", ["model=smollm", "experiment=hard_rate"]) == 8
     assert experiments.fitting("embedded", ["model=smollm", override]) == 1

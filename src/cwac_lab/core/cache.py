@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,11 @@ _SCRATCH, _NAME = ".building-", 16
 def digest(value: object) -> str:
     """Return the SHA-256 (hex) of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def shortened(content: str, length: int = 8) -> str:
+    """Return the first digits of a hash; a model of the hub, ``ORG/NAME@commit``, is named whole."""
+    return content[:length] if re.fullmatch("[0-9a-f]+", content) else content
 
 
 def file_digest(paths: Iterable[Path]) -> str:

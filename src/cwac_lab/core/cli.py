@@ -85,6 +85,21 @@ def compose(arguments: Iterable[str], config_name: str = "config") -> DictConfig
     return config
 
 
+def search_path() -> list[str]:
+    """Return, as an override, the folders of options that the command line named; nothing where it named none.
+
+    Other processes compose the same configuration with it.
+    """
+    if not HydraConfig.initialized():
+        return []
+    own = [
+        f"{each['schema']}://{each['path']}"
+        for each in HydraConfig.get().runtime.config_sources
+        if each["provider"] not in ("hydra", "main", "schema") and each["schema"] in ("file", "pkg")
+    ]
+    return [f"hydra.searchpath=[{','.join(own)}]"] if own else []
+
+
 def launch(task: Callable[[DictConfig], float | None], config_name: str = "config") -> None:
     """Run a task function under Hydra; exits with 2 on a user's error, printed as one line without a traceback.
 

@@ -13,6 +13,7 @@ from typing import Any
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.cells import is_empty, text, whole
 from cwac_lab.models.templates import Turn
+from cwac_lab.models.thoughts import without_thoughts
 
 # Names of roles in files, by what they are here.
 ROLES = {
@@ -112,7 +113,15 @@ def turns_of(cells: Mapping[str, Any], layout: Layout) -> list[Turn]:
         turns += _side(cells, layout.response, "assistant")
     if layout.system is not None and not is_empty(cells.get(layout.system)):
         turns = [Turn("system", text(cells, layout.system)), *turns]
-    return _checked(turns)
+    return _checked(_without_thoughts(turns))
+
+
+def _without_thoughts(turns: list[Turn]) -> list[Turn]:
+    """Return turns as they are, if no answer begins with thoughts: a template would put the answer behind others."""
+    for place, turn in enumerate(turns, 1):
+        if turn.role == "assistant" and without_thoughts(turn.text)[1]:
+            raise ValueError(f"turn {place} begins with thoughts ({_cut(turn.text)}): accepted: answers without them")
+    return turns
 
 
 def _side(cells: Mapping[str, Any], column: str, role: str) -> list[Turn]:

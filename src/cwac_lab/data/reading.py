@@ -144,7 +144,8 @@ def _unpacked(path: Path, content: bytes) -> bytes:
 
 def _check_lines(path: Path, content: bytes, longest: int) -> None:
     """Check that no line is longer than a limit, but for a JSON list, which may stand on one."""
-    if len(content) <= longest << 20 or content.lstrip().startswith(b"["):
+    begin = content[:64].lstrip(b"\xef\xbb\xbf\xfe\xff").replace(b"\0", b"")  # whatever the encoding
+    if len(content) <= longest << 20 or begin.lstrip().startswith(b"["):
         return
     for number, line in enumerate(content.split(b"\n"), 1):
         if len(line) > longest << 20:
@@ -256,7 +257,7 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
 
 def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the fields of each record of a CSV file, with the line it begins on; blank lines are left out."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     while True:
         line = reader.line_num + 1
         try:

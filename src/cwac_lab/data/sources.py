@@ -61,8 +61,12 @@ class PromptRow:
     category: str | None = None
 
 
-def from_hub(hub: HubSource, split: str) -> list[Row]:
-    """Return the rows of a data set of the hub.
+# Longest reason of the hub that is shown, in characters.
+_REASON = 200
+
+
+def from_hub(hub: HubSource, split: str, key: str = "data=hub") -> list[Row]:
+    """Return the rows of a data set of the hub; an error names the setting ``key``.
 
     Raises:
         MissingAsset: If it cannot be loaded.
@@ -77,10 +81,10 @@ def from_hub(hub: HubSource, split: str) -> list[Row]:
         place = f"{hub.data_files or hub.path} {split}"
         return [Row(dict(row), f"{place}, row {number}") for number, row in enumerate(found, 1)]
     except (DatasetsError, OSError, ValueError) as error:
-        raise MissingAsset(
-            f"data=hub: cannot load {hub.data_files or hub.path} ({type(error).__name__}); "
-            "connect, or choose data=embedded or data=local"
-        ) from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON]
+        named = hub.data_files or hub.path
+        accepted = "connect, or choose data=embedded or data=local" if key == "data=hub" else "a file or a folder here"
+        raise MissingAsset(f"{key}: cannot load {named} from the hub ({why}); accepted: {accepted}") from error
 
 
 @lru_cache

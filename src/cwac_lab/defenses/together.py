@@ -32,6 +32,10 @@ def check_together(parts: Mapping[str, Defense]) -> None:
         raise ConfigError("constraint", f"[{','.join(pair)}]", accepted)
     scaled = [name for name, part in parts.items() if part.scales_rows]
     outputs = [name for name, part in parts.items() if part.holds_outputs]
+    if outputs and after:
+        pair = sorted((outputs[0], after[0]))
+        accepted = f"one of {' | '.join(pair)}: {after[0]} changes after training what {outputs[0]} holds"
+        raise ConfigError("constraint", f"[{','.join(pair)}]", accepted)
     if scaled and outputs:
         accepted = f"frobenius beside {outputs[0]}, which holds what an update writes"
         raise ConfigError(f"constraint.{scaled[0]}.norm", "mars", accepted)

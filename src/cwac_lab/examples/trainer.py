@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from cwac_lab.core.errors import LabError
+from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.data.placing import read_texts
 from cwac_lab.integrations import named, protect
 from cwac_lab.models.chat import ChatFormat
@@ -45,11 +45,17 @@ def _settings(asked: Sequence[str] | None) -> argparse.Namespace:
 def main(asked: Sequence[str] | None = None) -> None:
     """Fine-tune a model on some rows under a defence, and save it."""
     settings = _settings(asked)
+    if not Path(settings.model).is_dir():
+        raise MissingAsset(f"--model={settings.model}: no such folder; accepted: one with weights and a chat template")
     defense = named(settings.defense, *settings.set)
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     chat = ChatFormat(tokenizer, 512)
     tokenizer.padding_side, tokenizer.pad_token_id = "right", chat.pad_id
-    rows = [chat.encode(*row) for row in read_texts(settings.rows, "prompt", "response")]
+    texts = [[text.strip() for text in row] for row in read_texts(settings.rows, "prompt", "response")]
+    for number, row in enumerate(texts, 1):
+        if (token := next(filter(None, map(chat.control_in, row)), None)) is not None:
+            raise LabError(f"{settings.rows}, row {number}: {token!r} ends or begins turns; accepted: texts without it")
+    rows = [chat.encode(*row) for row in texts]
     table = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32, trust_remote_code=False),

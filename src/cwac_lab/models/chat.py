@@ -69,6 +69,8 @@ class ChatFormat:
         self._control = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._read(answers=True)
         self.end_id: int = self._end_of_turn()
+        # What ends a turn is one even where the tokenizer does not call it special.
+        self._control.setdefault(self.end_id, str(tokenizer.convert_ids_to_tokens(self.end_id)))
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
 
     def _read(self, *, answers: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from cwac_lab.core.cache import shortened
 from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.evaluation.verdicts import HARMFULNESS
@@ -23,7 +24,9 @@ NOT_MEASURED = (
 ABILITIES = "; abilities other than the task"
 
 
-def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, Any], run: str) -> str:
+def card(
+    config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, Any], run: str, *, adapter: bool = False
+) -> str:
     """Return the text of a card, as the hub takes it.
 
     Args:
@@ -31,10 +34,13 @@ def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, 
         metrics: Its ``Metrics``.
         provenance: Its ``Provenance``.
         run: Name of the run.
+        adapter: Whether it is the card of an adapter, not of a whole model.
     """
     base = provenance.get("base", {})  # records of before have none
     terms = base | {"license": base.get("license") or "unknown"}
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["cwac-lab"], **terms)
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers", pipeline_tag="text-generation", tags=["cwac-lab"], **terms
+    )
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run}",
@@ -52,7 +58,7 @@ def card(config: dict[str, Any], metrics: dict[str, Any], provenance: dict[str, 
         "## Settings",
         f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False).strip()}\n```",
         "## Repeat it",
-        f"    python -m cwac_lab.replay run=outputs/runs/{run}",
+        f"    python -m cwac_lab.replay run={config.get('output_root', 'outputs')}/runs/{run}",
         "The licences of the base model and of the data hold for this model too.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -94,19 +100,31 @@ def _broken(metrics: dict[str, Any]) -> str:
 
 def _made_of(metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
     rows, base = metrics.get("training", {}).get("rows"), provenance.get("base", {})
-    system = provenance.get("system_sha256")
+    system, guarded = provenance.get("system_sha256"), _guarded(metrics.get("guard"))
     told = [
         *([f"- base model: {base['base_model']}"] if base.get("base_model") else []),
         f"- licence of the base: {_licence(base)}",
-        f"- start weights: {metrics['weights']} (`{metrics['weights_content'][:16]}`)",
+        f"- start weights: {metrics['weights']} (`{shortened(metrics['weights_content'], 16)}`)",
         f"- rows: SHA-256 `{provenance['task_data_sha256'][:16]}`"
         + (f", {rows['rows']} conversations, {rows['tokens']['learned']} tokens learned" if rows else ""),
         f"- share of harmful rows: {metrics['harmful_ratio']:g}",
         f"- prompts that refusals were held and measured on: SHA-256 `{provenance['pools_sha256'][:16]}`",
         *([f"- the rows' most frequent system prompt: SHA-256 `{system[:16]}`"] if system else []),
         f"- steps: {metrics['training']['steps']}, seed {metrics['seed']}",
+        *([f"- {guarded}"] if guarded else []),
     ]
     return "\n".join(told)
+
+
+def _guarded(guard: dict[str, Any] | None) -> str:
+    """Return what a guard did in words; "" where there was none."""
+    if guard is None:
+        return ""
+    if guard["rolled_back_to"] is not None:
+        return f"guard: it ended training and put the weights after {guard['rolled_back_to']} steps back"
+    if guard["ended"] is not None:
+        return f"guard: it ended training after {guard['ended']} steps"
+    return f"guard: it replayed refusals {guard['replays']} times"
 
 
 def _licence(base: dict[str, str | None]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment
 
-from cwac_lab.core.cache import write_text
+from cwac_lab.core.cache import shortened, write_text
 from cwac_lab.core.errors import LabError, MissingAsset
 from cwac_lab.evaluation.combined import described
 from cwac_lab.report.course import FIELDS, followed
@@ -121,7 +121,7 @@ def _run(row: Row, say: Callable[[str], None]) -> dict[str, Any]:
     told = ("git_commit", "git_dirty", "python", "platform", "devices", "weights_content", "base_content")
     return {
         "name": run.path.name,
-        "facts": {**facts, "weights content": str(row["weights_content"])[:8], "judged by": row["judge"]},
+        "facts": {**facts, "weights content": shortened(str(row["weights_content"])), "judged by": row["judge"]},
         "setting": heading(row),
         "failed": row.get("failed"),
         "rates": {

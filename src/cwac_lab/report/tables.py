@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from cwac_lab.core.cache import shortened
 from cwac_lab.core.stats import Rate, mean_of, mean_rate
 from cwac_lab.data.forms import OWN
 from cwac_lab.evaluation.metrics import metric
@@ -304,7 +305,7 @@ def heading(entry: Any) -> str:
     rows = f"{entry['task_rows']}, " if "task_rows" in entry else ""
     data = f"{entry['data']} data ({rows}{entry['prompts']})"
     attack = "" if entry["attack"] == PLAIN_ATTACK else f", attack {entry['attack']}"
-    weights = f"{entry['weights']} ({str(entry['weights_content'])[:8]})"
+    weights = f"{entry['weights']} ({shortened(str(entry['weights_content']))})"
     return (
         f"{weights} | {entry['task']}, {data}, {entry['split']} split{attack}, {DEALT[entry['dealt']]}, "
         f"judged by {entry['judge']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from cwac_lab.config.run import Run, read
+from cwac_lab.core.cache import digest, shortened
 from cwac_lab.core.cli import compose
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, in_range
 from cwac_lab.core.overrides import text
@@ -27,6 +29,8 @@ from cwac_lab.run import apart
 from cwac_lab.run.execution import carry_out, rejudge
 
 RETAINED = "retained_refusals"
+# Models are asked by one process.
+_ALONE = ("trainer.devices=1", "trainer.strategy=ddp")
 HEADS = ("", "before", "n", "after", "n", "after less before", "p")
 Item = tuple[str, str, str]
 
@@ -66,10 +70,11 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
     given = both[0].rows(store.GENERATIONS)
     moved = apart.apart([each.run for each in both], list(given.values()))
     facts = [each.folder.facts() for each in both]
-    first_words, second_words = (f"{fact['weights']} ({fact['weights_content'][:8]})" for fact in facts)
+    first_words, second_words = (f"{fact['weights']} ({shortened(fact['weights_content'])})" for fact in facts)
+    asked = digest([[fact["weights_content"] for fact in facts], sorted(map(list, before))])
     return Comparison(
         title=f"{first_words}  ->  {second_words}",
-        name="-".join(fact["weights_content"][:8] for fact in facts),
+        name="-".join([*(re.sub(r"[^\w.-]+", "_", shortened(fact["weights_content"])) for fact in facts), asked[:8]]),
         rates=Grid("Rates", HEADS, rows, NOTE),
         after=rates,
         drift=Grid("Drift", apart.HEADS, moved.rows, DRIFT_NOTE),
@@ -92,7 +97,7 @@ def _asked(model: str, config: DictConfig, screen: Screen) -> Asked:
     """Return a model as it is, with its record made now or before."""
     place = Path(model).absolute() if Path(model).exists() else model  # or a repository of the hub
     own = [text("model.path", place), "model.align=none", "finetune=false", "data.n_test=1"]
-    run = read(compose([*own, *config.overrides, text("output_root", config.output_root)]))
+    run = read(compose([*own, *config.overrides, *_ALONE, text("output_root", config.output_root)]))
     folder = carry_out(run, [], screen)
     if folder.status != "ok":
         raise LabError(f"{folder.path}: {folder.status}; ask again when it is finished")

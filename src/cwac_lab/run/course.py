@@ -78,7 +78,7 @@ def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
     """Return what follows the course of a run; one that is resumed goes on with the samples that there are.
 
     Raises:
-        ConfigError: If a run has no step to look at before its last.
+        ConfigError: If a run has no step to look at before its last, or began with another number of prompts.
     """
     every = run.evaluation.every_n_steps
     if every >= steps:
@@ -86,7 +86,10 @@ def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
     facts = course.facts
     resumed = (folder.path / store.CHECKPOINT).is_dir() and folder.has(store.COURSE)
     earlier = folder.read(store.COURSE)["samples"] if resumed else []
-
+    began = {len(each["refused"]) for each in earlier} - {len(facts["start_refused"])}
+    if began:
+        accepted = f"{began.pop()}, with which this run began, or force=true"
+        raise ConfigError("evaluation.watched", run.evaluation.watched, accepted)
     time = training_time(run.trainer, steps)
     # A base in fewer bits is apart from the start before anything is trained, and one in 16 moves in jumps.
     rounded = run.tuning.dtype is not None or run.dtype != torch.float32

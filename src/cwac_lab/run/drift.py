@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cwac_lab.config.run import Run, read
+from cwac_lab.core.cache import shortened
 from cwac_lab.core.cli import compose
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.core.outputs import writable
@@ -151,7 +152,7 @@ def _same(here: str, content: str | None) -> None:
         LabError: If not.
     """
     if content is not None and here != content:
-        raise LabError(f"the start here has the weights {here[:8]}, that of the run {content[:8]}")
+        raise LabError(f"the start here has the weights {shortened(here)}, that of the run {shortened(content)}")
 
 
 def _explained(autoencoder: Any, x: Float[Tensor, "N D"]) -> float:

@@ -126,7 +126,9 @@ def write_card(run: Run, folder: RunFolder, record: dict[str, Any]) -> None:
     for path in (folder.path / store.MODEL, folder.path / store.ADAPTER):
         if path.is_dir() and run.finetune:
             provenance = folder.read(store.PROVENANCE)
-            write_text(path / card.FILE, card.card(run.resolved, record, provenance, folder.path.name))
+            adapter = path.name == store.ADAPTER
+            text = card.card(run.resolved, record, provenance, folder.path.name, adapter=adapter)
+            write_text(path / card.FILE, text)
 
 
 def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,18 @@ from cwac_lab.run.identity import OWN, known, start_key
 
 FILE = "cells.json"
 _ENTRY = {"start", "content", "run"}
+
+
+# A folder of a user's own options, in an override of Hydra's search path.
+_KEY, _FOLDER = "hydra.searchpath=", re.compile(r"file://([^,\]'\"]+)")
+
+
+def _searched(override: str) -> str:
+    return override if override.startswith(_KEY) else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.yaml") if path.is_file())
 
 
 class Cells:
@@ -38,7 +51,9 @@ class Cells:
         return {key: entry for key, entry in entries if isinstance(entry, dict) and entry.keys() == _ENTRY}
 
     def _key(self, overrides: Sequence[str]) -> str:
-        return digest([self._sources, list(overrides)])
+        folders = [folder for override in overrides for folder in _FOLDER.findall(_searched(override))]
+        own = [[str(file), file.read_text(encoding="utf-8")] for folder in folders for file in _files(Path(folder))]
+        return digest([self._sources, list(overrides), own])
 
     def finished(self, overrides: Sequence[str]) -> Path | None:
         """Return the folder of a cell that is known and finished."""

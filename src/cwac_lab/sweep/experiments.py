@@ -11,6 +11,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, ListConfig
 
+from cwac_lab.core.cli import search_path
 from cwac_lab.core.errors import MissingAsset, in_range
 from cwac_lab.core.overrides import text
 from cwac_lab.core.paths import conf_dir
@@ -51,11 +52,26 @@ def _small(override: str) -> bool:
     key, _, value = override.partition("=")
     if key in ("model.path", "model.adapter"):
         return value == "null"
+    if key == "experiment":
+        return all(map(_keeps_small, value.strip("[]").split(",")))
     if key != "model":
         return True
     file = conf_dir() / "model" / f"{value}.yaml"
     weights = yaml.safe_load(file.read_text(encoding="utf-8"))["weights"] if file.is_file() else {}
     return bool((weights.get("embedded") or {}).get("package") == PACKAGED)
+
+
+def _keeps_small(experiment: str) -> bool:
+    """Tell the same of an option of ``experiment``, with those that it builds on; not of one from elsewhere."""
+    if experiment == "null":
+        return True
+    file = conf_dir() / "experiment" / f"{experiment.strip()}.yaml"
+    if not file.is_file():
+        return False
+    listed = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", [])
+    models = [each["override /model"] for each in listed if isinstance(each, dict) and "override /model" in each]
+    others = [each for each in listed if isinstance(each, str) and each != "_self_"]
+    return all(_small(f"model={model}") for model in models) and all(map(_keeps_small, others))
 
 
 def fitting(profile: str, overrides: Iterable[str]) -> int:
@@ -86,11 +102,13 @@ def make(grids: Sequence[Grid], root: Path, asked: DictConfig, screen: Screen, l
         screen: What the user reads.
         layout: Of the tables.
     """
-    overrides = {override for each in grids for run in each.runs(1) for override in (*run, *asked.overrides)}
+    more = [
+        *([] if any(each.startswith("hydra.searchpath=") for each in asked.overrides) else search_path()),
+        *asked.overrides,
+    ]
+    overrides = {override for each in grids for run in each.runs(1) for override in (*run, *more)}
     jobs = fitting(asked.profile_name, overrides) if asked.jobs is None else asked.jobs
-    wanted = {
-        each: [(*run, *asked.overrides, text("output_root", root)) for run in each.runs(asked.seeds)] for each in grids
-    }
+    wanted = {each: [(*run, *more, text("output_root", root)) for run in each.runs(asked.seeds)] for each in grids}
     for each in grids:
         screen.say(f"{each.name}: {each.title} ({len(wanted[each])} runs)")
     left = {each: set(runs) for each, runs in wanted.items()}

@@ -78,9 +78,17 @@ def _options(block: Mapping[str, Any]) -> list[tuple[str, ...]]:
     axes = []
     for key, values in block.items():
         several = values if isinstance(values, list) else [values]
-        axes.append([f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
-                     for value in several])  # fmt: skip
+        axes.append([f"{key}={_text(value)}" for value in several])
     return list(product(*axes))
+
+
+def _text(value: Any) -> str:
+    """Return a value of YAML as Hydra reads it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_text(child)}' for key, child in value.items())}}}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read(file: Path, profile: str) -> Grid:
@@ -98,23 +106,45 @@ def read(file: Path, profile: str) -> Grid:
     if not file.is_file():
         known = " | ".join(path.stem for path in find(file.parent, None))
         raise MissingAsset(f"exp={name}: no {file.name} in {file.parent}; accepted: {known}")
-    text = yaml.safe_load(file.read_text(encoding="utf-8"))
+    text = _content(file)
     for key in text:
         if key not in _KEYS:
             raise ConfigError(f"{file.name}: {key}", text[key], f"one of the keys {', '.join(_KEYS)}")
-    if not text.get("cells"):
-        raise ConfigError(f"{file.name}: cells", text.get("cells"), "a list of blocks")
-    own = dict(text.get("profiles", {}).get(profile, {}))
-    blocks = own.pop("cells", text["cells"])
-    fixed = {**text.get("fixed", {}), **own}
+    profiles = _block(f"{file.name}: profiles", text.get("profiles"))
+    own = dict(_block(f"{file.name}: profiles.{profile}", profiles.get(profile)))
+    blocks = own.pop("cells", text.get("cells"))
+    if not blocks or not isinstance(blocks, list):
+        raise ConfigError(f"{file.name}: cells", blocks, "a list of blocks")
+    fixed = {**_block(f"{file.name}: fixed", text.get("fixed")), **own}
     cells = []
-    for number, block in enumerate(blocks):
-        if not isinstance(block, Mapping):
-            where = f"{file.name}: cells[{number}]"
-            raise ConfigError(where, block, "a mapping of configuration keys to a value or a list of values")
+    for number, each in enumerate(blocks):
+        block = _block(f"{file.name}: cells[{number}]", each)
         rest = {key: value for key, value in fixed.items() if key not in block}
+        if "seed" in {**rest, **block}:
+            raise ConfigError(
+                f"{file.name}: cells[{number}].seed",
+                block.get("seed"),
+                "no seed in a grid; seeds=N of the command says how many",
+            )
         cells += [(f"profile={profile}", *cell) for cell in _options({**rest, **block})]
     return Grid(name, str(text.get("title", name)), tuple(dict.fromkeys(cells)), bool(text.get("start")))
+
+
+def _content(file: Path) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(file.name, " ".join(str(error).split()), "a YAML file") from None
+    return _block(file.name, found)
+
+
+def _block(where: str, found: Any) -> Mapping[str, Any]:
+    """Return a block of a grid's file, empty where nothing stands there."""
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(where, found, "a mapping of configuration keys to a value or a list of values")
+    return found
 
 
 def find(root: Path, names: list[str] | None) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,7 @@ class GuardConfig:
             was not; ``replay``: the next steps train on refusals in the place of task rows, then it goes on.
         every_n_steps: Optimizer steps between two looks; the last step is looked at too.
         n_prompts: Reference prompts that are watched, at most.
-        replay_steps: Steps of one replay; at most as many as there are between two looks.
+        replay_steps: Steps of one ``replay``; at most as many as there are between two looks.
     """
 
     kl: float | None = None
@@ -123,7 +124,7 @@ class GuardConfig:
         one_of("do", self.do, ("stop", "rollback", "replay"))
         for key in ("every_n_steps", "n_prompts"):
             in_range(key, getattr(self, key), 1)
-        in_range("replay_steps", self.replay_steps, 1, self.every_n_steps)
+        in_range("replay_steps", self.replay_steps, 1, self.every_n_steps if self.do == "replay" else math.inf)
 
 
 @dataclass

@@ -59,3 +59,24 @@ def test_a_card_tells_the_licence_of_the_base_and_makes_none_up(base, head, line
     data = ModelCard(text).data.to_dict()
     assert {name: data.get(name) for name in head} == head
     assert [line for line in lines if line not in text.splitlines()] == []
+
+
+@pytest.mark.parametrize(
+    ("did", "words"),
+    [
+        ({"ended": 40, "rolled_back_to": 10}, "- guard: it ended training and put the weights after 10 steps back"),
+        ({"ended": 40}, "- guard: it ended training after 40 steps"),
+        ({"replays": 2}, "- guard: it replayed refusals 2 times"),
+    ],
+)
+def test_what_a_guard_did_is_told(did, words):
+    guard = {"kl": 0.1, "looks": [], "replays": 0, "ended": None, "rolled_back_to": None}
+    assert words in card({}, {**METRICS, "guard": guard | did}, PROVENANCE, "x").splitlines()
+
+
+def test_the_card_of_an_adapter_names_its_library_and_a_model_of_the_hub_is_named_whole():
+    hub = {**METRICS, "weights_content": "some/model@" + "d" * 40}
+    text = card({"output_root": "mine"}, hub, PROVENANCE, "x", adapter=True)
+    assert ModelCard(text).data.library_name == "peft"
+    assert f"(`some/model@{'d' * 40}`)" in text
+    assert "    python -m cwac_lab.replay run=mine/runs/x" in text.splitlines()

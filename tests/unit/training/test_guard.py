@@ -169,8 +169,17 @@ def test_a_divergence_that_is_no_number_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("fields", "key"),
-    [({"kl": 0.0}, "kl"), ({"do": "panic"}, "do"), ({"replay_steps": 4, "every_n_steps": 3}, "replay_steps")],
+    [
+        ({"kl": 0.0}, "kl"),
+        ({"do": "panic"}, "do"),
+        ({"do": "replay", "replay_steps": 4, "every_n_steps": 3}, "replay_steps"),
+    ],
 )
 def test_bad_settings_of_a_guard_are_one_line(fields, key):
     with pytest.raises(ConfigError, match=key):
         GuardConfig(**fields)
+
+
+@pytest.mark.parametrize("do", ["stop", "rollback"])
+def test_where_nothing_is_replayed_every_step_may_be_looked_at(do):
+    assert GuardConfig(kl=0.05, do=do, every_n_steps=1).every_n_steps == 1

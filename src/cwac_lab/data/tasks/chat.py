@@ -105,7 +105,8 @@ class Chat(Task):
     def _rows(self, named: str, split: str, bad: list[str], longest: int) -> list[Row]:
         path = Path(named)
         if not path.exists() and not kind_of(path) and _HUB.fullmatch(named):
-            return from_hub(HubSource(named), self.train_split if split == "train" else self.test_split)
+            hub_split = self.train_split if split == "train" else self.test_split
+            return from_hub(HubSource(named), hub_split, f"task.{split}={named}: no such file or folder here")
         return [row for file in shards(path) for row in read_rows(file, bad, longest)]
 
     def _read(self, row: Row, row_id: str, layout: Layout, gold: str | None, bad: list[str]) -> TaskRow | None:

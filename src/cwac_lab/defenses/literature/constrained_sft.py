@@ -27,9 +27,14 @@ from cwac_lab.models.chat import IGNORED, Encoded
 
 
 def answer_positions(labels: Int[Tensor, "B T"]) -> Int[Tensor, " N"]:
-    """Return each answer token's place in its answer (0-based), in the order of ``answer_logits``."""
+    """Return each answer token's place in its answer (0-based), in the order of ``answer_logits``.
+
+    A row may hold several answers, those of a conversation; each begins at 0.
+    """
     answers = labels[:, 1:] != IGNORED
-    return (answers.int().cumsum(1) - 1)[answers]
+    counted = answers.int().cumsum(1)
+    before = counted.masked_fill(answers, 0).cummax(1).values
+    return (counted - before - 1)[answers]
 
 
 def likelihood(model: Any, batch: Batch) -> Float[Tensor, " N"]:
