@@ -78,7 +78,8 @@ class WeightConstraint(Defense):
         normalize: Unit-norm tokens in C.
         opening: The tokens that all reference prompts of a form begin with: ``counted`` as the others are (the
             paper's), or ``held`` to rounding, so that ``energy`` is of a prompt's own tokens.
-        answers: Whether tokens of the start's own refusals count in C: ``none`` (the paper's), or ``own``.
+        answers: Whether tokens of the start's own refusals count in C: ``none`` (the paper's), or ``own``. With
+            ``data.reference=all`` they are refusals that the project wrote.
         closing_weight: What a token weighs in C that all prompts of a form end with; the first token of an answer is
             decided there.
         tail: What becomes of the directions behind the protected ones: ``free`` (the paper's), ``slowed``, or
