@@ -25,23 +25,27 @@ def archive(tmp_path_factory, tiny_folder):
     return root / "archive"
 
 
-def test_an_archived_run_made_again_is_the_same(archive, tmp_path, capsys):
+def test_an_archived_run_made_again_is_the_same(archive, tiny_folder, tmp_path, capsys):
     (recorded,) = runs(archive)
-    tiny.launch(replay.main, [f"run={recorded.path}", f"output_root={tmp_path / 'out'}"], "replay")
+    given = [f"run={recorded.path}", f"output_root={tmp_path / 'out'}"]
+    # An archive has no folders of a machine.
+    assert tiny.error_of(replay.main, given, capsys, "replay").startswith(f"model.path={tiny_folder.name}: accepted: a")
+    given.append(f"overrides=['model.path={tiny_folder}']")
+    tiny.launch(replay.main, given, "replay")
     (again,) = runs(tmp_path / "out")
     assert again.path.name == recorded.path.name  # the key is that of the recorded configuration
     told = capsys.readouterr().out
     assert "inputs and environment: same" in told
     assert re.search(r" 0 of \d+ ", told)
     # What is there already is compared, not made again.
-    tiny.launch(replay.main, [f"run={recorded.path}", f"output_root={tmp_path / 'out'}"], "replay")
+    tiny.launch(replay.main, given, "replay")
     assert "already done" in capsys.readouterr().out
     heads, rows = outcome(recorded, again)
     assert {row[heads.index("difference")] for row in rows[:-1]} <= {"+0.0", ""}
     assert re.fullmatch(r"0 of \d+ differ", rows[-1][3])
 
 
-def test_a_replay_is_one_process_that_tells_nobody(archive, tmp_path):
+def test_a_replay_is_one_process_that_tells_nobody(archive, tiny_folder, tmp_path):
     class Wide:
         status, path = "ok", tmp_path / "elsewhere"
 
@@ -50,6 +54,7 @@ def test_a_replay_is_one_process_that_tells_nobody(archive, tmp_path):
             found = recorded.config()
             found["trainer"] |= {"strategy": "fsdp", "devices": 4, "export": True}
             found["logger"] |= {"wandb": "online"}
+            found["model"] |= {"path": str(tiny_folder)}
             return found
 
     run = composed(Wide(), tmp_path, [])
