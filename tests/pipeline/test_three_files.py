@@ -55,11 +55,16 @@ def check_card(run):
 
 def test_the_page_makes_three_files_and_ends_at_a_card():
     assert list(own_page.FILES) == ["train.jsonl", "test.jsonl", "harmful.jsonl"]
-    dry, made, shown = own_page.COMMANDS
+    dry, made, shown, own = own_page.COMMANDS
     assert own_page.overrides(dry)[-1] == "dry=true"
     used = " ".join(own_page.overrides(made))
     assert [name for name in own_page.FILES if name not in used] == []
     assert (shown[0], shown[1].rpartition("/")[2]) == ("cat", "README.md")
+    # The command for a model of one's own asks the same files, whole.
+    whole = {"model.path=MODEL", "data.harmful.test.mine=100"}
+    short = {"model=smollm", "data.harmful.test.mine=4", "data.harmful.reference.requests=8"}
+    short |= {"trainer.epochs=4", "evaluation.n_prompts=12"}
+    assert set(own_page.overrides(own)) == set(own_page.overrides(made)) - short | whole
 
 
 def test_the_commands_of_the_page_make_a_card_of_a_tiny_model(tiny_folder, tmp_path, monkeypatch):

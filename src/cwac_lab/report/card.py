@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from cwac_lab.core.cache import shortened
+from cwac_lab.core.paths import last_part
 from cwac_lab.evaluation.combined import described
 from cwac_lab.evaluation.metrics import SHOWN
 from cwac_lab.evaluation.verdicts import HARMFULNESS
@@ -58,7 +59,7 @@ def card(
         "## Settings",
         f"```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False).strip()}\n```",
         "## Repeat it",
-        f"    python -m cwac_lab.replay run={config.get('output_root', 'outputs')}/runs/{run}",
+        f"    python -m cwac_lab.replay run={last_part(config.get('output_root', 'outputs'))}/runs/{run}",
         "The licences of the base model and of the data hold for this model too.",
     ]
     return "\n\n".join(parts) + "\n"

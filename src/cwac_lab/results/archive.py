@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import LabError
+from cwac_lab.core.paths import last_part
 from cwac_lab.results.later import completed
 from cwac_lab.results.record import (
     CONFIG,
@@ -252,12 +253,12 @@ def _row(run: Record) -> tuple[dict[str, Any], _Verdicts]:
 
 
 def _without_folders(node: Any) -> Any:
-    """Return settings in which an absolute path is its last part: it names a machine, and often a person."""
+    """Return settings in which an absolute path is its last part."""
     if isinstance(node, dict):
         return {key: _without_folders(child) for key, child in node.items()}
     if isinstance(node, list):
         return [_without_folders(child) for child in node]
-    return Path(node).name if isinstance(node, str) and Path(node).is_absolute() else node
+    return last_part(node) if isinstance(node, str) else node
 
 
 def _of_verdicts(name: str, said: _Verdicts) -> list[dict[str, Any]]:
