@@ -165,7 +165,8 @@ def test_what_is_asked_in_one_part_is_asked_in_no_other(tmp_path):
     tested = split_task(data, Chat(name="chat", train=str(file), test=str(other)), ())
     assert [row.prompt for row in tested.test] == [row["messages"][0]["content"] for row in ROWS[3:5]]
     assert not {row.asked for row in tested.train} & {row.asked for row in tested.test}
-    assert tested.remarks == ["4 of 30 rows to train on are left out: they begin as a row to test on does"]
+    told = "4 of 30 rows to train on are left out: they begin as a row to test on does"
+    assert tested.remarks == [told, "3 rows are held out to tune on"]
 
 
 def test_no_answer_of_a_test_row_is_learned_where_rows_go_on_with_one_another(tmp_path):

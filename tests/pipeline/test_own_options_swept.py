@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
 from cwac_lab import tables
 from cwac_lab.core import cli
+from cwac_lab.core.overrides import parsed
 from cwac_lab.results import load
 from cwac_lab.sweep.cells import Cells
 from support import tiny
@@ -24,6 +27,16 @@ def folder(tmp_path):
     options.mkdir(parents=True)
     (options / "mine.yaml").write_text(OPTION.format(strength=1.0))
     return options
+
+
+@pytest.mark.parametrize("name", ["mine", "my options (1)", "it's, ü=1"])
+def test_a_folder_of_any_name_is_given_on(name, tmp_path, monkeypatch):
+    entry = {"path": str(tmp_path / name), "schema": "file", "provider": "command-line"}
+    known = {"path": "conf", "schema": "pkg", "provider": "main"}
+    runtime = SimpleNamespace(runtime=SimpleNamespace(config_sources=[known, entry]))
+    monkeypatch.setattr(cli, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: runtime))
+    (override,) = parsed(cli.search_path())
+    assert [str(each) for each in override.value()] == [f"file://{tmp_path / name}"]
 
 
 def test_a_cell_is_another_one_where_an_option_of_the_folder_it_names_was_edited(folder, tmp_path):

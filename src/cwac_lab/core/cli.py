@@ -93,7 +93,7 @@ def search_path() -> list[str]:
     if not HydraConfig.initialized():
         return []
     own = [
-        f"{each['schema']}://{each['path']}"
+        overrides.quoted(f"{each['schema']}://{each['path']}")
         for each in HydraConfig.get().runtime.config_sources
         if each["provider"] not in ("hydra", "main", "schema") and each["schema"] in ("file", "pkg")
     ]

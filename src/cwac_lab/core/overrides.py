@@ -34,7 +34,8 @@ OF_GROUPS = {"evaluation.suites": "suite"}
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z0-9_./@:-]+")
 
 
-def _quoted(value: str, quote: Quote = Quote.single) -> str:
+def quoted(value: str, quote: Quote = Quote.single) -> str:
+    """Return a text in quotes, as Hydra reads it."""
     return str(QuotedString(text=value, quote=quote).with_quotes())
 
 
@@ -63,9 +64,9 @@ def as_meant(argument: str) -> str:
         found = _read(argument)
         if isinstance(found, str) and found.startswith("~"):
             home = os.path.expanduser(found)  # pathlib raises where there is no such user
-            return argument if home == found else f"{key}={_quoted(home)}"
+            return argument if home == found else f"{key}={quoted(home)}"
     if key.lstrip("+") in PATHS and isinstance(_read(argument), bool | int | float):
-        return f"{key}={_quoted(value)}"
+        return f"{key}={quoted(value)}"
     return argument
 
 
@@ -90,7 +91,7 @@ def in_order(arguments: Sequence[str]) -> list[str]:
 def text(key: str, value: object) -> str:
     """Return the argument that gives a key a text, quoted for Hydra where it has to be."""
     plain = re.fullmatch(r"[A-Za-z0-9_./-]+", str(value)) and isinstance(_read(f"{key}={value}"), str)
-    return f"{key}={value}" if plain else f"{key}={_quoted(str(value))}"
+    return f"{key}={value}" if plain else f"{key}={quoted(str(value))}"
 
 
 def typed(key: str, value: object) -> str:
@@ -103,9 +104,9 @@ def hint(argument: str) -> str:
     """Return an argument quoted for Hydra and, around that, for the shell."""
     key, _, value = argument.partition("=")
     value = value.strip("\"'")
-    told = f"{key}={_quoted(value)}"
+    told = f"{key}={quoted(value)}"
     if re.search(r'[$`"!]', value) and "'" not in value:  # signs of the shell's within double quotes
-        return f"'{key}={_quoted(value, Quote.double)}'"
+        return f"'{key}={quoted(value, Quote.double)}'"
     return shlex.quote(told) if re.search(r'[$`"!]|\\\\', told) else f'"{told}"'
 
 

@@ -6,6 +6,7 @@ where the row stands.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ _CONTENT = {"role": "content", "from": "value"}
 # What a message may hold that changes what would have to be learned.
 _NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _SHOWN = 60
+# Other tags of thoughts, such as <reason>, are words of answers too.
+_THOUGHT = re.compile(r"\s*<think", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def turns_of(cells: Mapping[str, Any], layout: Layout) -> list[Turn]:
 def _without_thoughts(turns: list[Turn]) -> list[Turn]:
     """Return turns as they are, if no answer begins with thoughts: a template would put the answer behind others."""
     for place, turn in enumerate(turns, 1):
-        if turn.role == "assistant" and without_thoughts(turn.text)[1]:
+        if turn.role == "assistant" and _THOUGHT.match(turn.text) and without_thoughts(turn.text)[1]:
             raise ValueError(f"turn {place} begins with thoughts ({_cut(turn.text)}): accepted: answers without them")
     return turns
 

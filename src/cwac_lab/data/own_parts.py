@@ -44,22 +44,32 @@ def part(
     sizes = Counter(map(_first, rows))
     drawn = random.Random(seed).sample(list(sizes), len(sizes))
     if test is None:
-        held = _chosen(drawn, sizes, min(n_test, math.ceil(HELD_OUT * len(rows))))
-        test = [row for row in rows if _first(row) in held]
-        remarks.append(f"{len(test)} of {len(rows)} rows are held out to test on")
+        n = min(n_test, math.ceil(HELD_OUT * len(rows)))
+        held = _chosen(drawn, sizes, n)
+        test = _sample([row for row in rows if _first(row) in held], n, seed)
+        remarks.append(f"{len(test)} of {len(rows)} rows are held out to test on{_more(sizes, held, len(test))}")
     else:
-        test = _sample(_free(test, taken, "rows to test on", remarks), n_test, seed, remarks)
+        given = _free(test, taken, "rows to test on", remarks)
+        test = _sample(given, n_test, seed)
+        if len(test) < len(given):
+            remarks.append(f"{n_test} of {len(given)} rows to test on are asked, drawn (data.n_test)")
         held = set(map(_first, test))
         if alike := sum(sizes[first] for first in held):
             remarks.append(f"{alike} of {len(rows)} rows to train on are left out: they begin as a row to test on does")
     others = [first for first in drawn if first not in held]
     chosen = _chosen(others, sizes, n_validation)
     learned = set(others) - chosen
+    if others and n_validation and not (chosen and learned):
+        accepted = f"0, or fewer than the rows to train on ({len(others)} prompts that they begin with are left)"
+        raise ConfigError("data.n_validation", n_validation, accepted)
     if not learned or not test:
         few = f"{len(rows)} rows to train on that begin with {len(sizes)} prompts, {len(test)} to test on"
         raise ConfigError("data.n_test", n_test, f"at least one prompt for each part ({few})")
     tuned, trained = ([row for row in rows if _first(row) in firsts] for firsts in (chosen, learned))
-    return TaskData(trained, tuned, test, remarks)
+    kept = _sample(tuned, n_validation, seed)
+    if chosen:
+        remarks.append(f"{len(kept)} rows are held out to tune on{_more(sizes, chosen, len(kept))}")
+    return TaskData(trained, kept, test, remarks)
 
 
 def _first(row: TaskRow) -> str:
@@ -74,18 +84,23 @@ def _free(rows: list[TaskRow], taken: Collection[str], words: str, remarks: list
     return free
 
 
-def _sample(rows: list[TaskRow], n: int, seed: int, remarks: list[str]) -> list[TaskRow]:
+def _more(sizes: Counter[str], held: Collection[str], kept: int) -> str:
+    """Return in words how many rows more begin as those that were held out do."""
+    others = sum(sizes[first] for first in held) - kept
+    return f"; {others} others that begin as they do are left out" if others else ""
+
+
+def _sample(rows: list[TaskRow], n: int, seed: int) -> list[TaskRow]:
     """Return at most ``n`` rows, drawn and in their order: a file may be sorted."""
     if len(rows) <= n:
         return rows
-    remarks.append(f"{n} of {len(rows)} rows to test on are asked, drawn (data.n_test)")
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
 
 
 def _chosen(drawn: Sequence[str], sizes: Counter[str], n: int) -> set[str]:
-    """Return prompts that at most ``n`` rows begin with, the first ones that fit.
+    """Return prompts that at most ``n`` rows begin with, the first ones that fit: a frequent one stays in training.
 
-    Where none fits it is the rarest one, unless it is the only one.
+    Where none fits it is the rarest one, of which more than ``n`` rows begin, unless it is the only one.
     """
     chosen: set[str] = set()
     for first in drawn if n else ():

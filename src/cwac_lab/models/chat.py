@@ -193,8 +193,6 @@ class ChatFormat:
 
     def control_in(self, text: str) -> str | None:
         """Return a control token that stands in a text, which would be one and no words; None where there is none."""
-        if "<" not in text and "[" not in text:
-            return None
         return next((token for token in self._control.values() if token.strip() and token in text), None)
 
     def ends(self, others: Iterable[int]) -> list[int]:

@@ -125,7 +125,7 @@ def _guarded(guard: dict[str, Any] | None) -> str:
         return f"guard: it ended training and put the weights after {guard['rolled_back_to']} steps back"
     if guard["ended"] is not None:
         return f"guard: it ended training after {guard['ended']} steps"
-    return f"guard: it replayed refusals {guard['replays']} times"
+    return f"guard: it replayed refusals {guard['replays']} times" if guard["replays"] else "guard: it did nothing"
 
 
 def _licence(base: dict[str, str | None]) -> str:

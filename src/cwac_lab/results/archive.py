@@ -252,13 +252,18 @@ def _row(run: Record) -> tuple[dict[str, Any], _Verdicts]:
     return row | {"verdicts": digest(said)}, said
 
 
-def _without_folders(node: Any) -> Any:
+# Settings that may hold a path, by their last part; a prefix of an attack may begin with a slash as well.
+_PATHS = {
+    *("output_root", "cache_root", "root", "path", "adapter", "base", "train", "test", "name"),
+    *("plain_text", "export", "lm_eval_tasks", "rubric"),
+}
+
+
+def _without_folders(node: Any, key: str = "") -> Any:
     """Return settings in which an absolute path is its last part."""
     if isinstance(node, dict):
-        return {key: _without_folders(child) for key, child in node.items()}
-    if isinstance(node, list):
-        return [_without_folders(child) for child in node]
-    return last_part(node) if isinstance(node, str) else node
+        return {name: _without_folders(child, name) for name, child in node.items()}
+    return last_part(node) if isinstance(node, str) and key in _PATHS else node
 
 
 def _of_verdicts(name: str, said: _Verdicts) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cwac_lab.config.run import Run
-from cwac_lab.core.cache import digest, read_json, write_json
+from cwac_lab.core.cache import digest, file_digest, read_json, write_json
+from cwac_lab.core.overrides import parsed
 from cwac_lab.core.provenance import sources
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run.identity import OWN, known, start_key
@@ -18,15 +18,13 @@ _ENTRY = {"start", "content", "run"}
 
 
 # A folder of a user's own options, in an override of Hydra's search path.
-_KEY, _FOLDER = "hydra.searchpath=", re.compile(r"file://([^,\]'\"]+)")
+_KEY, _FILES = "hydra.searchpath=", "file://"
 
 
-def _searched(override: str) -> str:
-    return override if override.startswith(_KEY) else ""
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.yaml") if path.is_file())
+def _options(folder: str) -> list[list[str]]:
+    """Return the options of a folder, with hashes of what they say; a group is a folder in it."""
+    found = sorted({*Path(folder).glob("*.yaml"), *Path(folder).glob("*/*.yaml")})
+    return [[str(file), file_digest([file])] for file in found if file.is_file()]
 
 
 class Cells:
@@ -51,8 +49,9 @@ class Cells:
         return {key: entry for key, entry in entries if isinstance(entry, dict) and entry.keys() == _ENTRY}
 
     def _key(self, overrides: Sequence[str]) -> str:
-        folders = [folder for override in overrides for folder in _FOLDER.findall(_searched(override))]
-        own = [[str(file), file.read_text(encoding="utf-8")] for folder in folders for file in _files(Path(folder))]
+        searched = [override for override in overrides if override.startswith(_KEY)]
+        folders = [str(folder) for override in parsed(searched) for folder in override.value()]
+        own = [_options(folder.removeprefix(_FILES)) for folder in folders if folder.startswith(_FILES)]
         return digest([self._sources, list(overrides), own])
 
     def finished(self, overrides: Sequence[str]) -> Path | None:

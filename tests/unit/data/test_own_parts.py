@@ -24,13 +24,16 @@ MANY = [row(i, "Hello", f"What is {i}?") for i in range(900)] + [row(900 + i, f"
 def test_a_tenth_of_the_rows_is_held_out_however_many_begin_alike(seed):
     found = part(MANY, None, (), seed=seed, n_validation=50, n_test=50)
     assert [len(found.train), len(found.validation), len(found.test)] == [900, 50, 50]
-    assert found.remarks == ["50 of 1000 rows are held out to test on"]
+    assert found.remarks == ["50 of 1000 rows are held out to test on", "50 rows are held out to tune on"]
 
 
 def test_where_every_prompt_has_more_rows_than_are_asked_for_the_rarest_is_held_out():
     rows = [row(i, "Hello") for i in range(30)] + [row(30 + i, "Bye") for i in range(20)]
     found = part(rows, None, (), seed=0, **SIZES)
-    assert {each.prompt for each in found.test} == {"Bye"}
+    assert [each.prompt for each in found.test] == ["Bye"] * 5
+    assert found.remarks == ["5 of 50 rows are held out to test on; 15 others that begin as they do are left out"]
+    with pytest.raises(ConfigError, match=r"data.n_validation=3: accepted: 0, or fewer"):
+        part(rows, None, (), seed=0, n_validation=3, n_test=100)
     with pytest.raises(ConfigError, match="at least one prompt for each part"):
         part(rows[:30], None, (), seed=0, **SIZES)
 
