@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +14,7 @@ from cwac_lab.evaluation.objectives import tuning_error
 from cwac_lab.report.console import Screen
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import identity
-from cwac_lab.sweep import cells, experiments, grid, runner
+from cwac_lab.sweep import cells, grid, runner
 from support import tiny
 from support.cover import some
 
@@ -327,32 +326,3 @@ def test_trouble_after_a_users_error_is_not_hidden(tmp_path):
 
     with pytest.raises(ValueError, match="a fault of ours"):
         tiny.launch(one_of_two, ["-m", "seed=0,1", f"output_root={tmp_path}"])
-
-
-@pytest.mark.parametrize(
-    ("profile", "accelerator", "cores", "free", "jobs"),
-    [
-        ("embedded", False, 2, 24, 2), ("embedded", False, 8, 9, 2), ("embedded", False, 1, 24, 1),
-        ("embedded", False, 2, 1, 1), ("embedded", True, 8, 24, 1), ("small", False, 8, 24, 1),
-    ],
-)  # fmt: skip
-def test_as_many_runs_go_side_by_side_as_the_machine_takes(monkeypatch, profile, accelerator, cores, free, jobs):
-    monkeypatch.setattr(experiments.torch.accelerator, "is_available", lambda: accelerator)
-    monkeypatch.setattr(experiments.os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(experiments.psutil, "virtual_memory", lambda: SimpleNamespace(available=free * 2**30))
-    assert experiments.fitting(profile, ["model=qwen", "seed=0", "model.path=null"]) == jobs
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        *("model=qwen_coder", "model=gemma", "model=of_a_user", "model.path=FOLDER"),
-        *("experiment=vendor_drift", "experiment=[hard_rate,vendor_drift]", "experiment=of_a_user"),
-    ],
-)
-def test_a_model_that_is_larger_or_unknown_has_the_machine_to_itself(override, monkeypatch):
-    monkeypatch.setattr(experiments.torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(experiments.os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(experiments.psutil, "virtual_memory", lambda: SimpleNamespace(available=99 * 2**30))
-    assert experiments.fitting("embedded", ["model=smollm", "experiment=hard_rate"]) == 8
-    assert experiments.fitting("embedded", ["model=smollm", override]) == 1

@@ -102,7 +102,7 @@ def test_equal_records_make_equal_bytes_in_whatever_order_they_come(both, tmp_pa
 
 def test_of_a_path_only_the_last_part_is_archived(tmp_path):
     run = record(tmp_path / "folders", "none", 0.2, 0, 5)
-    paths = {"output_root": "/home/someone/outputs", "data": {"root": "/data/public", "lists": {"a": {"name": "/a/b"}}}}
+    paths = {"output_root": "/somewhere/outputs", "data": {"root": "/data/public", "lists": {"a": {"name": "/a/b"}}}}
     paths |= {"attack": {"prefix": "/no_think please and/or not"}}
     run.write("config.json", run.read("config.json") | paths | {"cache_root": "outputs/cache"})
     add(tmp_path / "archive", [run], force=False, say=pytest.fail)
