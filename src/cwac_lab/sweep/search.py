@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.evaluation.objectives import DIRECTIONS
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from optuna import Trial
+
+# Ranks of LoRA that an attacker chooses from.
+RANKS = (4, 16, 64)
+
 
 def searched(sweeper: Any) -> bool:
     """Tell whether the settings ``hydra.sweeper`` are of Optuna's sweeper."""
     return "optuna" in sweeper._target_
+
+
+def rank(config: DictConfig, trial: Trial) -> None:
+    """Let a trial that trains by LoRA choose its rank, of ``RANKS``; other tunings have none.
+
+    Optuna's sweeper calls it for each trial (``hydra.sweeper.custom_search_space``).
+
+    Args:
+        config: The settings that trials share; they tell the tuning that no trial chooses.
+        trial: It has its other parameters already. A rank given on the command line stays.
+    """
+    told = {**trial.user_attrs, **trial.params}
+    if told.get("tuning", config.tuning.method) in ("lora", "qlora") and "tuning.rank" not in told:
+        trial.suggest_categorical("tuning.rank", RANKS)
 
 
 def check(run: Run, sweeper: Any) -> None:
