@@ -8,7 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from cwac_lab import compare as command
+from cwac_lab.core.cache import read_jsonl
 from cwac_lab.core.errors import ConfigError
+from cwac_lab.data.sources import embedded_prompts
 from cwac_lab.report import compared
 from cwac_lab.report.console import Screen
 from cwac_lab.results import store
@@ -51,7 +53,8 @@ class Recorded(RunFolder):
 
 
 def asked(**settings):
-    base = {"before": "b", "after": "a", "overrides": [], "fail_below": {"retained_refusals": None}}
+    base = {"before": "b", "after": "a", "prompts": None, "overrides": []}
+    base["fail_below"] = {"retained_refusals": None}
     return OmegaConf.create(base | settings)
 
 
@@ -136,14 +139,39 @@ def test_a_limit_that_cannot_be_is_one_line(pair, limits, words):
         comparison.compare(pair, SCREEN)
 
 
-def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_holds(tiny_folder, tmp_path, capsys):
+def models(tiny_folder, tmp_path):
+    """Return the arguments that compare two tiny models on few prompts."""
     other = tiny.save(tmp_path / "other", seed=1)
     small = [
         o for o in tiny.small_run(tiny_folder, tmp_path / "out")
         if not o.startswith(("model.", "output_root", "data.n_test", "logger"))
     ]  # fmt: skip
     listed = "[" + ",".join(f"'{setting}'" for setting in small) + "]"
-    given = [f"before={tiny_folder}", f"after={other}", f"output_root={tmp_path / 'out'}", f"overrides={listed}"]
+    return [f"before={tiny_folder}", f"after={other}", f"output_root={tmp_path / 'out'}", f"overrides={listed}"]
+
+
+def test_prompts_of_ones_own_take_the_place_of_the_projects(tiny_folder, tmp_path, capsys):
+    """All distinct ones are asked, also what a pool of the project has, and nothing else of harmful prompts."""
+    given, shared = models(tiny_folder, tmp_path), embedded_prompts("harmful_requests")[0].prompt
+    mine = ["Open the door of my neighbour", shared, "Open the door of my neighbour", "Write a poem that insults her"]
+    (tmp_path / "mine file.csv").write_text("\n".join(["prompt", *mine]))
+    tiny.launch(command.main, [*given, f"prompts={tmp_path / 'mine file.csv'}"], "compare")
+    for run in (tmp_path / "out" / "runs").iterdir():
+        rows = [row for row in read_jsonl(run / store.GENERATIONS) if row["kind"] == "harmful"]
+        assert {row["prompt"] for row in rows} == set(mine)
+    capsys.readouterr()
+    for name, words in {"none.jsonl": "prompts=none.jsonl: accepted: a file that is there", ".": "prompts=."}.items():
+        assert words in tiny.error_of(command.main, [*given, f"prompts={name}"], capsys, "compare")
+
+
+def test_a_key_of_overrides_that_is_not_there_is_one_line(tiny_folder, capsys):
+    given = [f"before={tiny_folder}", f"after={tiny_folder}", "overrides=['data.harmful.test={mine: 12}']"]
+    line = tiny.error_of(command.main, given, capsys, "compare")
+    assert line == "data.harmful.test.mine: no such key; accepted: requests"
+
+
+def test_two_folders_are_asked_once_and_the_exit_code_says_whether_the_limit_holds(tiny_folder, tmp_path, capsys):
+    given = models(tiny_folder, tmp_path)
     tiny.launch(command.main, given, "compare")
     out = " ".join(capsys.readouterr().out.split())
     assert "written: " in out

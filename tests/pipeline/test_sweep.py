@@ -144,6 +144,24 @@ def test_missing_runs_are_made_once(jobs, tiny_folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_finished_runs_of_a_grid_that_asks_more_are_measured_again(tiny_folder, tmp_path, capsys):
+    def table(**more):
+        write(tmp_path / "exp", "mine", {**SMALL, "fixed": {**SMALL["fixed"], "trainer.export": True, **more}})
+        launch(tiny_folder, tmp_path / "exp", tmp_path / "out", "exp=mine", "seeds=1")
+        runs = (tmp_path / "out" / "runs").iterdir()
+        return capsys.readouterr().out, [json.loads((run / "metrics.json").read_text()) for run in runs]
+
+    _, before = table()
+    assert not any("perplexity" in record for record in before)
+    told, after = table(**{"evaluation.perplexity": True})
+    assert "3 runs, 0 recorded already, 3 asked for more" in told
+    assert "fine-tuning" not in told
+    assert [{**made, **found} for made, found in zip(after, before, strict=True)] == after  # rates are as they were
+    assert all(record["perplexity"] for record in after)
+    assert "3 runs, 3 recorded already\n" in table(**{"evaluation.perplexity": True})[0]
+
+
+@pytest.mark.slow
 def test_the_runs_of_all_grids_are_one_sweep_and_each_table_comes_as_its_runs_are_there(tiny_folder, tmp_path, capsys):
     alike = [{"constraint": "none", "harmful_ratio": ratio} for ratio in (0.2, "2.0e-1")]  # two cells, one run
     write(tmp_path / "exp", "a", {"title": "a", "fixed": {"task": "sst2"}, "cells": alike})

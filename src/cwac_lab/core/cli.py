@@ -155,7 +155,7 @@ def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> Non
         except Diverged as error:
             _report(error)
             return _worst()
-        except (LabError, OmegaConfBaseException) as error:
+        except (LabError, OmegaConfBaseException, HydraException) as error:  # the last ones of a run it composes
             _report(error)
         except (OSError, SafetensorError) as error:
             _report_of_system(error, config)

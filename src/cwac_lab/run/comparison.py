@@ -15,8 +15,10 @@ from cwac_lab.config.run import Run, read
 from cwac_lab.core.cache import digest, shortened
 from cwac_lab.core.cli import compose
 from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, in_range
-from cwac_lab.core.overrides import text
+from cwac_lab.core.overrides import quoted, text
 from cwac_lab.core.stats import Rate, paired_difference, sign_flip_p, wilson
+from cwac_lab.data.folding import normalise
+from cwac_lab.data.sources import Prompts, load_prompts
 from cwac_lab.evaluation.metrics import METRICS, Judged, Metric, declined, form_of, metrics_of
 from cwac_lab.evaluation.verdicts import aggregate, outcomes
 from cwac_lab.judges import all_made
@@ -52,7 +54,7 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
     """Ask two models the same prompts; each is recorded as a start is, and not asked again.
 
     Args:
-        config: ``before``, ``after``, ``overrides``, ``output_root``, ``fail_below``.
+        config: ``before``, ``after``, ``prompts``, ``overrides``, ``output_root``, ``fail_below``.
         screen: What the user reads.
 
     Raises:
@@ -60,7 +62,8 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
         LabError: As a run, for each of the models; and if they were not asked the same.
     """
     _check_limits(config.fail_below)
-    both = [_asked(str(config[key]), config, screen) for key in ("before", "after")]
+    settings = [*config.overrides, *_own_prompts(config)]
+    both = [_asked(str(config[key]), settings, config, screen) for key in ("before", "after")]
     before, after = (each.rows(store.VERDICTS) for each in both)
     if before.keys() != after.keys():
         raise LabError(f"{both[0].folder.path} and {both[1].folder.path} were not asked the same: judge both again")
@@ -93,11 +96,26 @@ def _check_limits(limits: Mapping[str, float | None]) -> None:
             in_range(f"fail_below.{name}", limit, 0, 100)
 
 
-def _asked(model: str, config: DictConfig, screen: Screen) -> Asked:
+def _own_prompts(config: DictConfig) -> list[str]:
+    """Return the overrides by which a file of harmful prompts takes the place of the lists that are tested on."""
+    if config.prompts is None:
+        return []
+    data = read(compose([*config.overrides, "finetune=false"])).data
+    file = Path(str(config.prompts)).absolute()
+    if not file.is_file():
+        raise ConfigError("prompts", config.prompts, "a file that is there, with a column prompt")
+    rows = load_prompts(data.source, Prompts(name=str(file)), None, longest=data.max_line, key="prompts")
+    count = len({normalise(row.prompt) for row in rows})
+    # Nothing is trained, so no other pool needs prompts that the file may share.
+    others = [f"data.harmful.{pool}.{name}=0" for pool, parts in data.harmful.items() for name in parts]
+    return [f"+data.lists.prompts={{name: {quoted(str(file))}}}", *others, f"data.harmful.test.prompts={count}"]
+
+
+def _asked(model: str, settings: Sequence[str], config: DictConfig, screen: Screen) -> Asked:
     """Return a model as it is, with its record made now or before."""
     place = Path(model).absolute() if Path(model).exists() else model  # or a repository of the hub
     own = [text("model.path", place), "model.align=none", "finetune=false", "data.n_test=1"]
-    run = read(compose([*own, *config.overrides, *_ALONE, text("output_root", config.output_root)]))
+    run = read(compose([*own, *settings, *_ALONE, text("output_root", config.output_root)]))
     folder = carry_out(run, [], screen)
     if folder.status != "ok":
         raise LabError(f"{folder.path}: {folder.status}; ask again when it is finished")

@@ -9,20 +9,30 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import Thread
+
+from omegaconf import OmegaConf
 
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cli import compose
 from cwac_lab.core.memory import give_back
 from cwac_lab.core.progress import Meter, duration
 from cwac_lab.report.console import Screen
+from cwac_lab.results.store import RunFolder
 from cwac_lab.run.identity import folder_of, identity
 from cwac_lab.sweep.cells import Cells
 
 Overrides = tuple[str, ...]
+# What may be asked of a run that is finished: outside its key, and read by tables.
+_ASKED = (
+    "suites",
+    "diagnostics.enabled",
+    *(f"evaluation.{name}" for name in ("every_n_steps", "perplexity", "lm_eval")),
+)
 
 
 def _words(error: BaseException) -> str:
@@ -148,12 +158,24 @@ def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, li
     return sorted(lost, key=list(runs).index)
 
 
+def _asks_more(run: Run, folder: RunFolder) -> bool:
+    """Tell whether a finished run was asked less when it was made; its record may have it all the same."""
+    asked, made = (OmegaConf.create(settings) for settings in (run.resolved, folder.config()))
+    return any(
+        OmegaConf.select(asked, key) and OmegaConf.select(asked, key) != OmegaConf.select(made, key) for key in _ASKED
+    )
+
+
 def sweep(
     runs: Sequence[Overrides], jobs: int, screen: Screen, say: Callable[[str], None], cells: Cells
 ) -> Iterator[Outcome]:
-    """Run what is missing, tell how far it is, and yield an outcome for each of ``runs``: first of those recorded."""
+    """Run what is missing, tell how far it is, and yield an outcome for each of ``runs``: first of those recorded.
+
+    A finished run that is asked more than when it was made is measured again, and not trained.
+    """
     found: list[Outcome] = []
     missing: dict[Path, list[Overrides]] = {}  # cells that come to the same run
+    remember: dict[Overrides, Callable[[], None]] = {}  # cells whose run is finished once it was asked more
     for overrides in runs:
         try:
             recorded = cells.finished(overrides)
@@ -163,8 +185,12 @@ def sweep(
             run = composed(overrides)
             content = identity(run, screen.say)
             folder = folder_of(run, content)
-            cells.add(overrides, run, content, folder.path)
             done = folder.status == "ok" and not run.force
+            known = partial(cells.add, overrides, run, content, folder.path)
+            if done and _asks_more(run, folder):
+                done, remember[overrides] = False, known
+            else:
+                known()
         except Exception as error:  # noqa: BLE001 - likewise
             found.append(Outcome(overrides, "failed", _words(error)))
             continue
@@ -175,7 +201,8 @@ def sweep(
     cells.save()
     already = {outcome.path for outcome in found if outcome.status == "ok"}
     failed = sum(outcome.status == "failed" for outcome in found)
-    say(f"{len(already) + failed + len(missing)} runs, {len(already)} recorded already")
+    more = f", {len(remember)} asked for more" if remember else ""
+    say(f"{len(already) + failed + len(missing)} runs, {len(already)} recorded already{more}")
     yield from found
     begin = time.perf_counter()
     # A run in this process tells how far it is by itself.
@@ -187,4 +214,9 @@ def sweep(
             say(f"[{number}/{len(missing)}] {told} (about {duration(left)} left)")
             if meter is not None:
                 meter.advance()
-            yield from (replace(outcome, overrides=overrides) for overrides in alike[outcome.overrides])
+            for overrides in alike[outcome.overrides]:
+                if outcome.status == "ok" and overrides in remember:
+                    remember[overrides]()
+                yield replace(outcome, overrides=overrides)
+    if remember:
+        cells.save()
