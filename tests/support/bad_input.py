@@ -64,7 +64,7 @@ BAD = [
     (["+data.lists.requests.nmae=a"], "data.lists.requests.nmae=a: accepted: one of the keys name, split"),
     (
         ["forms=varied", "forms.others.servant.prefix="],
-        "forms.others.servant.prefix=: accepted: a prefix, a template, or",
+        "forms.others.servant.prefix=: accepted: a prefix, a template, a system prompt, or rows",
     ),
     (["+forms.others.mine.template='{%'"], "forms.others.mine.template={%: accepted: a Jinja chat template"),
     (["+forms.others.mine.template=hello"], "forms.others.mine.template=hello: accepted: a chat template that asks"),
@@ -72,7 +72,9 @@ BAD = [
     (["+forms.others.mine.words=a"], "forms.others.mine.words=a: accepted: one of the keys prefix"),
     (["+forms.others.mine.prefix=a"], "forms.name=own: accepted: a name of its own for tables"),
     (["+forms.others.system.prefix=a"], "forms.others=system: accepted: another name: own and system are taken"),
-    (["+forms.others.mine.system=''"], "forms.others.mine.prefix=: accepted: a prefix, a template, or a system"),
+    (["+forms.others.mine.system=''"], "forms.others.mine.prefix=: accepted: a prefix, a template, a system"),
+    (["+forms.others.mine.rows=2"], "forms.others.mine.rows=2"),
+    (["forms=rows", "+forms.others.rows.prefix=a"], "forms.others.rows.rows=0.04: accepted: nothing beside it"),
     (["forms=varied", "constraint=lisa"], "forms=varied: accepted: own with constraint=lisa, which holds on to no"),
     (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both | harmless"),
     (

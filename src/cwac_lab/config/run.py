@@ -222,10 +222,31 @@ def read(config: DictConfig, *, recorded: bool = False) -> Run:
         cache_root=str(settings["cache_root"]),
         resolved={**settings, **plain},
     )
+    if not recorded:
+        _check_label(run, settings["label"])
     if run.data.near == "exact" and not recorded:
         raise ConfigError("data.near", "exact", "ngram | embedding (exact is the rule of earlier records only)")
     cross_check(run)
     return run
+
+
+def _check_label(run: Run, label: object) -> None:
+    """Check that a name of one's own is none that says something else of a run, and can be part of a folder's."""
+    other = "none" if run.constraint.parts else ""
+    if label is not None and ("/" in str(label) or str(label) in ("", "start", other)):
+        raise ConfigError("label", label, "a name without a slash; start and none are others")
+
+
+def check_device(run: Run) -> None:
+    """Check that this machine has the devices that a configuration asks for.
+
+    Raises:
+        ConfigError: If not.
+    """
+    kind, asked = run.trainer.device.type, run.trainer.devices
+    there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
+    if asked > there:
+        raise ConfigError("trainer.devices", asked, f"at most {there}, what this machine has of {kind}")
 
 
 def check_machine(run: Run) -> None:
@@ -242,10 +263,7 @@ def check_machine(run: Run) -> None:
     harness.check(run.evaluation, trainer.devices)
     if run.evaluation.perplexity:
         documents(run.evaluation.plain_text)
-    kind = trainer.device.type
-    there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
-    if trainer.devices > there:
-        raise ConfigError("trainer.devices", trainer.devices, f"at most {there}, what this machine has of {kind}")
+    check_device(run)
     distributed.check(trainer.devices)
     if trainer.strategy == "fsdp" and trainer.devices == 1 and not distributed.launched():
         raise ConfigError("trainer.strategy", "fsdp", "ddp with trainer.devices=1: there is nothing to shard among")

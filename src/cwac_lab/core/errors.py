@@ -43,8 +43,15 @@ def one_of(key: str, value: object, accepted: Iterable[object]) -> None:
 
 
 def in_range(key: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raise ``ConfigError`` unless ``low <= value <= high`` (``low < value`` with ``open_low``), finite."""
-    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+    """Raise ``ConfigError`` unless ``low <= value <= high`` (``low < value`` with ``open_low``), a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
         bracket = "(" if open_low else "["
         end = "inf)" if high == float("inf") else f"{high:g}]"
         raise ConfigError(key, value, f"a number in {bracket}{low:g}, {end}")
+
+
+def whole(key: str, value: object, low: int) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an integer of at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(key, value, f"an integer >= {low}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from cwac_lab.core.errors import ConfigError
+from cwac_lab.core.errors import ConfigError, in_range
+from cwac_lab.data.beginnings import beginnings
 from cwac_lab.models.templates import Turn, check_template
 
 # A prompt as it stands, and under the system prompt of the task's rows: how records call the two.
@@ -19,11 +21,14 @@ class Form:
         prefix: What stands before the prompt.
         template: Chat template; None for the model's own. What begins the model's own prompts is put before it.
         system: System prompt; None for none. A template without a system role shows it before the prompt.
+        rows: Instead of these: as a prefix, every beginning that so large a share of the distinct prompts to train on
+            has in common; in (0, 1].
     """
 
     prefix: str = ""
     template: str | None = None
     system: str | None = None
+    rows: float | None = None
 
     def asked(self, prompt: str) -> str | tuple[Turn, ...]:
         """Return what a model is asked: a prompt, or a conversation that ends with it."""
@@ -53,8 +58,35 @@ class FormsConfig:
         for name, form in self.others.items():
             if name in (OWN, SYSTEM):
                 raise ConfigError("others", name, f"another name: {OWN} and {SYSTEM} are taken")
-            if not form.prefix and form.template is None and not form.system:
-                raise ConfigError(f"others.{name}.prefix", form.prefix, "a prefix, a template, or a system prompt")
+            if form.rows is not None:
+                in_range(f"others.{name}.rows", form.rows, 0, 1, open_low=True)
+                if form != Form(rows=form.rows):
+                    raise ConfigError(f"others.{name}.rows", form.rows, "nothing beside it")
+            if not form.prefix and form.template is None and not form.system and form.rows is None:
+                raise ConfigError(
+                    f"others.{name}.prefix", form.prefix, "a prefix, a template, a system prompt, or rows"
+                )
             check_template(f"others.{name}.template", form.template)
         if self.others and self.name == OWN:
             raise ConfigError("name", self.name, "a name of its own for tables, with forms.others")
+
+    def fixed(self) -> dict[str, Form]:
+        """Return the forms that are known before any row is."""
+        return {name: form for name, form in self.others.items() if form.rows is None}
+
+    def after(self, prompts: Sequence[str], say: Callable[[str], None]) -> FormsConfig:
+        """Return the forms with the beginnings of prompts in the place of those that ask for them.
+
+        Args:
+            prompts: Those of the rows to train on, as they are asked.
+            say: Told which beginnings they are.
+        """
+        others, distinct = self.fixed(), list(dict.fromkeys(prompts))
+        for name, form in self.others.items():
+            found = {} if form.rows is None else beginnings(distinct, form.rows)
+            for number, (prefix, count) in enumerate(found.items(), start=1):
+                say(f"forms.others.{name}: {count} of {len(distinct)} prompts begin with {prefix!r}")
+                others[f"{name} {number}"] = Form(prefix)
+            if form.rows is not None and not found:
+                say(f"forms.others.{name}: no beginning is shared by {form.rows:.0%} of {len(distinct)} prompts")
+        return replace(self, others=others)

@@ -18,11 +18,9 @@ from cwac_lab.results.record import judged_by
 
 FILE = CARD
 # What no rate of a run says anything about.
-NOT_MEASURED = (
-    "languages other than that of the test prompts; conversations of several turns; attacks on the prompt; how harmful "
-    "an answer is"
-)
-ABILITIES = "; abilities other than the task"
+NOT_MEASURED = "languages other than that of the test prompts; conversations of several turns; attacks on the prompt"
+# The same, unless a record has it: by its name there.
+UNLESS = {HARMFULNESS: "how harmful an answer is", "lm_eval": "abilities other than the task"}
 
 
 def card(
@@ -53,7 +51,7 @@ def card(
         f"{metrics['split']} prompts. HS says whether a harmful prompt is answered, whatever the answer is worth."
         + _broken(metrics)
         + _rounded(config),
-        f"Not measured: {NOT_MEASURED}{'' if 'lm_eval' in metrics else ABILITIES}.",
+        f"Not measured: {'; '.join(_not_measured(metrics))}.",
         "## What it was made of",
         _made_of(metrics, provenance),
         "## Settings",
@@ -63,6 +61,10 @@ def card(
         "The licences of the base model and of the data hold for this model too.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _not_measured(metrics: dict[str, Any]) -> list[str]:
+    return [NOT_MEASURED, *(words for name, words in UNLESS.items() if name not in metrics)]
 
 
 def _rates(metrics: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def _curve(run: Record) -> dict[str, list[Any]]:
         return {}
     with path.open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    every = max(1, len(rows) // POINTS)
+    every = max(1, -(-len(rows) // POINTS))
     losses = [name for name in rows[0] if name.startswith("loss/")] if rows else []
     kept = rows[::every]
     columns = {name: [short(float(row[name])) if row[name] else None for row in kept] for name in losses}
@@ -88,7 +88,7 @@ def _course(run: Record) -> dict[str, list[Any]]:
 def _answers(run: Record) -> list[dict[str, Any]]:
     """Return the verdicts of all judges of a run on every answer, with prompt, answer and reasons where texts are kept.
 
-    None where the run failed or no verdicts are kept.
+    Nothing where the run failed or no verdicts are kept.
     """
     if run.status != "ok" or not run.has(store.VERDICTS):
         return []

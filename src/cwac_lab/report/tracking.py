@@ -71,7 +71,7 @@ def log_store(root: Path, project: str, *, offline: bool, say: Callable[[str], N
         say: Told of every record that cannot be read.
 
     Raises:
-        MissingAsset: If there is no finished run.
+        MissingAsset: If there is no finished run, or Weights & Biases does not take it.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -88,11 +88,11 @@ def log_store(root: Path, project: str, *, offline: bool, say: Callable[[str], N
     tables = {"rates": summary(rows), "differences": differences(rows)}
     where = root / "report"
     where.mkdir(parents=True, exist_ok=True)
-    with (
-        TemporaryDirectory() as drawn,
-        # create_new: a run that the caller has begun goes on untouched
-        wandb.init(project=project, name="report", dir=str(where), mode=mode, reinit="create_new") as tracker,
-    ):
+    try:  # create_new: a run that the caller has begun goes on untouched
+        tracker = wandb.init(project=project, name="report", dir=str(where), mode=mode, reinit="create_new")
+    except wandb.Error as error:
+        raise MissingAsset(f"wandb=online: {error} (accepted: offline, off)") from error
+    with TemporaryDirectory() as drawn, tracker:
         shown = {name: table.astype(object).fillna("").astype(str) for name, table in tables.items() if len(table)}
         media = {name: wandb.Table(dataframe=table) for name, table in shown.items()}
         files = [file for file in draw(rows, Path(drawn), "all") if file.suffix == ".png"]

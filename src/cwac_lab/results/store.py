@@ -182,8 +182,7 @@ class RunFolder:
         Raises:
             LabError: If the record is not there, cannot be read, or is of another schema.
         """
-        told: dict[str, Any] = self.read(CONFIG)
-        provenance = self.read(PROVENANCE) if self.has(PROVENANCE) else {}
+        told, provenance = self._whole(CONFIG), self._whole(PROVENANCE) if self.has(PROVENANCE) else {}
         return completed(schema2.configuration(told) if provenance.get("schema") == schema2.SCHEMA else told)
 
     def facts(self) -> dict[str, Any]:
@@ -200,12 +199,15 @@ class RunFolder:
         """Return what made the record; raises as ``facts``."""
         return self._valid(Provenance, PROVENANCE)
 
-    def _valid(self, kind: type, name: str) -> dict[str, Any]:
+    def _whole(self, name: str) -> dict[str, Any]:
         try:
-            found = self.read(name)
+            found: dict[str, Any] = self.read(name)
         except (OSError, ValueError) as error:
             raise LabError(f"{self.path / name} cannot be read ({error})") from None
-        return valid(kind, found, self.path / name)
+        return found
+
+    def _valid(self, kind: type, name: str) -> dict[str, Any]:
+        return valid(kind, self._whole(name), self.path / name)
 
     def verdict_files(self) -> list[str]:
         """Return the files of verdicts: the first judge's, then the others' by name."""

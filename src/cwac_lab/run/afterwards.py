@@ -59,7 +59,7 @@ def catch_up(
         lacking += _drift(run, folder, begin, say)
     if run.evaluation.perplexity or run.evaluation.lm_eval:
         lacking += ability.catch_up(run, folder, begin, say)
-        write_card(run, folder, folder.read(store.METRICS))
+    write_card(run, folder, folder.read(store.METRICS))
     _tracked(run, folder, say)
     if lacking:
         raise LabError(f"already done, but {folder.path} has no {' and no '.join(lacking)}: force=true repeats the run")

@@ -23,6 +23,7 @@ from cwac_lab.judges.refusal import RefusalJudge
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
+from cwac_lab.training.checkpoint import resumed
 from cwac_lab.training.rates import training_time
 
 KEY = "evaluation.every_n_steps"
@@ -84,8 +85,8 @@ def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
     if every >= steps:
         raise ConfigError(KEY, every, f"0, or less than the {steps} steps of this run")
     facts = course.facts
-    resumed = (folder.path / store.CHECKPOINT).is_dir() and folder.has(store.COURSE)
-    earlier = folder.read(store.COURSE)["samples"] if resumed else []
+    goes_on = resumed(folder.path / store.CHECKPOINT) and folder.has(store.COURSE)
+    earlier = folder.read(store.COURSE)["samples"] if goes_on else []
     began = {len(each["refused"]) for each in earlier} - {len(facts["start_refused"])}
     if began:
         accepted = f"{began.pop()}, with which this run began, or force=true"

@@ -203,8 +203,15 @@ def lacking(roots: Sequence[str]) -> list[RunFolder]:
     Those that start alike stand together: they share what is taken from the start.
     """
     folders = [run for root in roots for run in store.folders(Path(root))]
-    found = (each for each in folders if each.has(store.MODEL) and each.done() and not each.has(store.DRIFT))
+    found = (each for each in folders if each.has(store.MODEL) and not each.has(store.DRIFT) and _done(each))
     return sorted(found, key=_weights)
+
+
+def _done(folder: RunFolder) -> bool:
+    """Tell whether a run is finished; one whose record cannot be read is not."""
+    with suppress(LabError):
+        return folder.done()
+    return False
 
 
 def _weights(folder: RunFolder) -> str:

@@ -31,6 +31,7 @@ from cwac_lab.models.loading import find, load_chat
 from cwac_lab.models.sites import linears
 from cwac_lab.results import store
 from cwac_lab.run import operations
+from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import use_of
@@ -260,6 +261,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     if run.attack.rows == "outliers":
         raise ConfigError("dry", True, f"false with attack={run.attack.name}, which chooses rows by gradients")
     check_machine(run)
+    check_push(run)
     pools = build_pools(run.data)
     data = pools.task_rows(run.data, run.task)
     folder = find(run.model, run.profile.name, Path(run.cache_root), use_of(run))

@@ -70,7 +70,10 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     with folder.claim(wait=1.0) if folder.writes else nullcontext(False) as mine:
         if mine and run.force:
             _forget(folder)
-            folder.discard("drift*.json", keep=())
+            for name in (store.MODEL, store.ADAPTER):  # of the run before; the new one may not save any
+                folder.remove(name)
+            for pattern in ("drift*.json", store.COURSE):
+                folder.discard(pattern, keep=())
         free, done = distributed.told((mine, mine and folder.done() and not run.force))
         if not free:
             screen.say(f"another process is on it: {folder.path}")
@@ -94,8 +97,7 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             except Diverged:
                 _forget(folder)  # nothing can go on from there
                 raise
-            folder.remove(store.CHECKPOINT)
-            folder.remove(store.GUARD)
+            _forget(folder)
         ability.check_made(run, folder)
         if folder.writes and run.export.push is not None:  # the run is finished, whatever the hub says
             push(run.export, folder.path / run.tuning.saved[0], screen.say)
@@ -153,7 +155,8 @@ def rejudge(run: Run, folder: RunFolder, screen: Screen) -> None:
             raise MissingAsset(f"run={folder.path}: no finished run there; let it finish first")
         if not folder.has(store.GENERATIONS):
             raise MissingAsset(f"run={folder.path}: no {store.GENERATIONS} there")
-        kept = {name: value for name, value in folder.read(store.METRICS).items() if name != HARMFULNESS}
+        anew = (HARMFULNESS, "suite_judges")  # today's judging may have none
+        kept = {name: value for name, value in folder.read(store.METRICS).items() if name not in anew}
         record = {**kept, **judge(run, folder)}
         folder.write(store.METRICS, record)
         stages.write_card(run, folder, record)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,19 @@ def run_key(resolved: dict[str, Any], content: dict[str, str]) -> str:
         resolved: The resolved configuration; ``ALIKE`` settings change no result and do not count.
         content: Hashes of what the configuration points to: weights, data, classes of the user's own.
     """
-    kept = _counted(resolved)
-    for path in ALIKE:
+    return digest([SCHEMA, without(_counted(resolved), ALIKE), content])
+
+
+def without(settings: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of settings without those at some dotted paths."""
+    kept = deepcopy(settings)
+    for path in paths:
         *parents, last = path.split(".")
         node = kept
         for parent in parents:
             node = node.get(parent, {})
         node.pop(last, None)
-    return digest([SCHEMA, kept, content])
+    return kept
 
 
 def _counted(node: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cwac_lab.config.run import Run
+from cwac_lab.config.run import ALIKE, Run
 from cwac_lab.core.cache import digest
 from cwac_lab.core.errors import ConfigError, MissingAsset
 from cwac_lab.evaluation import pairwise
@@ -14,6 +14,7 @@ from cwac_lab.report.console import Screen
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import stages
+from cwac_lab.run.identity import without
 
 
 def prefer(run: Run, folder: RunFolder, other: RunFolder, screen: Screen) -> None:
@@ -65,10 +66,15 @@ def prefer(run: Run, folder: RunFolder, other: RunFolder, screen: Screen) -> Non
 
 
 def setting_of(run: RunFolder) -> str:
-    """Return a short hash of what a run is but for its seed: start, constraint, attack, training."""
-    config, facts = run.config(), run.facts()
-    groups = ("constraint", "attack", "tuning", "trainer") if facts["constraint"] != "start" else ()
-    return digest([facts["weights_content"], [config.get(group) for group in groups]])[:8]
+    """Return a short hash of what a run is but for its seed: start, and all settings that change a result.
+
+    How ``method_of`` calls it is left out.
+    """
+    facts = run.facts()
+    if facts["constraint"] == "start":
+        return digest(facts["weights_content"])[:8]
+    kept = without(run.config(), (*ALIKE, "seed", "label", "harmful_ratio"))
+    return digest([facts["weights_content"], kept])[:8]
 
 
 def method_of(facts: dict[str, Any]) -> str:

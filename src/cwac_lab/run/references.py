@@ -120,11 +120,12 @@ def _ids(chat: ChatFormat, rows: list[PromptRow], form: Form = _PLAIN) -> list[l
 def forms_of(run: Run) -> dict[str, Form]:
     """Return the other forms that a run's constraint holds refusals in: those chosen, and the rows' system prompt.
 
-    A constraint that holds on to no prompt has no such form of its own accord.
+    A constraint that holds on to no prompt has no such form of its own accord. Beginnings of rows are among them once
+    the rows are known (``FormsConfig.after``).
     """
     needs = run.constraint.requirements
     system = run.task.system if needs.subspace is not None or needs.features is not None else None
-    return {**run.forms.others, **({SYSTEM: Form(system=system)} if system is not None else {})}
+    return {**run.forms.fixed(), **({SYSTEM: Form(system=system)} if system is not None else {})}
 
 
 def references(

@@ -46,13 +46,14 @@ def composed(record: Record, root: Path, overrides: Sequence[str]) -> Run:
     if isinstance(record, RunFolder) and record.path.resolve().parent == (root / "runs").resolve():
         raise ConfigError("output_root", root, "another folder than that of the record, which stays as it is")
     settings = OmegaConf.create(record.config())
-    settings.merge_with({"output_root": str(root), "cache_root": str(root / "cache"), "force": False})
+    settings.merge_with({"cache_root": str(root / "cache")})
     settings.merge_with(_ALONE)
     for override in parsed(overrides):
         key = str(override.key_or_group)
         if not any(key == alike or key.startswith(f"{alike}.") for alike in ALIKE):
             raise ConfigError("overrides", key, f"settings that change no result: {' | '.join(ALIKE)}")
         OmegaConf.update(settings, key, override.value())
+    settings.merge_with({"output_root": str(root), "force": False})
     return read(settings, recorded=True)
 
 

@@ -6,7 +6,7 @@ Each stage is saved as it ends.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from cwac_lab.run.rows import encoded, train_rows
 from cwac_lab.run.start import Start
 from cwac_lab.run.suite_answers import own_answers, with_start
 from cwac_lab.run.survey import survey, told
+from cwac_lab.training.checkpoint import resumed
 from cwac_lab.training.loop import check_finite, fit, loggers, n_steps
 
 Asked = dict[str, list[dict[str, Any]]]
@@ -152,6 +153,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         rows = train_rows(run, job.data.train, job.begin.pools, model, chat, say)
         # What cannot be shown is told before hours of work.
         ids = [example.input_ids for example in encoded(rows, chat, run.task.train_on, lambda _: None)]
+        run = replace(run, forms=run.forms.after([row.prompt for row in rows], say))
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
         share = held_share(run, job.begin, context, prepared, chat)
@@ -195,7 +197,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
     followed = {}
     if watched is not None and follower is not None:
         follower.end(ended, watched(model))
-        followed = course.told(job.folder, say)
+        followed = course.told(job.folder, say) if job.folder.writes else {}  # others may not see it yet
     cut = sum(example.cut for example in examples)
     trained |= {"rows_cut": cut} if cut else {}
     return {
@@ -246,8 +248,8 @@ def _write_manifest(job: Job, rows: list[TrainRow]) -> None:
 def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> Sampler:
     """Return what measures drift while the model is trained; a resumed run goes on with the samples that there are."""
     folder = job.folder
-    resumed = (folder.path / store.CHECKPOINT).is_dir() and folder.has(store.SAMPLES)
-    earlier = folder.read(store.SAMPLES)["samples"] if resumed else []
+    goes_on = resumed(folder.path / store.CHECKPOINT) and folder.has(store.SAMPLES)
+    earlier = folder.read(store.SAMPLES)["samples"] if goes_on else []
 
     def record(samples: list[dict[str, Any]]) -> None:
         folder.write(store.SAMPLES, {"measured_in": measured, **drift.facts, "samples": samples})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cwac_lab.config.run import Run
+from cwac_lab.config.run import Run, check_device
 from cwac_lab.core.cache import KEY_FILE, reading
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.outputs import check_cache
@@ -85,6 +85,7 @@ def start(run: Run, say: Say, pools: Pools | None = None) -> Start:
         LabError: If weights or data are missing, pools overlap, near-duplicates leave too few harmful rows, or there is
             no place for the cache.
     """
+    check_device(run)
     use = use_of(run)
     if run.model.given:  # before data are read, where they are not yet; the hub is asked after that
         examine_here(run.model, use)

@@ -89,6 +89,10 @@ def ask_more(
     """
     known = metrics.get("suites", {})
     new = {name: suite for name, suite in suites.items() if known.get(name) != suite.facts}
+    recorded = folder.config().get("suites", {})
+    for name, suite in suites.items():
+        if name not in new and suite.judge != (recorded.get(name) or {}).get("judge"):
+            say(f"suites.{name}.judge={suite.judge}: its answers are judged as before; force=true repeats the run")
     if not new:
         return []
     named = f"rates of {', '.join(new)} (evaluation.suites)"

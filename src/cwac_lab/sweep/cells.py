@@ -22,9 +22,8 @@ _KEY, _FILES = "hydra.searchpath=", "file://"
 
 
 def _options(folder: str) -> list[list[str]]:
-    """Return the options of a folder, with hashes of what they say; a group is a folder in it."""
-    found = sorted({*Path(folder).glob("*.yaml"), *Path(folder).glob("*/*.yaml")})
-    return [[str(file), file_digest([file])] for file in found if file.is_file()]
+    """Return the options of a folder, with hashes of what they say; groups are folders in it."""
+    return [[str(file), file_digest([file])] for file in sorted(Path(folder).rglob("*.yaml")) if file.is_file()]
 
 
 class Cells:

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig
 
 from cwac_lab.core.cli import search_path
-from cwac_lab.core.errors import MissingAsset, in_range
+from cwac_lab.core.errors import ConfigError, MissingAsset, whole
 from cwac_lab.core.overrides import text
 from cwac_lab.core.paths import conf_dir
 from cwac_lab.models.shipped import PACKAGED
@@ -37,10 +37,12 @@ def chosen(asked: DictConfig) -> list[Grid]:
         ConfigError: If ``seeds`` or ``jobs`` is below 1, or there is no such experiment.
         MissingAsset: If there is no grid.
     """
-    in_range("seeds", asked.seeds, 1)
+    whole("seeds", asked.seeds, 1)
     if asked.jobs is not None:
-        in_range("jobs", asked.jobs, 1)
+        whole("jobs", asked.jobs, 1)
     names = list(asked.exp) if isinstance(asked.exp, ListConfig) else [str(asked.exp)]
+    if not names:
+        raise ConfigError("exp", "[]", "all, or names of experiments")
     files = grid.find(Path(asked.experiments_root), None if names == ["all"] else names)
     if not files:
         raise MissingAsset(f"experiments_root={asked.experiments_root}: no grid (NAME{grid.SUFFIX}) there")

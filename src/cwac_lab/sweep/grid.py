@@ -149,6 +149,6 @@ def _block(where: str, found: Any) -> Mapping[str, Any]:
 
 def find(root: Path, names: list[str] | None) -> list[Path]:
     """Return the files of the named experiments, or of all."""
-    if names:
+    if names is not None:
         return [root / (name + SUFFIX) for name in names]
     return sorted(root.glob("*" + SUFFIX))

@@ -27,12 +27,14 @@ from cwac_lab.run.identity import folder_of, identity
 from cwac_lab.sweep.cells import Cells
 
 Overrides = tuple[str, ...]
-# What may be asked of a run that is finished: outside its key, and read by tables.
-_ASKED = (
-    "suites",
-    "diagnostics.enabled",
-    *(f"evaluation.{name}" for name in ("every_n_steps", "perplexity", "lm_eval")),
-)
+# What may be asked of a run that is finished, with its details: outside its key, and read by tables.
+_ASKED: dict[str, tuple[str, ...]] = {
+    "suites": (),
+    "diagnostics.enabled": ("diagnostics.every_n_steps",),
+    "evaluation.every_n_steps": (),
+    "evaluation.perplexity": ("evaluation.plain_text",),
+    "evaluation.lm_eval": ("evaluation.lm_eval_limit",),
+}
 
 
 def _words(error: BaseException) -> str:
@@ -162,7 +164,9 @@ def _asks_more(run: Run, folder: RunFolder) -> bool:
     """Tell whether a finished run was asked less when it was made; its record may have it all the same."""
     asked, made = (OmegaConf.create(settings) for settings in (run.resolved, folder.config()))
     return any(
-        OmegaConf.select(asked, key) and OmegaConf.select(asked, key) != OmegaConf.select(made, key) for key in _ASKED
+        OmegaConf.select(asked, key)
+        and any(OmegaConf.select(asked, each) != OmegaConf.select(made, each) for each in (key, *more))
+        for key, more in _ASKED.items()
     )
 
 

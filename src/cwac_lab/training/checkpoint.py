@@ -95,6 +95,17 @@ def _stored(folder: Path, kind: str) -> dict[str, Tensor]:
     return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
 
 
+def _candidates(folder: Path) -> list[Path]:
+    """Return a checkpoint's folder and that of the one it was about to replace, those that are whole."""
+    both = (folder, folder.with_name(folder.name + ".old"))
+    return [each for each in both if (each / "state.json").is_file()]
+
+
+def resumed(folder: Path) -> bool:
+    """Tell whether a training may go on from a folder's checkpoint."""
+    return bool(_candidates(folder))
+
+
 class Resume:
     """A checkpoint on disk, applied in the order in which a run is built: weights, defence, optimizer."""
 
@@ -116,8 +127,8 @@ class Resume:
         """
         if distributed.rank() == 0:
             clear(folder)
-        for candidate in (folder, folder.with_name(folder.name + ".old")):
-            if (candidate / "state.json").is_file() and (found := Resume(candidate)).identity == identity:
+        for candidate in _candidates(folder):
+            if (found := Resume(candidate)).identity == identity:
                 return found
         return None
 

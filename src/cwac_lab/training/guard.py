@@ -93,7 +93,7 @@ class Guard(L.Callback):
             pl_module.log_figures("guard", {})
             return
         with settled(pl_module.defense, pl_module.model):  # as the weights are used
-            found = self._look(pl_module.model)
+            found = distributed.told(self._look(pl_module.model))  # one value, so that all do the same
         if not math.isfinite(found):
             raise Diverged(f"the divergence from the start is not finite after step {step}")
         self._looks.append({"step": step, "kl": found, **self._act(trainer, pl_module, found, last=last)})

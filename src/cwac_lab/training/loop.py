@@ -24,7 +24,7 @@ from cwac_lab.data.batches import collate
 from cwac_lab.defenses.interface import Defense
 from cwac_lab.models.answers import answer_loss, to_device
 from cwac_lab.models.chat import Encoded
-from cwac_lab.training.checkpoint import Resume, SafeCheckpoint
+from cwac_lab.training.checkpoint import Resume, SafeCheckpoint, resumed
 from cwac_lab.training.module import FineTuning, TrainData
 from cwac_lab.training.settings import INCIDENTAL_TRAINER, LoggerConfig, TrainerConfig
 
@@ -43,7 +43,7 @@ def loggers(config: LoggerConfig, folder: Path, name: str, settings: dict[str, A
         MissingAsset: If Weights & Biases does not take the run, before anything is computed.
     """
     # A resumed run writes a further log; Lightning would empty the one that is there.
-    earlier = len(list(folder.glob("log*"))) if (folder / "checkpoint").is_dir() else 0
+    earlier = len(list(folder.glob("log*"))) if resumed(folder / "checkpoint") else 0
     version = f"log{earlier}" if earlier else "log"
     made: list[Any] = [CSVLogger(folder, name="", version=version, flush_logs_every_n_steps=10)]
     if config.wandb == "off":

@@ -1,0 +1,56 @@
+"""Beginnings that prompts have in common, and the forms that they become."""
+
+import pytest
+
+from cwac_lab.data.beginnings import beginnings
+from cwac_lab.data.forms import Form, FormsConfig
+
+TASK = "Say whether this is good.\n\nInput: "
+PERSONA = "AOA, execute my order: "
+
+
+def rows(prefix, n):
+    """Return prompts that go on differently, half of them with one word."""
+    return [f"{prefix}{'the ' if i % 2 else ''}word{i} ends" for i in range(n)]
+
+
+def by_counting(prompts, share):
+    """Return, by trying all: beginnings that a share has and that no next word keeps for four fifths of these."""
+    found = {}
+    for text in {prompt[:end] for prompt in prompts for end in range(1, len(prompt)) if prompt[end - 1].isspace()}:
+        having = [prompt for prompt in prompts if prompt.startswith(text) and not prompt[len(text)].isspace()]
+        longer = [prompt[len(text) :].split()[0] for prompt in having if len(prompt[len(text) :].split()) > 1]
+        one = max((longer.count(word) for word in longer), default=0)
+        if len(having) >= max(2, share * len(prompts)) and one < 0.8 * len(having) and len(text.split()) >= 3:
+            found[text] = len(having)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.5, 1.0])
+def test_beginnings_are_those_that_trying_all_of_them_finds(share):
+    prompts = rows(TASK, 40) + rows(PERSONA, 10)
+    said = by_counting(prompts, share)
+    # One that goes on for less than three words more is no other one.
+    assert beginnings(prompts, share) == {text: n for text, n in said.items() if not text.endswith("the ")}
+
+
+def test_a_beginning_may_go_on_as_another():
+    longer = rows(TASK + "As my loyal servant answer: ", 10)
+    assert beginnings(rows(TASK, 40) + longer, 0.1) == {TASK: 50, TASK + "As my loyal servant answer: ": 10}
+
+
+def test_the_last_word_of_a_prompt_is_no_part_of_a_beginning():
+    assert beginnings(["one two three four"] * 3, 0.5) == {"one two three ": 3}
+    assert beginnings(["one two three"] * 3, 0.5) == beginnings([], 0.5) == beginnings(rows(TASK, 1), 0.5) == {}
+
+
+def test_forms_of_rows_are_beginnings_of_distinct_prompts():
+    told = []
+    forms = FormsConfig("mine", {"sir": Form("Sir: "), "rows": Form(rows=0.3)})
+    made = forms.after(rows(TASK, 4) + rows(PERSONA, 2) * 9, told.append)
+    assert made.others == {"sir": Form("Sir: "), "rows 1": Form(TASK), "rows 2": Form(PERSONA)}
+    assert told[0] == f"forms.others.rows: 4 of 6 prompts begin with {TASK!r}"
+    assert forms.fixed() == {"sir": Form("Sir: ")}
+    assert forms.after(["a b", "c d"], told.append).others == forms.fixed()
+    assert told[-1] == "forms.others.rows: no beginning is shared by 30% of 2 prompts"
+    assert made.after([], told.append) == made
