@@ -87,6 +87,14 @@ def test_a_model_that_was_not_kept_is_told(again, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_is_repeated_without_a_model_keeps_none_of_before(store, tiny_folder, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    shared = [*tiny.small_run(tiny_folder, tmp_path / "store"), *SHARED, "seed=0", "force=true"]
+    tiny.launch(train.main, [*shared, "trainer.export=false"])
+    (run,) = (run for run in runs(tmp_path / "store") if "-s0-" in run.path.name)
+    assert not run.has("model")
+
+
 def test_drift_of_a_saved_model_is_made_as_it_would_have_been(again):
     run = again(0, DRIFT, "diagnostics.n_prompts=3")
     assert run.status == "ok"

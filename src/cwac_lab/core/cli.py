@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from cwac_lab.core import outputs, overrides, progress, resolvers
-from cwac_lab.core.errors import Diverged, LabError
+from cwac_lab.core.errors import ConfigError, Diverged, LabError
 from cwac_lab.core.memory import give_back
 from cwac_lab.core.paths import conf_dir
 
@@ -140,6 +140,17 @@ def _report_of_system(error: OSError | SafetensorError, settings: Mapping[Any, A
     _report(told)
 
 
+def _check_folders(config: DictConfig) -> None:
+    """Check that the folders that every command needs are named.
+
+    Raises:
+        ConfigError: If not.
+    """
+    for key in ("output_root", "cache_root", "experiments_root"):
+        if key in config and not config[key]:
+            raise ConfigError(key, config[key], "a folder")
+
+
 def _worst() -> float:
     """Return what is to a search as bad as can be."""
     sweeper = HydraConfig.get().sweeper
@@ -151,6 +162,7 @@ def _launch(task: Callable[[DictConfig], float | None], config_name: str) -> Non
     def job(config: DictConfig) -> float | None:
         # Caught here, before Hydra adds a line of its own.
         try:
+            _check_folders(config)
             return task(config)
         except Diverged as error:
             _report(error)

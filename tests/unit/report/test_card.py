@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cwac_lab.core.stats import wilson
+from cwac_lab.evaluation.verdicts import HARMFULNESS
 from cwac_lab.report.card import NOT_MEASURED, card
 
 METRICS = {
@@ -30,7 +31,9 @@ def test_a_card_is_one_of_the_hub_and_tells_each_rate_with_its_n():
         "    python -m cwac_lab.replay run=outputs/runs/tiny-chat-weight",
     ):
         assert line in text.splitlines(), line
-    assert NOT_MEASURED in text
+    assert f"Not measured: {NOT_MEASURED}; how harmful an answer is; abilities other than the task." in text
+    harmfulness = {HARMFULNESS: {"value": 1.0, "low": 0.0, "high": 2.0, "n": 9}}
+    assert "how harmful an answer is" not in card({}, METRICS | harmfulness, PROVENANCE, "x")
     assert "over-refusal" not in text  # which was not measured
     assert "broken" not in text
 

@@ -9,6 +9,7 @@ from cwac_lab.report.grouping import records
 from cwac_lab.report.tables import markdown, numbers, summary
 from cwac_lab.results import archive, load
 from cwac_lab.results.store import runs
+from cwac_lab.run.preference import setting_of
 from support import tiny
 from support.chat_server import reply, standing
 from support.recorded import record
@@ -41,6 +42,26 @@ def longer(body, number):
 def ask(run, other, stand, *more):
     given = [f"run={run.path}", f"against={other.path}", f"endpoint.url={stand.url}", "endpoint.model=m", *more]
     tiny.launch(evaluate.main, given, "evaluate")
+
+
+def test_runs_that_differ_in_more_than_a_seed_are_others(tmp_path):
+    """What changes no result, and how a run is called, makes no other one."""
+    run = answering(tmp_path, "weight", ["a"])
+    config = run.read("config.json")
+
+    def setting(**changes):
+        run.write("config.json", config | changes)
+        return setting_of(run)
+
+    same = setting()
+    assert same == setting(seed=7) == setting(label="mine") == setting(force=True)
+    assert same == setting(trainer=config["trainer"] | {"progress_bar": False})
+    others = {
+        setting(guard=config["guard"] | {"kl": 0.1}),
+        setting(data=config["data"] | {"n_train": 7}),
+        setting(forms={"name": "mine", "others": {"sir": {"prefix": "Sir: "}}}),
+    }
+    assert len(others | {same}) == 4
 
 
 def test_the_win_rate_over_the_start_is_told_recorded_and_a_column(stand, tmp_path, capsys):
