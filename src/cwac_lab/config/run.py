@@ -238,15 +238,19 @@ def _check_label(run: Run, label: object) -> None:
 
 
 def check_device(run: Run) -> None:
-    """Check that this machine has the devices that a configuration asks for.
+    """Check that this machine has a device of the kind that a configuration asks for.
 
     Raises:
         ConfigError: If not.
     """
-    kind, asked = run.trainer.device.type, run.trainer.devices
-    there = torch.accelerator.device_count() if kind != "cpu" else os.cpu_count() or 1
-    if asked > there:
-        raise ConfigError("trainer.devices", asked, f"at most {there}, what this machine has of {kind}")
+    if _devices(run) == 0:
+        kind = run.trainer.device.type
+        raise ConfigError("trainer.accelerator", run.trainer.accelerator, f"cpu | auto: this machine has no {kind}")
+
+
+def _devices(run: Run) -> int:
+    """Return how many devices of the kind that is asked for this machine has."""
+    return torch.accelerator.device_count() if run.trainer.device.type != "cpu" else os.cpu_count() or 1
 
 
 def check_machine(run: Run) -> None:
@@ -264,6 +268,9 @@ def check_machine(run: Run) -> None:
     if run.evaluation.perplexity:
         documents(run.evaluation.plain_text)
     check_device(run)
+    if trainer.devices > (there := _devices(run)):
+        accepted = f"at most {there}, what this machine has of {trainer.device.type}"
+        raise ConfigError("trainer.devices", trainer.devices, accepted)
     distributed.check(trainer.devices)
     if trainer.strategy == "fsdp" and trainer.devices == 1 and not distributed.launched():
         raise ConfigError("trainer.strategy", "fsdp", "ddp with trainer.devices=1: there is nothing to shard among")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 
 class LabError(Exception):
@@ -44,7 +45,7 @@ def one_of(key: str, value: object, accepted: Iterable[object]) -> None:
 
 def in_range(key: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     """Raise ``ConfigError`` unless ``low <= value <= high`` (``low < value`` with ``open_low``), a finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
         bracket = "(" if open_low else "["
         end = "inf)" if high == float("inf") else f"{high:g}]"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 # Fewer words are how a language begins its sentences.
 WORDS = 3
-# Of the prompts that go on alike so far: with so many, the next word belongs to the same beginning.
+# Of the prompts with which a beginning begins: while so many go on alike, the next word belongs to it.
 _SAME = 0.8
 _WORD = re.compile(r"\S+\s*")
 
@@ -32,13 +32,16 @@ def beginnings(prompts: Sequence[str], share: float) -> dict[str, int]:
 
 def _under(split: list[list[str]], depth: int, told: int, least: float) -> dict[str, int]:
     """Return the beginnings of prompts that share their first ``depth`` words, of which ``told`` are one already."""
-    after = defaultdict(list)
-    for words in split:
-        if len(words) > depth + 1:  # a last word ends a prompt, so nothing would be asked after it
-            after[words[depth]].append(words)
-    frequent = [group for group in after.values() if len(group) >= least]
-    if len(frequent) == 1 and len(frequent[0]) >= _SAME * len(split):
-        return _under(frequent[0], depth + 1, told, least)
+    same = _SAME * len(split)
+    while True:
+        after = defaultdict(list)
+        for words in split:
+            if len(words) > depth + 1:  # a last word ends a prompt, so nothing would be asked after it
+                after[words[depth]].append(words)
+        frequent = [group for group in after.values() if len(group) >= least]
+        if len(frequent) != 1 or len(frequent[0]) < same:
+            break
+        split, depth = frequent[0], depth + 1
     found = {}
     if depth - told >= WORDS:
         found, told = {"".join(split[0][:depth]): len(split)}, depth

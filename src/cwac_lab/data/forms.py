@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -62,6 +63,8 @@ class FormsConfig:
                 in_range(f"others.{name}.rows", form.rows, 0, 1, open_low=True)
                 if form != Form(rows=form.rows):
                     raise ConfigError(f"others.{name}.rows", form.rows, "nothing beside it")
+                if taken := [other for other in self.others if re.fullmatch(rf"{re.escape(name)} \d+", other)]:
+                    raise ConfigError("others", taken[0], f"another name: {name} names the beginnings it finds so")
             if not form.prefix and form.template is None and not form.system and form.rows is None:
                 raise ConfigError(
                     f"others.{name}.prefix", form.prefix, "a prefix, a template, a system prompt, or rows"

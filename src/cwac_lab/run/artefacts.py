@@ -30,6 +30,7 @@ from cwac_lab.models.sites import decoder_layers, depth_to_layer
 from cwac_lab.run import protected
 from cwac_lab.run.cached import together
 from cwac_lab.run.references import References, references
+from cwac_lab.run.rows import with_beginnings
 from cwac_lab.run.start import Start, base, start_weights
 
 Say = Callable[[str], None]
@@ -154,6 +155,7 @@ def autoencoders(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say)
     spec = run.constraint.requirements.features
     if spec is None:
         return {}
+    run = with_beginnings(run, begin, model, chat, say)
     held = references(run, begin.pools, begin.folder.content, model, chat, say)
     return _Workshop(run, begin, model, chat, held, say).autoencoders(spec)
 
@@ -182,6 +184,7 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
         facts["base"] = before.content
     if not needs.reference_prompts and run.guard.kl is None:
         return context, facts
+    run = with_beginnings(run, begin, model, chat, say)
     held = references(run, begin.pools, begin.folder.content, model, chat, say)
     shop = _Workshop(run, begin, model, chat, held, say)
     context = replace(context, reference=held.harmful_ids, benign=held.benign_ids)
@@ -190,6 +193,7 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
     facts["reference"] = {"asked": held.asked, "kept": len(held.harmful), "benign": len(held.benign)}
     if held.forms:
         facts["reference"]["forms"] = held.forms
+        facts["reference"]["prefixes"] = {name: form.prefix for name, form in run.forms.others.items() if form.prefix}
     if needs.subspace is not None:
         folder = shop.subspace(needs.subspace)
         subspace = basis.load(folder)

@@ -100,15 +100,17 @@ def _own_prompts(config: DictConfig) -> list[str]:
     """Return the overrides by which a file of harmful prompts takes the place of the lists that are tested on."""
     if config.prompts is None:
         return []
-    data = read(compose([*config.overrides, "finetune=false"])).data
+    run = read(compose([*config.overrides, "finetune=false"]))
+    data, pool = run.data, run.evaluation.split
     file = Path(str(config.prompts)).absolute()
     if not file.is_file():
         raise ConfigError("prompts", config.prompts, "a file that is there, with a column prompt")
     rows = load_prompts(data.source, Prompts(name=str(file)), None, longest=data.max_line, key="prompts")
     count = len({normalise(row.prompt) for row in rows})
-    # Nothing is trained, so no other pool needs prompts that the file may share.
+    # Nothing is trained or was taught here, so no other pool needs prompts that the file may share.
     others = [f"data.harmful.{pool}.{name}=0" for pool, parts in data.harmful.items() for name in parts]
-    return [f"+data.lists.prompts={{name: {quoted(str(file))}}}", *others, f"data.harmful.test.prompts={count}"]
+    mine = [f"data.harmful.{pool}.prompts={count}", "+data.harmful.alignment={prompts: 0}"]
+    return [f"+data.lists.prompts={{name: {quoted(str(file))}}}", *others, *mine]
 
 
 def _asked(model: str, settings: Sequence[str], config: DictConfig, screen: Screen) -> Asked:

@@ -70,10 +70,6 @@ def execute(run: Run, screen: Screen) -> RunFolder:
     with folder.claim(wait=1.0) if folder.writes else nullcontext(False) as mine:
         if mine and run.force:
             _forget(folder)
-            for name in (store.MODEL, store.ADAPTER):  # of the run before; the new one may not save any
-                folder.remove(name)
-            for pattern in ("drift*.json", store.COURSE):
-                folder.discard(pattern, keep=())
         free, done = distributed.told((mine, mine and folder.done() and not run.force))
         if not free:
             screen.say(f"another process is on it: {folder.path}")
@@ -87,6 +83,11 @@ def execute(run: Run, screen: Screen) -> RunFolder:
             return folder
         check_room(run, begin.folder.path)
         with folder.running():
+            if run.force:  # the new run may not save, or measure, what the one before did
+                for name in (store.MODEL, store.ADAPTER):
+                    folder.remove(name)
+                for pattern in ("drift*.json", store.COURSE):
+                    folder.discard(pattern, keep=())
             folder.write(store.CONFIG, run.resolved)
             facts = _facts(run, begin)
             base = {"base": asdict(begin.folder.origin)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from cwac_lab.config.run import Run
@@ -15,6 +16,7 @@ from cwac_lab.data.responses import compliance
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.models.chat import ChatFormat, Encoded
 from cwac_lab.models.templates import Turn
+from cwac_lab.run.start import Start
 from cwac_lab.training.outliers import closest
 
 Say = Callable[[str], None]
@@ -41,6 +43,26 @@ def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: Ch
         task, harmful, run.data.n_train, run.harmful_ratio,
         mixing=run.data.mixing, seed=run.seed, others=run.attack.others(pools.prompts()),
     )  # fmt: skip
+
+
+def with_beginnings(
+    run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say, rows: list[TrainRow] | None = None
+) -> Run:
+    """Return a run whose forms are known: with the beginnings of its rows, where it asks for these.
+
+    Args:
+        run: The run.
+        begin: Its start, with the pools.
+        model: The start model.
+        chat: Its chat format.
+        say: Told which they are.
+        rows: What it trains on; None: found here.
+    """
+    if run.forms.fixed() == run.forms.others:
+        return run
+    if rows is None:
+        rows = train_rows(run, begin.pools.task_rows(run.data, run.task).train, begin.pools, model, chat, say)
+    return replace(run, forms=run.forms.after([row.prompt for row in rows], say))
 
 
 def _outliers(

@@ -6,7 +6,7 @@ Each stage is saved as it ends.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from cwac_lab.run import ability, course, edited, guarded
 from cwac_lab.run.artefacts import artefacts
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
-from cwac_lab.run.rows import encoded, train_rows
+from cwac_lab.run.rows import encoded, train_rows, with_beginnings
 from cwac_lab.run.start import Start
 from cwac_lab.run.suite_answers import own_answers, with_start
 from cwac_lab.run.survey import survey, told
@@ -153,7 +153,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         rows = train_rows(run, job.data.train, job.begin.pools, model, chat, say)
         # What cannot be shown is told before hours of work.
         ids = [example.input_ids for example in encoded(rows, chat, run.task.train_on, lambda _: None)]
-        run = replace(run, forms=run.forms.after([row.prompt for row in rows], say))
+        run = with_beginnings(run, job.begin, model, chat, say, rows)
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
         share = held_share(run, job.begin, context, prepared, chat)

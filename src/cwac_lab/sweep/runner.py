@@ -14,10 +14,12 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from cwac_lab.config.run import Run, read
+from cwac_lab.core.cache import digest
 from cwac_lab.core.cli import compose
 from cwac_lab.core.memory import give_back
 from cwac_lab.core.progress import Meter, duration
@@ -160,14 +162,29 @@ def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, li
     return sorted(lost, key=list(runs).index)
 
 
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+
+
+def _asks(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what of ``_ASKED`` settings ask for, with the details of each."""
+    found = OmegaConf.create(settings)
+    asked = {key: (key, *more) for key, more in _ASKED.items() if OmegaConf.select(found, key)}
+    return {each: _plain(OmegaConf.select(found, each)) for keys in asked.values() for each in keys}
+
+
 def _asks_more(run: Run, folder: RunFolder) -> bool:
     """Tell whether a finished run was asked less when it was made; its record may have it all the same."""
-    asked, made = (OmegaConf.create(settings) for settings in (run.resolved, folder.config()))
-    return any(
-        OmegaConf.select(asked, key)
-        and any(OmegaConf.select(asked, each) != OmegaConf.select(made, each) for each in (key, *more))
-        for key, more in _ASKED.items()
-    )
+    asked, made = _asks(run.resolved), OmegaConf.create(folder.config())
+    return any(value != _plain(OmegaConf.select(made, key)) for key, value in asked.items())
+
+
+def _waves(missing: dict[Path, dict[str, list[Overrides]]]) -> Iterator[list[list[Overrides]]]:
+    """Yield what is carried out side by side; cells of one run that ask for different things come one after another."""
+    left = [list(groups.values()) for groups in missing.values()]
+    while left:
+        yield [groups[0] for groups in left]
+        left = [groups[1:] for groups in left if groups[1:]]
 
 
 def sweep(
@@ -178,8 +195,9 @@ def sweep(
     A finished run that is asked more than when it was made is measured again, and not trained.
     """
     found: list[Outcome] = []
-    missing: dict[Path, list[Overrides]] = {}  # cells that come to the same run
-    remember: dict[Overrides, Callable[[], None]] = {}  # cells whose run is finished once it was asked more
+    missing: dict[Path, dict[str, list[Overrides]]] = {}  # cells that come to the same run, by what they ask for
+    remember: dict[Overrides, Callable[[], None]] = {}
+    more: set[Path] = set()
     for overrides in runs:
         try:
             recorded = cells.finished(overrides)
@@ -189,38 +207,47 @@ def sweep(
             run = composed(overrides)
             content = identity(run, screen.say)
             folder = folder_of(run, content)
+            remember[overrides] = partial(cells.add, overrides, run, content, folder.path)
             done = folder.status == "ok" and not run.force
-            known = partial(cells.add, overrides, run, content, folder.path)
             if done and _asks_more(run, folder):
-                done, remember[overrides] = False, known
-            else:
-                known()
+                done, more = False, more | {folder.path}
         except Exception as error:  # noqa: BLE001 - likewise
             found.append(Outcome(overrides, "failed", _words(error)))
             continue
         if done:
+            remember[overrides]()
             found.append(Outcome(overrides, "ok", path=folder.path))
         else:
-            missing.setdefault(folder.path, []).append(overrides)
+            missing.setdefault(folder.path, {}).setdefault(digest(_asks(run.resolved)), []).append(overrides)
     cells.save()
-    already = {outcome.path for outcome in found if outcome.status == "ok"}
+    already = {outcome.path for outcome in found if outcome.status == "ok"} - missing.keys()
     failed = sum(outcome.status == "failed" for outcome in found)
-    more = f", {len(remember)} asked for more" if remember else ""
-    say(f"{len(already) + failed + len(missing)} runs, {len(already)} recorded already{more}")
+    told = f", {len(more)} asked for more" if more else ""
+    say(f"{len(already) + failed + len(missing)} runs, {len(already)} recorded already{told}")
     yield from found
-    begin = time.perf_counter()
-    # A run in this process tells how far it is by itself.
-    with Meter("runs", len(missing)) if jobs > 1 and missing else nullcontext() as meter:
-        alike = {cells[0]: cells for cells in missing.values()}
-        for number, outcome in enumerate(outcomes(list(alike), jobs, screen), start=1):
-            left = (time.perf_counter() - begin) / number * (len(missing) - number)
-            told = f"{outcome.status} in {outcome.seconds:.0f} s: {' '.join(outcome.overrides)}"
-            say(f"[{number}/{len(missing)}] {told} (about {duration(left)} left)")
-            if meter is not None:
-                meter.advance()
-            for overrides in alike[outcome.overrides]:
-                if outcome.status == "ok" and overrides in remember:
-                    remember[overrides]()
-                yield replace(outcome, overrides=overrides)
-    if remember:
+    try:
+        for outcome in _carried_out(missing, jobs, screen, say):
+            if outcome.status == "ok":
+                remember[outcome.overrides]()
+            yield outcome
+    finally:
         cells.save()
+
+
+def _carried_out(
+    missing: dict[Path, dict[str, list[Overrides]]], jobs: int, screen: Screen, say: Callable[[str], None]
+) -> Iterator[Outcome]:
+    """Yield an outcome for each cell, and tell how far it is."""
+    begin, number, total = time.perf_counter(), 0, sum(map(len, missing.values()))
+    # A run in this process tells how far it is by itself.
+    with Meter("runs", total) if jobs > 1 and total else nullcontext() as meter:
+        for wave in _waves(missing):
+            alike = {cells[0]: cells for cells in wave}
+            for outcome in outcomes(list(alike), jobs, screen):
+                number += 1
+                left = (time.perf_counter() - begin) / number * (total - number)
+                told = f"{outcome.status} in {outcome.seconds:.0f} s: {' '.join(outcome.overrides)}"
+                say(f"[{number}/{total}] {told} (about {duration(left)} left)")
+                if meter is not None:
+                    meter.advance()
+                yield from (replace(outcome, overrides=overrides) for overrides in alike[outcome.overrides])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.beginnings import beginnings
 from cwac_lab.data.forms import Form, FormsConfig
 
@@ -34,6 +35,19 @@ def test_beginnings_are_those_that_trying_all_of_them_finds(share):
     assert beginnings(prompts, share) == {text: n for text, n in said.items() if not text.endswith("the ")}
 
 
+def test_a_beginning_ends_where_a_fifth_of_those_who_have_it_went_another_way():
+    """Of each word on the way few leave, so no single word ends it."""
+    words = [f"w{i}" for i in range(20)]
+    prompts = [" ".join([*words[: 5 + i % 15], f"other{i}", "end"]) for i in range(90)]
+    ((text, count),) = beginnings(prompts, 0.7).items()
+    assert (text.split(), count) == (words[:8], 72)  # six in ninety leave at each word, so four fifths are 72
+
+
+def test_a_long_beginning_is_no_trouble():
+    long = "word " * 3000
+    assert beginnings([f"{long}{i} end" for i in range(4)], 1.0) == {long: 4}
+
+
 def test_a_beginning_may_go_on_as_another():
     longer = rows(TASK + "As my loyal servant answer: ", 10)
     assert beginnings(rows(TASK, 40) + longer, 0.1) == {TASK: 50, TASK + "As my loyal servant answer: ": 10}
@@ -54,3 +68,5 @@ def test_forms_of_rows_are_beginnings_of_distinct_prompts():
     assert forms.after(["a b", "c d"], told.append).others == forms.fixed()
     assert told[-1] == "forms.others.rows: no beginning is shared by 30% of 2 prompts"
     assert made.after([], told.append) == made
+    with pytest.raises(ConfigError, match="others=rows 1: accepted: another name"):
+        FormsConfig("mine", {"rows 1": Form("Sir: "), "rows": Form(rows=0.3)})
