@@ -114,6 +114,8 @@ def _why(message: str) -> str:
     """Return the reason in what Hydra says: a sign that it does not know is marked below the argument."""
     first, *more = message.strip().splitlines()
     prefix, _, marked = first.partition("LexerNoViableAltException: ")
+    if not prefix and marked and more and "^" not in more[0]:  # the argument itself has lines
+        return "a line that ends in it"
     if not prefix and marked and more:
         at = more[0].index("^") - (len(first) - len(marked))
         return f"the sign {marked[at]}"
@@ -122,6 +124,7 @@ def _why(message: str) -> str:
 
 def unreadable(argument: str, message: str) -> str:
     """Return in one line which argument Hydra cannot read, why by its message, and how to quote it."""
+    argument = argument.replace("\n", "\\n")  # told in one line
     key, equals, _ = argument.partition("=")
     if not equals or not _KEY.fullmatch(key):
         return f"{argument}: accepted: KEY=VALUE with a key of the configuration (--help lists them)"
