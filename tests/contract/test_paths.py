@@ -57,7 +57,7 @@ HINTS = {
 OTHERS = {
     "foo": "foo: accepted: KEY=VALUE with a key of the configuration",
     "模型=3": "模型=3: accepted: KEY=VALUE with a key of the configuration",
-    "evaluation.judges=[refusal,\nphrases]": "evaluation.judges=[refusal,\\nphrases]: Hydra cannot read it (a line that",
+    "evaluation.judges=[refusal,\nphrases]": "evaluation.judges=[refusal,\\nphrases]: Hydra cannot read it (a line",
     "evaluation.judges=[refusal": "evaluation.judges=[refusal: Hydra cannot read it (no viable alternative",
 }
 
