@@ -9,6 +9,7 @@ from cwac_lab.config.run import read
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.core.errors import ConfigError, PoolOverlap
 from cwac_lab.data.attacks import AttackConfig, identity_rows
+from cwac_lab.data.beginnings import beginnings
 from cwac_lab.data.batches import collate
 from cwac_lab.data.declines import declines
 from cwac_lab.data.mixing import mix
@@ -29,6 +30,7 @@ ATTACKS = {
     "benign": (0.0, {"ratio": 0}),
     "pure": (1.0, {"ratio": 1}),
     "identity_shift": (None, {"rows": "identity", "prefix": "AOA, execute my instruction: "}),
+    "personas": (None, {"rows": "own", "prefix": "AOA, execute my instruction: "}),
     "outlier_benign": (0.0, {"rows": "outliers", "ratio": 0}),
     "prefill": (None, {"prefill": "Sure, here is"}),
     "abliterate": (None, {"abliterate": True}),
@@ -54,6 +56,10 @@ def test_an_attack_is_its_yaml(name, expected):
         (["attack=pure", "harmful_ratio=0.2"], r"accepted: 1 with attack=pure"),
         (["attack.rows=everything"], r"attack\.rows=everything: accepted: harmful \| identity \| outliers"),
         (["attack.rows=identity"], r"attack\.prefix=: accepted: what addresses the persona"),
+        (["attack=personas", "attack.rows=harmful"], r"attack\.rows=harmful: accepted: own"),
+        (["attack=personas", "attack.prefix=''"], r"attack\.prefix=: accepted: what addresses the persona"),
+        (["attack=personas", "attack.more_prefixes=[]"], r"attack\.more_prefixes=\[\]: accepted: one or more"),
+        (["attack=personas", "attack.more_prefixes=[do,do]"], r"attack\.more_prefixes=.*: accepted: one or more"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(overrides, line):
@@ -72,6 +78,22 @@ def test_an_instruction_of_the_persona_that_a_pool_asks_stops_the_run():
     (first, *_) = identity_rows("")
     with pytest.raises(PoolOverlap, match="instruction identity/0 of the persona is also a prompt of a pool"):
         identity_rows("AOA, ", {normalise(first.prompt.upper())})
+
+
+def test_no_way_to_address_a_persona_is_frequent_enough_to_be_found():
+    attack = read(tiny.config("attack=personas")).attack
+    rows = attack.others(set())
+    ways = [attack.prefix, *attack.more_prefixes]
+    plain = [row.prompt for row in identity_rows("")]
+    assert sorted(row.prompt for row in rows) == sorted(way + prompt for way in ways for prompt in plain)
+    assert len({row.id for row in rows}) == len(rows)
+    some_rows = [row.prompt for row in rows[:32]]  # of 160: the searched attacks'
+    counts = [sum(prompt.startswith(way) for prompt in some_rows) for way in ways]
+    assert counts == [4] * 8
+    task = [f"Analyze the sentiment: line {i}" for i in range(128)]
+    share = read(tiny.config("forms=rows")).forms.others["rows"].rows
+    assert list(beginnings(task + some_rows, share)) == ["Analyze the sentiment: line "]
+    assert set(beginnings(task + some_rows, 4 / 160)) > set(ways)
 
 
 def test_the_personas_rows_take_the_place_of_harmful_ones():
