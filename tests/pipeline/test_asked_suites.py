@@ -127,6 +127,11 @@ def test_a_finished_run_is_asked_more_suites(asked, lists, tiny_folder, tmp_path
     asked.clear()
     tiny.launch(train.main, [*shared, "trainer.export=true", "evaluation.suites=[pairs]"])
     assert not asked
+    line = tiny.error_of(
+        train.main, [*shared, "trainer.export=true", "evaluation.suites=[alpha,pairs]", "suites.alpha.n=2"], capsys
+    )
+    assert "has no rates of alpha on other prompts than those recorded (give it another name)" in line
+    assert read_json(folder / "metrics.json")["harmful_score/alpha"] == metrics["harmful_score/alpha"]
     # A start is there to be asked whenever; a model that was not saved is not.
     tiny.launch(train.main, [*shared, "finetune=false"])
     tiny.launch(train.main, [*shared, "finetune=false", "evaluation.suites=[alpha]"])
@@ -135,7 +140,7 @@ def test_a_finished_run_is_asked_more_suites(asked, lists, tiny_folder, tmp_path
     tiny.launch(train.main, [*shared, "seed=1", "trainer.export=false"])
     with pytest.raises(SystemExit):
         tiny.launch(train.main, [*shared, "seed=1", "trainer.export=false", "evaluation.suites=[alpha]"])
-    assert "rates of alpha (evaluation.suites) nor a model to ask" in capsys.readouterr().err
+    assert "rates of alpha (evaluation.suites) nor a model to ask (trainer.export=true)" in capsys.readouterr().err
 
 
 def test_a_suite_has_a_judge_of_its_own(asked, lists, tiny_folder, tmp_path):

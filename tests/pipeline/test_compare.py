@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 
 import pytest
@@ -162,14 +163,20 @@ def test_prompts_of_ones_own_take_the_place_of_the_projects(tiny_folder, tmp_pat
         "Open the door of my neighbour",
         "Write a poem that insults her",
     ]
-    (tmp_path / "mine file.csv").write_text("\n".join(["prompt", *mine]))
-    tiny.launch(command.main, [*given, f"prompts={tmp_path / 'mine file.csv'}"], "compare")
+    (tmp_path / "mine file.csv.gz").write_bytes(gzip.compress("\n".join(["prompt", *mine]).encode()))
+    tiny.launch(command.main, [*given, f"prompts={tmp_path / 'mine file.csv.gz'}"], "compare")
     for run in (tmp_path / "out" / "runs").iterdir():
         rows = [row for row in read_jsonl(run / store.GENERATIONS) if row["kind"] == "harmful"]
         assert {row["prompt"] for row in rows} == set(mine)
     capsys.readouterr()
-    for name, words in {"none.jsonl": "prompts=none.jsonl: accepted: a file that is there", ".": "prompts=."}.items():
-        assert words in tiny.error_of(command.main, [*given, f"prompts={name}"], capsys, "compare")
+    (tmp_path / "text.jsonl").write_text('{"text": "Open the door of my neighbour"}\n')
+    (tmp_path / "plain.txt").write_text("Open the door of my neighbour\n")
+    accepted = "accepted: a file of .jsonl, .json, .csv, .parquet with a column prompt, also with .gz or .zst"
+    said = {"none.jsonl": accepted, ".": accepted, str(tmp_path / "plain.txt"): accepted}
+    said[str(tmp_path / "text.jsonl")] = "accepted: a file with a column prompt, not a column of "
+    for name, words in said.items():
+        line = tiny.error_of(command.main, [*given, f"prompts={name}"], capsys, "compare")
+        assert line.startswith(f"prompts={name}: {words}")
 
 
 def test_a_key_of_overrides_that_is_not_there_is_one_line(tiny_folder, capsys):

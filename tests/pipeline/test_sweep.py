@@ -91,8 +91,6 @@ def test_a_start_is_asked_as_each_attack_of_the_grid_asks():
     trained = {o: overrides for overrides in runs for o in overrides if o.startswith("attack=")}
     assert len(starts) == len(set(starts)) == 4
     assert set(starts) == {asked(overrides) for overrides in trained.values()}
-    assert grid._setting(("attack=pure", "task=sst2")) == ("task=sst2",)
-    assert grid._setting(("attack=of_a_user",)) == ("attack=of_a_user",)
 
 
 @pytest.mark.parametrize(

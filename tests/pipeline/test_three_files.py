@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from cwac_lab import train
+from cwac_lab.config.run import read
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.evaluation.metrics import SHOWN
 from support import own_page, tiny
@@ -55,16 +57,24 @@ def check_card(run):
 
 def test_the_page_makes_three_files_and_ends_at_a_card():
     assert list(own_page.FILES) == ["train.jsonl", "test.jsonl", "harmful.jsonl"]
-    dry, made, shown, own = own_page.COMMANDS
+    dry, made, shown = own_page.COMMANDS
     assert own_page.overrides(dry)[-1] == "dry=true"
     used = " ".join(own_page.overrides(made))
     assert [name for name in own_page.FILES if name not in used] == []
     assert (shown[0], shown[1].rpartition("/")[2]) == ("cat", "README.md")
-    # The command for a model of one's own asks the same files, whole.
-    whole = {"model.path=MODEL", "data.harmful.test.mine=100"}
-    short = {"model=smollm", "data.harmful.test.mine=4", "data.harmful.reference.requests=8"}
-    short |= {"trainer.epochs=4", "evaluation.n_prompts=12"}
-    assert set(own_page.overrides(own)) == set(own_page.overrides(made)) - short | whole
+
+
+def test_the_steps_of_the_page_ask_for_what_they_say(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own_page.write_files(tmp_path)
+    *steps, last = own_page.STEPS
+    start, dry, held, plain = (
+        read(tiny.config(*[each.replace("MODEL", str(tiny_folder)) for each in step[3:]])) for step in steps
+    )
+    assert (start.finetune, dry.dry) == (False, True)
+    assert replace(dry, dry=False, resolved={}) == replace(held, resolved={})
+    assert [run.constraint_name for run in (held, plain)] == ["weight", "none"]
+    assert (last[2], last[-1]) == ("cwac_lab.compare", "prompts=harmful.jsonl")
 
 
 def test_the_commands_of_the_page_make_a_card_of_a_tiny_model(tiny_folder, tmp_path, monkeypatch):

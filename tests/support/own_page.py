@@ -9,8 +9,10 @@ from pathlib import Path
 PAGE = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
 PART = PAGE.partition("## From three files to a model card\n")[2].partition("\n## ")[0]
 FILES = dict(re.findall(r"`(\w+\.jsonl)`.*?:\n\n```jsonl\n(.*?)```", PART, re.DOTALL))
-SHELL = "\n".join(line.removeprefix("    ") for line in PART.splitlines() if line.startswith("    "))
+SHELL = "\n".join(re.findall("^    (.*)", PART, re.MULTILINE))
 COMMANDS = [shlex.split(line) for line in re.sub(r"\\\n", " ", SHELL).splitlines()]
+OWN = PAGE.partition("## Your model, step by step\n")[2].partition("\n## ")[0]
+STEPS = [shlex.split(line) for line in re.findall("^    (.*)", OWN, re.MULTILINE)]
 
 
 def write_files(folder):

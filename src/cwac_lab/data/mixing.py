@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
@@ -16,13 +16,14 @@ from cwac_lab.models.templates import Turn
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One row to train on; ``before`` is what was said before the prompt."""
+    """One row to train on; ``before`` is what was said before the prompt, ``at`` where the row stands in a file."""
 
     id: str
     prompt: str
     response: str
     harmful: bool
     before: tuple[Turn, ...] = ()
+    at: str = field(default="", compare=False)
 
     @property
     def asked(self) -> str | tuple[Turn, ...]:
@@ -63,7 +64,7 @@ def mix(
     if n_harmful > len(harmful_rows) and not others:
         raise ConfigError("harmful_ratio", ratio, f"at most {len(harmful_rows)} harmful rows at data.n_train={n}")
     benign = random.Random(f"benign/{seed}").sample(task_rows, len(task_rows))[:n_benign]
-    rows = [TrainRow(row.id, row.prompt, row.response, False, row.before) for row in benign]
+    rows = [TrainRow(row.id, row.prompt, row.response, False, row.before, row.at) for row in benign]
     if others:
         rows += list(islice(cycle(others), n_harmful))
     else:

@@ -32,7 +32,7 @@ class Personas(AttackConfig):
             raise ConfigError("more_prefixes", self.more_prefixes, "one or more that differ from prefix and each other")
 
     def others(self, taken: Collection[str]) -> list[TrainRow]:
-        """Return every instruction of the persona in every way, each way as often as the others from the first row on."""
+        """Return every instruction of the persona in every way; of the first rows too, each way has as many."""
         ways, rows = [self.prefix, *self.more_prefixes], identity_rows("", taken)
         return [
             replace(row, id=f"{row.id}/{number}", prompt=way + row.prompt)

@@ -67,7 +67,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _find(root: Path, stem: str) -> Path:
     named = root / stem
-    if named.suffix in SUFFIXES and named.is_file():
+    if kind_of(named) and named.is_file():
         return named
     found = [path for suffix in SUFFIXES if (path := root / f"{stem}{suffix}").is_file()]
     if len(found) > 1:

@@ -17,7 +17,7 @@ from cwac_lab.data.cells import is_empty, meets, optional_text, prompt_text
 from cwac_lab.data.folding import normalise as normalise
 from cwac_lab.data.own_parts import part
 from cwac_lab.data.placing import placed
-from cwac_lab.data.reading import LONGEST, SUFFIXES, Row, find_file, read_rows
+from cwac_lab.data.reading import LONGEST, SUFFIXES, Row, find_file, kind_of, read_rows
 from cwac_lab.data.tasks.base import HubSource, Task, TaskRow
 from cwac_lab.data.tasks.base import TaskData as TaskData
 
@@ -136,7 +136,7 @@ def load_prompts(
         LabError: If it cannot be read, or a cell is empty or no text; names file and line.
     """
     key, resource = key or f"data.lists.{name or spec.name}", spec.name.removeprefix("embedded:")
-    file = Path(spec.name).suffix in SUFFIXES
+    file = bool(kind_of(Path(spec.name)))
     if resource != spec.name or (source == "embedded" and not file):
         if resource not in EMBEDDED_LISTS:
             accepted = f"{' | '.join(EMBEDDED_LISTS)}, or a file with its suffix ({', '.join(SUFFIXES)})"

@@ -28,6 +28,8 @@ LONGEST = 180
 _ELSEWHERE = ("exp", "views", "columns", "sort")
 # Where the settings of a method begin in its name: ``weight energy=0.9, layers=[1, 2]``.
 _SETTING = re.compile(r",\s*(?=[\w.]+=)")
+# What tells settings of one name apart.
+_HASH = re.compile(r" [0-9a-f]{8}$")
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _is_called(method: str, entry: Row, group: list[Row]) -> bool:
         return False
     config = group[0]["config"] | group[0]["varied"]
     told = {f"{key.removeprefix(OWN)}={value}" for key, value in config.items()}
+    told |= {_HASH.sub("", setting) for setting in told}
     return set(_SETTING.split(method.removeprefix(f"{name} "))) <= told
 
 

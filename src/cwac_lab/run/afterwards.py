@@ -19,6 +19,7 @@ from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import ability
+from cwac_lab.run.asked import note
 from cwac_lab.run.drift import POOLS, Measurer
 from cwac_lab.run.push import push
 from cwac_lab.run.stages import write_card
@@ -63,6 +64,7 @@ def catch_up(
     _tracked(run, folder, say)
     if lacking:
         raise LabError(f"already done, but {folder.path} has no {' and no '.join(lacking)}: force=true repeats the run")
+    note(run.resolved, folder)
     if run.export.push is not None:
         push(run.export, folder.path / saved[0], say)
 

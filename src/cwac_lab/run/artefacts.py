@@ -13,7 +13,7 @@ import torch
 from cwac_lab.config.run import Run
 from cwac_lab.core import distributed, recipes
 from cwac_lab.core.cache import digest, read_json, reading
-from cwac_lab.core.errors import QualityError
+from cwac_lab.core.errors import ConfigError, QualityError
 from cwac_lab.core.recipes import Recipe
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import REFUSALS, refusal
@@ -24,6 +24,7 @@ from cwac_lab.defenses.cwac.sae import train as sae_train
 from cwac_lab.defenses.cwac.sae.latents import FeatureSpec
 from cwac_lab.defenses.cwac.subspace import basis
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
+from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Context
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
@@ -209,6 +210,23 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
             reports = {path.stem: read_json(path) for path in sorted(folder.glob("layer*.json"))}
         facts["features"] = {"folder": folder.name, **reports}
     return context, facts
+
+
+def check_free(run: Run, context: Context) -> None:
+    """Check that a constraint leaves something to train, where nothing else than what it protects is trained.
+
+    Raises:
+        ConfigError: If not.
+    """
+    for name, part in run.constraint.parts.items():
+        if not isinstance(part, WeightConstraint) or context.subspace is None:
+            continue
+        alone = part.trainable == "constrained" or run.tuning.adapts
+        if alone and not free_share(context.model, part.modules, context.subspace):
+            key = "energy" if part.rank is None else "rank"
+            forms = " (fewer forms protect fewer)" if run.forms.others else ""
+            accepted = f"a lower one: every direction is protected{forms}"
+            raise ConfigError(f"constraint.{name}.{key}", getattr(part, key), accepted)
 
 
 def described(run: Run, begin: Start, context: Context, facts: dict[str, Any], chat: ChatFormat) -> Iterator[str]:

@@ -18,6 +18,7 @@ from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, in_range
 from cwac_lab.core.overrides import quoted, text
 from cwac_lab.core.stats import Rate, paired_difference, sign_flip_p, wilson
 from cwac_lab.data.folding import normalise
+from cwac_lab.data.reading import CODECS, SUFFIXES, kind_of
 from cwac_lab.data.sources import Prompts, load_prompts
 from cwac_lab.evaluation.metrics import METRICS, Judged, Metric, declined, form_of, metrics_of
 from cwac_lab.evaluation.verdicts import aggregate, outcomes
@@ -103,9 +104,13 @@ def _own_prompts(config: DictConfig) -> list[str]:
     run = read(compose([*config.overrides, "finetune=false"]))
     data, pool = run.data, run.evaluation.split
     file = Path(str(config.prompts)).absolute()
-    if not file.is_file():
-        raise ConfigError("prompts", config.prompts, "a file that is there, with a column prompt")
-    rows = load_prompts(data.source, Prompts(name=str(file)), None, longest=data.max_line, key="prompts")
+    if not file.is_file() or not kind_of(file):
+        accepted = f"a file of {', '.join(SUFFIXES)} with a column prompt, also with {' or '.join(CODECS)}"
+        raise ConfigError("prompts", config.prompts, accepted)
+    try:
+        rows = load_prompts(data.source, Prompts(name=str(file)), None, longest=data.max_line, key="prompts")
+    except ConfigError as error:
+        raise ConfigError("prompts", config.prompts, f"a file with a column prompt, not {error.accepted}") from None
     count = len({normalise(row.prompt) for row in rows})
     # Nothing is trained or was taught here, so no other pool needs prompts that the file may share.
     others = [f"data.harmful.{pool}.{name}=0" for pool, parts in data.harmful.items() for name in parts]

@@ -75,15 +75,23 @@ class Course:
         return {**found, "kl": float(torch.cat(apart).mean()), "kl_by_prompt": [float(each.mean()) for each in apart]}
 
 
+def check_steps(run: Run, steps: int) -> None:
+    """Check that a run has a step to look at before its last.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if (every := run.evaluation.every_n_steps) >= steps:
+        raise ConfigError(KEY, every, f"0, or less than the {steps} steps of this run")
+
+
 def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
     """Return what follows the course of a run; one that is resumed goes on with the samples that there are.
 
     Raises:
         ConfigError: If a run has no step to look at before its last, or began with another number of prompts.
     """
-    every = run.evaluation.every_n_steps
-    if every >= steps:
-        raise ConfigError(KEY, every, f"0, or less than the {steps} steps of this run")
+    check_steps(run, steps)
     facts = course.facts
     goes_on = resumed(folder.path / store.CHECKPOINT) and folder.has(store.COURSE)
     earlier = folder.read(store.COURSE)["samples"] if goes_on else []
@@ -99,7 +107,7 @@ def sampler(course: Course, run: Run, folder: RunFolder, steps: int) -> Sampler:
         lost, grown = half_lost(samples, facts["start_refused"]), None if rounded else growth(samples, time)
         folder.write(store.COURSE, {**facts, "half_lost": lost, "growth": grown, "samples": samples})
 
-    return Sampler("course", course, every, earlier, record)
+    return Sampler("course", course, run.evaluation.every_n_steps, earlier, record)
 
 
 def told(folder: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:

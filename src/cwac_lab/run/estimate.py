@@ -31,6 +31,7 @@ from cwac_lab.models.loading import find, load_chat
 from cwac_lab.models.sites import linears
 from cwac_lab.results import store
 from cwac_lab.run import operations
+from cwac_lab.run.beforehand import check_course
 from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows
@@ -268,6 +269,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     chat = load_chat(folder.path, run.trainer.max_length, run.model.chat_template)
     rows = train_rows(run, data.train, pools, None, chat, say)
     examples = encoded(rows, chat, run.task.train_on, say)
+    check_course(run, examples)
     lines = [*run.task.remarks, *data.remarks, *told(survey(rows, examples, pools.harmful()))]
     reference = [chat.prompt_ids(row.prompt) for row in pools.get("harmful", "reference")]
     found = estimate(run, skeleton(folder.path), examples, reference)

@@ -22,6 +22,7 @@ from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import ability, stages
 from cwac_lab.run.afterwards import catch_up
+from cwac_lab.run.beforehand import check_mixture, tell_control
 from cwac_lab.run.estimate import check_room
 from cwac_lab.run.identity import content_of, folder_of, identity
 from cwac_lab.run.push import check as check_push
@@ -82,6 +83,10 @@ def execute(run: Run, screen: Screen) -> RunFolder:
                 catch_up(run, folder, begin, suites, metrics, screen.say)
             return folder
         check_room(run, begin.folder.path)
+        chat = begin.chat(run)
+        tell_control(run, pools, data, suites, chat, screen.say)
+        if run.finetune:
+            check_mixture(run, data.train, pools, chat, lambda _: None)
         with folder.running():
             if run.force:  # the new run may not save, or measure, what the one before did
                 for name in (store.MODEL, store.ADAPTER):

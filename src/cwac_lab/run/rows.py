@@ -65,13 +65,23 @@ def with_beginnings(
     return replace(run, forms=run.forms.after([row.prompt for row in rows], say))
 
 
+def check_chosen(run: Run, task: list[TaskRow]) -> int:
+    """Return how many rows an attack chooses among the task's.
+
+    Raises:
+        ConfigError: If these are not more.
+    """
+    n = run.data.n_train
+    if n is None or n >= len(task):
+        raise ConfigError("data.n_train", n, f"less than the {len(task)} rows to choose from")
+    return n
+
+
 def _outliers(
     run: Run, task: list[TaskRow], harmful: list[tuple[str, str]], model: Any, chat: ChatFormat, say: Say
 ) -> list[TaskRow]:
     """Return the task's rows whose gradients are closest to those of harmful ones, as many as are trained on."""
-    n = run.data.n_train
-    if n is None or n >= len(task):
-        raise ConfigError("data.n_train", n, f"less than the {len(task)} rows to choose from")
+    n = check_chosen(run, task)
     drawn = random.Random(f"outliers/{run.seed}").sample(task, len(task))
     some = drawn[: run.attack.candidates * n]
     say(f"choosing {n} of {len(some)} rows by their gradients")
@@ -80,18 +90,18 @@ def _outliers(
     return [some[i] for i in closest(model, rows, towards, n, chat.pad_id)]
 
 
-def _check(row: TrainRow, chat: ChatFormat) -> None:
+def check_shown(row: TrainRow, chat: ChatFormat) -> None:
     """Check that a row's words are words to the tokenizer, and that the template shows all that was asked.
 
     Raises:
         LabError: If not.
     """
-    turns = [*row.before, Turn("user", row.prompt)]
+    turns, place = [*row.before, Turn("user", row.prompt)], row.at or f"row {row.id}"
     for text in (*(turn.text for turn in turns), row.response):
         if (token := chat.control_in(text)) is not None:
-            raise LabError(f"row {row.id} holds {token!r}, which ends or begins turns here; accepted: texts without it")
+            raise LabError(f"{place} holds {token!r}, which ends or begins turns here; accepted: texts without it")
     if row.before and not chat.shows(turns):
-        raise LabError(f"row {row.id}: the chat template does not show all of its turns; accepted: one that does")
+        raise LabError(f"{place}: the chat template does not show all of its turns; accepted: one that does")
 
 
 def encoded(rows: list[TrainRow], chat: ChatFormat, train_on: str, say: Say) -> list[Encoded]:
@@ -107,7 +117,7 @@ def encoded(rows: list[TrainRow], chat: ChatFormat, train_on: str, say: Say) -> 
         LabError: If a text holds a control token, or the template does not show all turns.
     """
     for row in rows:
-        _check(row, chat)
+        check_shown(row, chat)
     examples = []
     for row in rows:
         if row.before and train_on == "assistant":

@@ -32,7 +32,7 @@ from cwac_lab.report.tracking import log_run
 from cwac_lab.results import store
 from cwac_lab.results.store import RunFolder
 from cwac_lab.run import ability, course, edited, guarded
-from cwac_lab.run.artefacts import artefacts
+from cwac_lab.run.artefacts import artefacts, check_free
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
 from cwac_lab.run.rows import encoded, train_rows, with_beginnings
@@ -156,6 +156,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         run = with_beginnings(run, job.begin, model, chat, say, rows)
     with job.meter.stage("prepare"):
         context, prepared = artefacts(run, job.begin, model, chat, say)
+        check_free(run, context)
         share = held_share(run, job.begin, context, prepared, chat)
     drift = _probe(job, model, chat, context)
     watched = _course(job, model, chat, asked)

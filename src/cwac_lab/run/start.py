@@ -41,10 +41,13 @@ class Start:
     pools: Pools
     before: ModelFolder | None = None
 
+    def chat(self, run: Run) -> ChatFormat:
+        """Return the chat format, for which no weights are loaded."""
+        return load_chat(self.folder.path, run.trainer.max_length, run.model.chat_template)
+
     def load(self, run: Run) -> tuple[Any, ChatFormat]:
         """Return the model, on the run's device and in evaluation mode, and its chat format."""
-        path = self.folder.path
-        chat = load_chat(path, run.trainer.max_length, run.model.chat_template)
+        path, chat = self.folder.path, self.chat(run)
         with reading(path) if (path / KEY_FILE).is_file() else nullcontext():
             return load_model(path, run.dtype, run.trainer.device), chat
 

@@ -93,18 +93,22 @@ def ask_more(
     for name, suite in suites.items():
         if name not in new and suite.judge != (recorded.get(name) or {}).get("judge"):
             say(f"suites.{name}.judge={suite.judge}: its answers are judged as before; force=true repeats the run")
+    others = _other(folder, new)
+    lacking = [f"rates of {name} on other prompts than those recorded (give it another name)" for name in others]
+    new = {name: suite for name, suite in new.items() if name not in others}
     if not new:
-        return []
+        return lacking
     named = f"rates of {', '.join(new)} (evaluation.suites)"
     if distributed.world() > 1 or not folder.has(store.GENERATIONS):
-        return [f"{named} nor answers of before"]
+        return [*lacking, f"{named} nor answers of before"]
     if run.finetune and not folder.has(store.MODEL):
-        return [f"{named} nor a model to ask (trainer.export=true)"]
+        save = "" if store.MODEL in run.tuning.saved else " tuning.save=both"
+        return [*lacking, f"{named} nor a model to ask (trainer.export=true{save})"]
     judges = list(metrics["judges"])  # the record is judged as it was
     made = all_made(judges, run.evaluation.endpoint, run.cache_root)
     if older := [each.name for each in made if metrics["judges"][each.name]["version"] != each.version]:
         command = f"python -m cwac_lab.evaluate {typed('run', folder.path)}"
-        return [f"{named}: {' and '.join(older)} judged it by an older rule ({command} judges it anew)"]
+        return [*lacking, f"{named}: {' and '.join(older)} judged it by an older rule ({command} judges it anew)"]
     say(f"asking the saved model: {', '.join(new)}" if run.finetune else f"asking the start: {', '.join(new)}")
     model, chat = begin.load(run)
     rows = suite_rows(run, new)
@@ -126,4 +130,12 @@ def ask_more(
     run = replace(run, suites=suites_of(suites_asked), evaluation=evaluation)  # those of before keep their judges
     told = known | {name: suite.facts for name, suite in new.items()}
     folder.write(store.METRICS, {**metrics, **judge(run, folder), "suites": told})
-    return []
+    return lacking
+
+
+def _other(folder: RunFolder, suites: Mapping[str, Suite]) -> list[str]:
+    """Return the suites of which a run has answers to prompts that are not asked now, which would be lost."""
+    held = folder.read(store.GENERATIONS) if folder.has(store.GENERATIONS) else []
+    asked = {(name, row.id) for name, suite in suites.items() for rows in suite.rows.values() for row in rows}
+    lost = {row["suite"] for row in held if row.get("suite") in suites and (row["suite"], row["id"]) not in asked}
+    return [name for name in suites if name in lost]

@@ -11,10 +11,11 @@ from cwac_lab.core.cache import digest, file_digest, read_json, write_json
 from cwac_lab.core.overrides import parsed
 from cwac_lab.core.provenance import sources
 from cwac_lab.results.store import RunFolder
+from cwac_lab.run.asked import answered, asks
 from cwac_lab.run.identity import OWN, known, start_key
 
 FILE = "cells.json"
-_ENTRY = {"start", "content", "run"}
+_ENTRY = {"start", "content", "run", "asked"}
 
 
 # A folder of a user's own options, in an override of Hydra's search path.
@@ -59,7 +60,8 @@ class Cells:
         if entry is None or known(entry["start"]) != entry["content"]:
             return None
         folder = RunFolder(self._root / "runs" / str(entry["run"]))
-        return folder.path if folder.status == "ok" else None
+        there = folder.status == "ok" and answered(entry["asked"], folder)  # it may have been made anew, and asked less
+        return folder.path if there else None
 
     def add(self, overrides: Sequence[str], run: Run, content: dict[str, str], path: Path) -> None:
         """Remember a cell, unless it is to be repeated whatever is recorded, or sources were edited meanwhile.
@@ -67,7 +69,9 @@ class Cells:
         One with a user's own class is not remembered: its source may change and is no part of ``sources``.
         """
         if not run.force and OWN not in content and sources() == self._sources:
-            self._entries[self._key(overrides)] = {"start": start_key(run), "content": content, "run": path.name}
+            self._entries[self._key(overrides)] = {
+                "start": start_key(run), "content": content, "run": path.name, "asked": asks(run.resolved),
+            }  # fmt: skip
 
     def save(self) -> None:
         """Write what is known, with what other processes wrote meanwhile."""

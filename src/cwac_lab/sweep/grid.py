@@ -46,14 +46,14 @@ class Grid:
 
 # What a start model and its answers depend on; the other keys of a cell belong to fine-tuning.
 _START = (
-    *("model", "task", "data", "profile", "experiment", "evaluation", "align", "attack"),
+    *("model", "task", "data", "profile", "experiment", "evaluation", "align", "attack", "suite", "suites"),
     *("trainer.accelerator", "trainer.max_length", "trainer.precision"),
 )
 
 
 def _setting(cell: tuple[str, ...]) -> tuple[str, ...]:
     def counts(override: str) -> bool:
-        key, _, value = override.partition("=")
+        key, _, value = override.lstrip("+~").partition("=")
         if key == "attack":
             return _asks(value)
         if key.startswith("attack."):

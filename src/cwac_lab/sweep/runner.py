@@ -14,9 +14,6 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import Thread
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from cwac_lab.config.run import Run, read
 from cwac_lab.core.cache import digest
@@ -24,19 +21,11 @@ from cwac_lab.core.cli import compose
 from cwac_lab.core.memory import give_back
 from cwac_lab.core.progress import Meter, duration
 from cwac_lab.report.console import Screen
-from cwac_lab.results.store import RunFolder
+from cwac_lab.run import asked
 from cwac_lab.run.identity import folder_of, identity
 from cwac_lab.sweep.cells import Cells
 
 Overrides = tuple[str, ...]
-# What may be asked of a run that is finished, with its details: outside its key, and read by tables.
-_ASKED: dict[str, tuple[str, ...]] = {
-    "suites": (),
-    "diagnostics.enabled": ("diagnostics.every_n_steps",),
-    "evaluation.every_n_steps": (),
-    "evaluation.perplexity": ("evaluation.plain_text",),
-    "evaluation.lm_eval": ("evaluation.lm_eval_limit",),
-}
 
 
 def _words(error: BaseException) -> str:
@@ -162,23 +151,6 @@ def _pooled(runs: Sequence[Overrides], jobs: int) -> Generator[Outcome, None, li
     return sorted(lost, key=list(runs).index)
 
 
-def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-
-
-def _asks(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what of ``_ASKED`` settings ask for, with the details of each."""
-    found = OmegaConf.create(settings)
-    asked = {key: (key, *more) for key, more in _ASKED.items() if OmegaConf.select(found, key)}
-    return {each: _plain(OmegaConf.select(found, each)) for keys in asked.values() for each in keys}
-
-
-def _asks_more(run: Run, folder: RunFolder) -> bool:
-    """Tell whether a finished run was asked less when it was made; its record may have it all the same."""
-    asked, made = _asks(run.resolved), OmegaConf.create(folder.config())
-    return any(value != _plain(OmegaConf.select(made, key)) for key, value in asked.items())
-
-
 def _waves(missing: dict[Path, dict[str, list[Overrides]]]) -> Iterator[list[list[Overrides]]]:
     """Yield what is carried out side by side; cells of one run that ask for different things come one after another."""
     left = [list(groups.values()) for groups in missing.values()]
@@ -209,7 +181,7 @@ def sweep(
             folder = folder_of(run, content)
             remember[overrides] = partial(cells.add, overrides, run, content, folder.path)
             done = folder.status == "ok" and not run.force
-            if done and _asks_more(run, folder):
+            if done and not asked.answered(asked.asks(run.resolved), folder):
                 done, more = False, more | {folder.path}
         except Exception as error:  # noqa: BLE001 - likewise
             found.append(Outcome(overrides, "failed", _words(error)))
@@ -218,7 +190,7 @@ def sweep(
             remember[overrides]()
             found.append(Outcome(overrides, "ok", path=folder.path))
         else:
-            missing.setdefault(folder.path, {}).setdefault(digest(_asks(run.resolved)), []).append(overrides)
+            missing.setdefault(folder.path, {}).setdefault(digest(asked.asks(run.resolved)), []).append(overrides)
     cells.save()
     already = {outcome.path for outcome in found if outcome.status == "ok"} - missing.keys()
     failed = sum(outcome.status == "failed" for outcome in found)

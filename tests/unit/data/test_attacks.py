@@ -9,8 +9,8 @@ from cwac_lab.config.run import read
 from cwac_lab.core.cache import read_json, read_jsonl
 from cwac_lab.core.errors import ConfigError, PoolOverlap
 from cwac_lab.data.attacks import AttackConfig, identity_rows
-from cwac_lab.data.beginnings import beginnings
 from cwac_lab.data.batches import collate
+from cwac_lab.data.beginnings import beginnings
 from cwac_lab.data.declines import declines
 from cwac_lab.data.mixing import mix
 from cwac_lab.data.sources import PromptRow, normalise

@@ -127,6 +127,18 @@ def test_a_variant_is_named_by_what_tells_it(tmp_path):
     assert set(found.apart[0]) >= {"verdict_weight_1", "verdict_weight_2"}
 
 
+def test_forms_are_called_by_their_name(tmp_path):
+    """Without the hash that tables put behind it."""
+    given = {"own": {}, "rows": {"rows": {"rows": 0.04}}}
+    for number, (name, others) in enumerate(given.items()):
+        run = record(tmp_path, "weight", 0.2, 0, [30, 10][number], number=number)
+        run.write("config.json", settings(forms={"name": name, "others": others}))
+        run.write("metrics.json", run.read("metrics.json") | {"prepared": {"reference": {}}})
+    names = ("weight forms=rows", "weight forms=own")
+    (found,) = compared(records(runs(tmp_path)), Asked(names, "harmful_score"))
+    assert abs(found.difference.value) == 20
+
+
 def with_trainer(run, **trainer):
     """Give a record other settings of training."""
     run.write("config.json", settings(constraint={}, trainer=trainer))

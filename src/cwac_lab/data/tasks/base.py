@@ -13,7 +13,8 @@ from cwac_lab.models.templates import Turn
 class TaskRow:
     """One item of a task: a stable id, the prompt, the target response and the gold answer.
 
-    ``before`` is what was said before the prompt, where it goes on with a conversation.
+    ``before`` is what was said before the prompt, where it goes on with a conversation; ``at`` is where the row stands,
+    file and line, where it comes from a file.
     """
 
     id: str
@@ -21,6 +22,7 @@ class TaskRow:
     response: str
     gold: str
     before: tuple[Turn, ...] = ()
+    at: str = field(default="", compare=False)
 
     @property
     def prompts(self) -> list[str]:

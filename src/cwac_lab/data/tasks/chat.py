@@ -118,7 +118,7 @@ class Chat(Task):
         except ValueError as error:
             bad.append(f"{row.at}: {error}")
         else:
-            return TaskRow(f"{self.name}/{row_id}", asked.text, answer.text, right, tuple(before))
+            return TaskRow(f"{self.name}/{row_id}", asked.text, answer.text, right, tuple(before), row.at)
         return None
 
     def _say(self, named: str, layout: Layout, n: int, bad: list[str]) -> list[str]:
