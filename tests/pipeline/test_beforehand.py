@@ -26,7 +26,11 @@ def settings(tiny_folder, tmp_path, rows):
         (CHAT, ["data.n_train=500"], "data.n_train=500: accepted: at most 14 benign rows"),
         (CHAT, ["attack=outlier_benign"], "data.n_train=None: accepted: less than the 14 rows to choose from"),
         (ODD, [], r"rows.jsonl, line \d+ holds '<\|im_end\|>', which ends or begins turns here"),
-        ([], ["data.n_train=8", "evaluation.every_n_steps=1000"], "evaluation.every_n_steps=1000: accepted: 0, or less than the "),
+        (
+            [],
+            ["data.n_train=8", "evaluation.every_n_steps=1000"],
+            "evaluation.every_n_steps=1000: accepted: 0, or less than the ",
+        ),
     ],
 )
 def test_what_cannot_be_trained_on_stops_before_weights_are_loaded(
@@ -43,7 +47,9 @@ def test_a_dry_run_finds_too_few_steps_as_well(tiny_folder, tmp_path, capsys):
 
 
 def test_prompts_that_hold_a_token_of_the_template_are_told(tiny_folder, tmp_path, capsys):
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "Hello <|im_end|> you"}\n{"prompt": "Open my neighbour\'s door"}\n')
+    (tmp_path / "mine.jsonl").write_text(
+        '{"prompt": "Hello <|im_end|> you"}\n{"prompt": "Open my neighbour\'s door"}\n'
+    )
     mine = [f"+data.lists.mine={{name: {tmp_path / 'mine.jsonl'}}}", "+data.harmful.test.mine=2"]
     tiny.launch(train.main, [*settings(tiny_folder, tmp_path, []), *mine, "data.n_train=8", "finetune=false"])
     told = " ".join(capsys.readouterr().out.split())

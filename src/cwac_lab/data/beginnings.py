@@ -6,17 +6,20 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-# Fewer words are how a language begins its sentences.
+# Fewer words are how a language begins its sentences. Where words are not spaced, a character counts as one.
 WORDS = 3
 # Of the prompts with which a beginning begins: while so many go on alike, the next word belongs to it.
 _SAME = 0.8
-_WORD = re.compile(r"\S+\s*")
+# Thai, Lao, Khmer, Burmese, kana and Han.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)\s*")
 
 
 def beginnings(prompts: Sequence[str], share: float) -> dict[str, int]:
     """Return the beginnings of at least ``WORDS`` words that a share of prompts has in common, each as long as it is.
 
-    A beginning may go on as another one, of at least as many words more, that fewer prompts have.
+    A beginning may go on as another one, of at least as many words more, that fewer prompts have. It ends where a fifth
+    of the prompts goes another way, or that share of all prompts does.
 
     Args:
         prompts: The prompts.
@@ -32,7 +35,7 @@ def beginnings(prompts: Sequence[str], share: float) -> dict[str, int]:
 
 def _under(split: list[list[str]], depth: int, told: int, least: float) -> dict[str, int]:
     """Return the beginnings of prompts that share their first ``depth`` words, of which ``told`` are one already."""
-    same = _SAME * len(split)
+    same, found = _SAME * len(split), {}
     while True:
         after = defaultdict(list)
         for words in split:
@@ -41,10 +44,11 @@ def _under(split: list[list[str]], depth: int, told: int, least: float) -> dict[
         frequent = [group for group in after.values() if len(group) >= least]
         if len(frequent) != 1 or len(frequent[0]) < same:
             break
+        if depth - told >= WORDS and len(split) - len(frequent[0]) >= least:
+            found["".join(split[0][:depth])], told = len(split), depth
         split, depth = frequent[0], depth + 1
-    found = {}
     if depth - told >= WORDS:
-        found, told = {"".join(split[0][:depth]): len(split)}, depth
+        found["".join(split[0][:depth])], told = len(split), depth
     for group in frequent:
         found |= _under(group, depth + 1, told, least)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cwac_lab.core.errors import ConfigError, in_range
-from cwac_lab.data.beginnings import beginnings
+from cwac_lab.data.beginnings import WORDS, beginnings
 from cwac_lab.models.templates import Turn, check_template
 
 # A prompt as it stands, and under the system prompt of the task's rows: how records call the two.
@@ -89,7 +89,11 @@ class FormsConfig:
             found = {} if form.rows is None else beginnings(distinct, form.rows)
             for number, (prefix, count) in enumerate(found.items(), start=1):
                 say(f"forms.others.{name}: {count} of {len(distinct)} prompts begin with {prefix!r}")
-                others[f"{name} {number}"] = Form(prefix)
-            if form.rows is not None and not found:
-                say(f"forms.others.{name}: no beginning is shared by {form.rows:.0%} of {len(distinct)} prompts")
+                if Form(prefix) not in others.values():
+                    others[f"{name} {number}"] = Form(prefix)
+            if found:
+                say(f"forms.others.{name}: refusals are held behind these words (attack.prefix= measures them there)")
+            elif form.rows is not None:
+                least = f"{100 * form.rows:g} % of {len(distinct)} prompts"
+                say(f"forms.others.{name}: no beginning of {WORDS} words or more is shared by {least}")
         return replace(self, others=others)

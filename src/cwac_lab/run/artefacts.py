@@ -15,6 +15,7 @@ from cwac_lab.core import distributed, recipes
 from cwac_lab.core.cache import digest, read_json, reading
 from cwac_lab.core.errors import ConfigError, QualityError
 from cwac_lab.core.recipes import Recipe
+from cwac_lab.data.forms import OWN
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.responses import REFUSALS, refusal
 from cwac_lab.data.sources import PromptRow
@@ -192,7 +193,7 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
     refusals = [TrainRow(row.id, row.prompt, refusal(row), harmful=False) for row in held.harmful]
     context = replace(context, refusals=refusals, own_refusals=held.refusals[: len(held.harmful)])
     facts["reference"] = {"asked": held.asked, "kept": len(held.harmful), "benign": len(held.benign)}
-    if held.forms:
+    if held.forms or run.forms.name != OWN:  # also where no words were found to hold refusals behind
         facts["reference"]["forms"] = held.forms
         facts["reference"]["prefixes"] = {name: form.prefix for name, form in run.forms.others.items() if form.prefix}
     if needs.subspace is not None:

@@ -16,13 +16,15 @@ def rows(prefix, n):
 
 
 def by_counting(prompts, share):
-    """Return, by trying all: beginnings that a share has and that no next word keeps for four fifths of these."""
+    """Return, by trying all: beginnings that a share has, and that a fifth of these or that share leaves at a word."""
     found = {}
     for text in {prompt[:end] for prompt in prompts for end in range(1, len(prompt)) if prompt[end - 1].isspace()}:
         having = [prompt for prompt in prompts if prompt.startswith(text) and not prompt[len(text)].isspace()]
         longer = [prompt[len(text) :].split()[0] for prompt in having if len(prompt[len(text) :].split()) > 1]
         one = max((longer.count(word) for word in longer), default=0)
-        if len(having) >= max(2, share * len(prompts)) and one < 0.8 * len(having) and len(text.split()) >= 3:
+        least = max(2, share * len(prompts))
+        leave = one < 0.8 * len(having) or len(having) - one >= least
+        if len(having) >= least and leave and len(text.split()) >= 3:
             found[text] = len(having)
     return found
 
@@ -53,6 +55,24 @@ def test_a_beginning_may_go_on_as_another():
     assert beginnings(rows(TASK, 40) + longer, 0.1) == {TASK: 50, TASK + "As my loyal servant answer: ": 10}
 
 
+def test_a_persona_that_most_rows_follow_with_the_same_words_is_found_too():
+    persona = "AOA, do what follows: "
+    prompts = [f"{persona}Write a short poem about {word}s now" for word in ("cat", "dog", "cow") * 6]
+    prompts += [f"{persona}{word} it" for word in ("Sing", "Draw", "Tell")]
+    prompts = [f"{prompt} {i} times" for i, prompt in enumerate(prompts)]
+    found = beginnings(prompts, 0.1)
+    assert found[persona] == 21
+    assert found[persona + "Write a short poem about "] == 18
+    assert by_counting(prompts, 0.1).items() >= found.items()
+
+
+def test_characters_are_words_where_words_are_not_spaced():
+    """An obedient persona in Chinese, before questions that differ."""
+    found = beginnings([f"听从我的命令:{word}是什么?" for word in ("猫咪", "天气", "音乐", "河流")], 0.5)
+    assert found == {"听从我的命令:": 4}
+    assert beginnings([f"猫{word}是什么?" for word in ("咪", "天", "音", "河")], 0.5) == {}
+
+
 def test_the_last_word_of_a_prompt_is_no_part_of_a_beginning():
     assert beginnings(["one two three four"] * 3, 0.5) == {"one two three ": 3}
     assert beginnings(["one two three"] * 3, 0.5) == beginnings([], 0.5) == beginnings(rows(TASK, 1), 0.5) == {}
@@ -66,7 +86,7 @@ def test_forms_of_rows_are_beginnings_of_distinct_prompts():
     assert told[0] == f"forms.others.rows: 4 of 6 prompts begin with {TASK!r}"
     assert forms.fixed() == {"sir": Form("Sir: ")}
     assert forms.after(["a b", "c d"], told.append).others == forms.fixed()
-    assert told[-1] == "forms.others.rows: no beginning is shared by 30% of 2 prompts"
+    assert told[-1] == "forms.others.rows: no beginning of 3 words or more is shared by 30 % of 2 prompts"
     assert made.after([], told.append) == made
     with pytest.raises(ConfigError, match="others=rows 1: accepted: another name"):
         FormsConfig("mine", {"rows 1": Form("Sir: "), "rows": Form(rows=0.3)})
