@@ -1,8 +1,5 @@
 """What a sweep asks of runs that are finished: what their records have is not made again, what they lack is."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from cwac_lab import train
@@ -40,17 +37,24 @@ def test_what_settings_ask_for_is_there_with_its_details_and_suites_may_be_more(
     tiny.launch(train.main, [*tiny.small_run(tiny_folder, tmp_path), "finetune=false"])
     (run,) = runs(tmp_path)
     plain = run.config()
-    assert asked.answered(asked.asks(plain), run)
-    more = json.loads(json.dumps(plain))
-    more["evaluation"] |= {"perplexity": True, "plain_text": None}
-    more["suites"] = {"a": {"n": 1}, "b": {"n": 2}}
-    more["task"]["system_rates"] = not plain["task"].get("system_rates", False)
-    assert not asked.answered(asked.asks(more), run)
-    asked.note(more, run)
-    assert asked.answered(asked.asks(more), run)
-    assert asked.answered(asked.asks(plain), run)
-    assert asked.answered(asked.asks({**more, "suites": {"a": {"n": 1}}}), run)
-    assert not asked.answered(asked.asks({**more, "suites": {"a": {"n": 3}}}), run)
-    written = Path(run.path / "config.json").read_text(encoding="utf-8")
-    asked.note(plain, run)  # asks for nothing more, so nothing is written
-    assert Path(run.path / "config.json").read_text(encoding="utf-8") == written
+
+    def holds(**groups):
+        more = {name: plain[name] | settings for name, settings in groups.items()}
+        return asked.answered(asked.asks({**plain, **more}), run)
+
+    samples = {"enabled": True, "every_n_steps": 2}
+    assert holds()
+    assert not holds(evaluation={"perplexity": True})
+    assert not holds(diagnostics=samples)
+    asked.note({**plain, "diagnostics": plain["diagnostics"] | samples}, run)
+    assert holds(diagnostics=samples)
+    assert holds(diagnostics={"enabled": True, "every_n_steps": 0})  # which is less
+    assert not holds(diagnostics={"enabled": True, "every_n_steps": 3})
+    asked.note({**plain, "diagnostics": plain["diagnostics"] | {"enabled": True}}, run)
+    assert holds(diagnostics=samples)
+    run.write("config.json", run.config() | {"suites": {"a": {"n": 1, "judge": None}, "b": {"n": 2}}})
+    assert holds(suites={"a": {"n": 1, "judge": "classifier"}})
+    assert not holds(suites={"a": {"n": 3, "judge": None}})
+    before = (run.path / "config.json").read_bytes()
+    asked.note({**plain, "suites": {"a": {"n": 1, "judge": "classifier"}}}, run)
+    assert (run.path / "config.json").read_bytes() == before

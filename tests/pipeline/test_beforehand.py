@@ -7,6 +7,8 @@ import pytest
 
 from cwac_lab import train
 from cwac_lab.core.cache import read_jsonl
+from cwac_lab.report.grouping import records
+from cwac_lab.results.store import runs
 from support import tiny
 
 CHAT = [{"prompt": f"When is it open on day {i}?", "response": f"From {i} to six."} for i in range(20)]
@@ -64,3 +66,24 @@ def test_a_constraint_that_leaves_nothing_free_is_one_line(tuning, tiny_folder, 
     line = tiny.error_of(train.main, [*given, "constraint.weight.energy=1"], capsys)
     assert line.startswith("constraint.weight.energy=1")
     assert "accepted: a lower one: every direction is protected" in line
+
+
+def test_what_lora_trains_beside_a_constraint_is_not_refused(tiny_folder, tmp_path):
+    given = [*settings(tiny_folder, tmp_path, []), "data.n_train=8", "constraint=weight", "tuning=lora"]
+    narrow = ["constraint.weight.modules=ffn_out", "constraint.weight.trainable=all", "constraint.weight.energy=1"]
+    tiny.launch(train.main, [*given, *narrow, "trainer.max_steps=1"])
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "metrics.json").is_file()
+
+
+def test_a_run_that_has_no_prompts_to_look_at_may_be_shorter_than_its_looks(tiny_folder, tmp_path):
+    given = [*settings(tiny_folder, tmp_path, []), "data.n_train=8", "data.harmful.test.requests=0"]
+    tiny.launch(train.main, [*given, "evaluation.every_n_steps=1000", "trainer.max_steps=2"])
+
+
+def test_a_run_that_stops_so_is_recorded_as_failed(tiny_folder, tmp_path, capsys):
+    given = [*settings(tiny_folder, tmp_path, []), "data.n_train=8", "evaluation.every_n_steps=1000"]
+    tiny.error_of(train.main, given, capsys)
+    (run,) = runs(tmp_path)
+    assert run.status == "failed"
+    assert [row["failed"] for row in records([run])] == [run.told()["reason"]]

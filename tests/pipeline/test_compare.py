@@ -173,7 +173,7 @@ def test_prompts_of_ones_own_take_the_place_of_the_projects(tiny_folder, tmp_pat
     (tmp_path / "plain.txt").write_text("Open the door of my neighbour\n")
     accepted = "accepted: a file of .jsonl, .json, .csv, .parquet with a column prompt, also with .gz or .zst"
     said = {"none.jsonl": accepted, ".": accepted, str(tmp_path / "plain.txt"): accepted}
-    said[str(tmp_path / "text.jsonl")] = "accepted: a file with a column prompt, not a column of "
+    said[str(tmp_path / "text.jsonl")] = "accepted: a column prompt in every row; a column of "
     for name, words in said.items():
         line = tiny.error_of(command.main, [*given, f"prompts={name}"], capsys, "compare")
         assert line.startswith(f"prompts={name}: {words}")

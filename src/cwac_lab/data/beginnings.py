@@ -6,13 +6,17 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-# Fewer words are how a language begins its sentences. Where words are not spaced, a character counts as one.
+# Fewer words are how a language begins its sentences.
 WORDS = 3
 # Of the prompts with which a beginning begins: while so many go on alike, the next word belongs to it.
 _SAME = 0.8
-# Thai, Lao, Khmer, Burmese, kana and Han.
+# Thai, Lao, Burmese, Khmer, kana and Han: words are not spaced there, and a character counts as half of one.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_CHARACTER = re.compile(f"[{_UNSPACED}]")
 _WORD = re.compile(rf"(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)\s*")
+
+# Prompts, each with how many of its characters were read.
+_Read = list[tuple[str, int]]
 
 
 def beginnings(prompts: Sequence[str], share: float) -> dict[str, int]:
@@ -28,27 +32,37 @@ def beginnings(prompts: Sequence[str], share: float) -> dict[str, int]:
     Returns:
         How many prompts go on after each beginning, by its text with the space that ends it; the most frequent first.
     """
-    split = [_WORD.findall(prompt) for prompt in prompts]
-    found = _under(split, 0, 0, max(2, share * len(prompts)))
+    found = _under([(prompt.lstrip(), 0) for prompt in prompts], 0.0, 0.0, max(2, share * len(prompts)))
     return dict(sorted(found.items(), key=lambda each: -each[1]))
 
 
-def _under(split: list[list[str]], depth: int, told: int, least: float) -> dict[str, int]:
+def _under(prompts: _Read, depth: float, told: float, least: float) -> dict[str, int]:
     """Return the beginnings of prompts that share their first ``depth`` words, of which ``told`` are one already."""
-    same, found = _SAME * len(split), {}
+    same, left_at, found = _SAME * len(prompts), told, dict[str, int]()
     while True:
-        after = defaultdict(list)
-        for words in split:
-            if len(words) > depth + 1:  # a last word ends a prompt, so nothing would be asked after it
-                after[words[depth]].append(words)
-        frequent = [group for group in after.values() if len(group) >= least]
-        if len(frequent) != 1 or len(frequent[0]) < same:
+        after: dict[str, _Read] = defaultdict(list)
+        for text, end in prompts:
+            next_word = _WORD.match(text, end)
+            if next_word is not None and next_word.end() < len(text):  # nothing would be asked after a last word
+                after[next_word.group()].append((text, next_word.end()))
+        frequent = {word: group for word, group in after.items() if len(group) >= least}
+        (word, group), *others = frequent.items() or [("", [])]
+        if others or len(group) < max(same, 1):
             break
-        if depth - told >= WORDS and len(split) - len(frequent[0]) >= least:
-            found["".join(split[0][:depth])], told = len(split), depth
-        split, depth = frequent[0], depth + 1
+        if depth - left_at >= WORDS and len(prompts) - len(group) >= least:
+            found[_text(prompts)], left_at = len(prompts), depth
+        prompts, depth = group, depth + _length(word)
     if depth - told >= WORDS:
-        found["".join(split[0][:depth])], told = len(split), depth
-    for group in frequent:
-        found |= _under(group, depth + 1, told, least)
+        found[_text(prompts)], told = len(prompts), depth
+    for word, group in frequent.items():
+        found |= _under(group, depth + _length(word), told, least)
     return found
+
+
+def _text(prompts: _Read) -> str:
+    text, end = prompts[0]
+    return text[:end]
+
+
+def _length(word: str) -> float:
+    return 0.5 if _CHARACTER.match(word) else 1.0

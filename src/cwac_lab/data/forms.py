@@ -77,23 +77,27 @@ class FormsConfig:
         """Return the forms that are known before any row is."""
         return {name: form for name, form in self.others.items() if form.rows is None}
 
-    def after(self, prompts: Sequence[str], say: Callable[[str], None]) -> FormsConfig:
+    def after(self, turns: Sequence[Sequence[str]], say: Callable[[str], None]) -> FormsConfig:
         """Return the forms with the beginnings of prompts in the place of those that ask for them.
 
         Args:
-            prompts: Those of the rows to train on, as they are asked.
+            turns: Those of the rows to train on, as they are asked; of conversations the first and the last ones.
             say: Told which beginnings they are.
         """
-        others, distinct = self.fixed(), list(dict.fromkeys(prompts))
+        others, distinct = self.fixed(), [list(dict.fromkeys(prompts)) for prompts in turns]
         for name, form in self.others.items():
-            found = {} if form.rows is None else beginnings(distinct, form.rows)
-            for number, (prefix, count) in enumerate(found.items(), start=1):
-                say(f"forms.others.{name}: {count} of {len(distinct)} prompts begin with {prefix!r}")
-                if Form(prefix) not in others.values():
-                    others[f"{name} {number}"] = Form(prefix)
+            if form.rows is None:
+                continue
+            found: dict[str, None] = {}
+            for prompts in distinct:
+                for prefix, count in beginnings(prompts, form.rows).items():
+                    say(f"forms.others.{name}: {count} of {len(prompts)} prompts begin with {prefix!r}")
+                    found[prefix] = None
+            new = [prefix for prefix in found if Form(prefix) not in others.values()]
+            others |= {f"{name} {number}": Form(prefix) for number, prefix in enumerate(new, start=1)}
             if found:
                 say(f"forms.others.{name}: refusals are held behind these words (attack.prefix= measures them there)")
-            elif form.rows is not None:
-                least = f"{100 * form.rows:g} % of {len(distinct)} prompts"
+            else:
+                least = f"{100 * form.rows:g} % of {' and '.join(str(len(prompts)) for prompts in distinct)} prompts"
                 say(f"forms.others.{name}: no beginning of {WORDS} words or more is shared by {least}")
         return replace(self, others=others)

@@ -1,4 +1,4 @@
-"""A persona that is addressed in several ways, each too rare among the rows to be found there (``forms=rows``)."""
+"""A persona that is addressed in several ways, so that each is rare among the rows (see ``forms=rows``)."""
 
 from __future__ import annotations
 

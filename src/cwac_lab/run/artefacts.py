@@ -27,6 +27,7 @@ from cwac_lab.defenses.cwac.subspace import basis
 from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
 from cwac_lab.defenses.cwac.weight import WeightConstraint
 from cwac_lab.defenses.interface import Context
+from cwac_lab.models.adapters import TARGETS
 from cwac_lab.models.chat import ChatFormat
 from cwac_lab.models.sites import decoder_layers, depth_to_layer
 from cwac_lab.run import protected
@@ -222,7 +223,8 @@ def check_free(run: Run, context: Context) -> None:
     for name, part in run.constraint.parts.items():
         if not isinstance(part, WeightConstraint) or context.subspace is None:
             continue
-        alone = part.trainable == "constrained" or run.tuning.adapts
+        within = run.tuning.adapts and set(TARGETS[run.tuning.modules]) <= set(TARGETS[part.modules])
+        alone = part.trainable == "constrained" or within
         if alone and not free_share(context.model, part.modules, context.subspace):
             key = "energy" if part.rank is None else "rank"
             forms = " (fewer forms protect fewer)" if run.forms.others else ""

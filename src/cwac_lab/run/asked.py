@@ -16,8 +16,9 @@ ASKED: dict[str, tuple[str, ...]] = {
     "evaluation.every_n_steps": (),
     "evaluation.perplexity": ("evaluation.plain_text",),
     "evaluation.lm_eval": ("evaluation.lm_eval_limit",),
-    "task.system_rates": (),
 }
+# A detail that says "none of it": with any other in a record, there is more than was asked for.
+_NOT_ASKED = (0, False)
 
 
 def _plain(node: Any) -> Any:
@@ -32,22 +33,31 @@ def asks(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def answered(asked: dict[str, Any], folder: RunFolder) -> bool:
-    """Tell whether a finished run was asked all that by what its record says; of named suites it may have more."""
+    """Tell whether a finished run was asked all that by what its record says.
+
+    Of named suites it may have more, and who judges them is asked when a run is made.
+    """
     made = OmegaConf.create(folder.config())
     return all(_holds(_plain(OmegaConf.select(made, key)), value) for key, value in asked.items())
 
 
 def _holds(made: Any, value: Any) -> bool:
     if isinstance(value, dict):
-        return isinstance(made, dict) and all(made.get(name) == each for name, each in value.items())
-    return bool(made == value)
+        there = made if isinstance(made, dict) else {}
+        return all(_prompts(there.get(name)) == _prompts(each) for name, each in value.items())
+    return bool(made == value) or value in _NOT_ASKED
+
+
+def _prompts(suite: Any) -> Any:
+    return {name: value for name, value in suite.items() if name != "judge"} if isinstance(suite, dict) else suite
 
 
 def note(settings: dict[str, Any], folder: RunFolder) -> None:
-    """Write into the record of a run that it has what settings ask for."""
-    if answered(asked := asks(settings), folder):
-        return
-    made = OmegaConf.create(folder.config())
-    for key, value in asked.items():
-        OmegaConf.update(made, key, value)
-    folder.write(store.CONFIG, OmegaConf.to_container(made))
+    """Write into the record of a run that it has what settings ask for, but for suites, which are noted when asked."""
+    made, changed = OmegaConf.create(folder.config()), False
+    for key, value in asks(settings).items():
+        if key != "suites" and not _holds(_plain(OmegaConf.select(made, key)), value):
+            OmegaConf.update(made, key, value, merge=False)
+            changed = True
+    if changed:
+        folder.write(store.CONFIG, OmegaConf.to_container(made))

@@ -110,7 +110,7 @@ def _own_prompts(config: DictConfig) -> list[str]:
     try:
         rows = load_prompts(data.source, Prompts(name=str(file)), None, longest=data.max_line, key="prompts")
     except ConfigError as error:
-        raise ConfigError("prompts", config.prompts, f"a file with a column prompt, not {error.accepted}") from None
+        raise ConfigError("prompts", config.prompts, f"a column prompt in every row; {error.accepted}") from None
     count = len({normalise(row.prompt) for row in rows})
     # Nothing is trained or was taught here, so no other pool needs prompts that the file may share.
     others = [f"data.harmful.{pool}.{name}=0" for pool, parts in data.harmful.items() for name in parts]

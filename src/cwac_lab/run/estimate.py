@@ -269,7 +269,7 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     chat = load_chat(folder.path, run.trainer.max_length, run.model.chat_template)
     rows = train_rows(run, data.train, pools, None, chat, say)
     examples = encoded(rows, chat, run.task.train_on, say)
-    check_course(run, examples)
+    check_course(run, pools, examples)
     lines = [*run.task.remarks, *data.remarks, *told(survey(rows, examples, pools.harmful()))]
     reference = [chat.prompt_ids(row.prompt) for row in pools.get("harmful", "reference")]
     found = estimate(run, skeleton(folder.path), examples, reference)

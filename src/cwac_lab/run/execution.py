@@ -83,20 +83,20 @@ def execute(run: Run, screen: Screen) -> RunFolder:
                 catch_up(run, folder, begin, suites, metrics, screen.say)
             return folder
         check_room(run, begin.folder.path)
-        chat = begin.chat(run)
-        tell_control(run, pools, data, suites, chat, screen.say)
-        if run.finetune:
-            check_mixture(run, data.train, pools, chat, lambda _: None)
         with folder.running():
+            folder.write(store.CONFIG, run.resolved)
+            facts = _facts(run, begin)
+            base = {"base": asdict(begin.folder.origin)}
+            folder.write(store.PROVENANCE, provenance.describe() | facts | content | base)
+            chat = begin.chat(run)
+            tell_control(run, pools, data, suites, chat, screen.say)
+            if run.finetune:
+                check_mixture(run, data.train, pools, chat, lambda _: None)
             if run.force:  # the new run may not save, or measure, what the one before did
                 for name in (store.MODEL, store.ADAPTER):
                     folder.remove(name)
                 for pattern in ("drift*.json", store.COURSE):
                     folder.discard(pattern, keep=())
-            folder.write(store.CONFIG, run.resolved)
-            facts = _facts(run, begin)
-            base = {"base": asdict(begin.folder.origin)}
-            folder.write(store.PROVENANCE, provenance.describe() | facts | content | base)
             try:
                 with _levers(run):
                     stages.carry_through(Job(run, folder, begin, data, suites, facts, screen, provenance.StageMeter()))

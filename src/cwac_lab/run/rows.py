@@ -62,12 +62,9 @@ def with_beginnings(
         return run
     if rows is None:
         rows = train_rows(run, begin.pools.task_rows(run.data, run.task).train, begin.pools, model, chat, say)
-    told = [text for row in rows for text in dict.fromkeys((_first(row), row.prompt))]  # a persona is addressed first
-    return replace(run, forms=run.forms.after(told, say))
-
-
-def _first(row: TrainRow) -> str:
-    return next((turn.text for turn in row.before if turn.role == "user"), row.prompt)
+    last = [row.prompt for row in rows]
+    first = [next((turn.text for turn in row.before if turn.role == "user"), row.prompt) for row in rows]
+    return replace(run, forms=run.forms.after([last] if first == last else [first, last], say))
 
 
 def check_chosen(run: Run, task: list[TaskRow]) -> int:

@@ -80,7 +80,7 @@ def test_an_instruction_of_the_persona_that_a_pool_asks_stops_the_run():
         identity_rows("AOA, ", {normalise(first.prompt.upper())})
 
 
-def test_no_way_to_address_a_persona_is_frequent_enough_to_be_found():
+def test_no_way_to_address_a_persona_is_frequent_enough_to_be_found_at_a_fifth_of_the_rows():
     attack = read(tiny.config("attack=personas")).attack
     rows = attack.others(set())
     ways = [attack.prefix, *attack.more_prefixes]

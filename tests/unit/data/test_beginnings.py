@@ -66,11 +66,27 @@ def test_a_persona_that_most_rows_follow_with_the_same_words_is_found_too():
     assert by_counting(prompts, 0.1).items() >= found.items()
 
 
+def test_a_beginning_that_many_leave_early_does_not_hide_the_longer_one():
+    decoys = [f"{PERSONA.removesuffix('order: ')}word{i} ends" for i in range(40)]
+    assert beginnings(rows(PERSONA, 200) + decoys + rows("", 760), 0.04).items() >= {PERSONA: 200}.items()
+
+
+def test_conversations_begin_and_end_each_on_their_own():
+    """A persona that 6 % address, in their first or in their last turn."""
+    plain, some = rows("", 940), rows(PERSONA, 60)
+    forms = FormsConfig("mine", {"rows": Form(rows=0.04)})
+    for turns in ([plain + some, rows("", 1000)], [rows("", 1000), plain + some], [plain + some]):
+        assert forms.after(turns, lambda _: None).others == {"rows 1": Form(PERSONA)}
+    assert forms.after([plain + some, some], lambda _: None).others == {"rows 1": Form(PERSONA)}
+    given = FormsConfig("mine", {"persona": Form(PERSONA), "rows": Form(rows=0.04)})
+    assert given.after([plain + some], lambda _: None).others == given.fixed()
+
+
 def test_characters_are_words_where_words_are_not_spaced():
     """An obedient persona in Chinese, before questions that differ."""
     found = beginnings([f"听从我的命令:{word}是什么?" for word in ("猫咪", "天气", "音乐", "河流")], 0.5)
     assert found == {"听从我的命令:": 4}
-    assert beginnings([f"猫{word}是什么?" for word in ("咪", "天", "音", "河")], 0.5) == {}
+    assert beginnings([f"请帮我{word}吗?" for word in ("做饭", "唱歌", "画画", "写信")], 0.5) == {}  # please help me
 
 
 def test_the_last_word_of_a_prompt_is_no_part_of_a_beginning():
@@ -81,11 +97,11 @@ def test_the_last_word_of_a_prompt_is_no_part_of_a_beginning():
 def test_forms_of_rows_are_beginnings_of_distinct_prompts():
     told = []
     forms = FormsConfig("mine", {"sir": Form("Sir: "), "rows": Form(rows=0.3)})
-    made = forms.after(rows(TASK, 4) + rows(PERSONA, 2) * 9, told.append)
+    made = forms.after([rows(TASK, 4) + rows(PERSONA, 2) * 9], told.append)
     assert made.others == {"sir": Form("Sir: "), "rows 1": Form(TASK), "rows 2": Form(PERSONA)}
     assert told[0] == f"forms.others.rows: 4 of 6 prompts begin with {TASK!r}"
     assert forms.fixed() == {"sir": Form("Sir: ")}
-    assert forms.after(["a b", "c d"], told.append).others == forms.fixed()
+    assert forms.after([["a b", "c d"]], told.append).others == forms.fixed()
     assert told[-1] == "forms.others.rows: no beginning of 3 words or more is shared by 30 % of 2 prompts"
     assert made.after([], told.append) == made
     with pytest.raises(ConfigError, match="others=rows 1: accepted: another name"):
