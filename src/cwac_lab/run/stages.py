@@ -154,10 +154,7 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         # What cannot be shown is told before hours of work.
         ids = [example.input_ids for example in encoded(rows, chat, run.task.train_on, lambda _: None)]
         run = with_beginnings(run, job.begin, model, chat, say, rows)
-    with job.meter.stage("prepare"):
-        context, prepared = artefacts(run, job.begin, model, chat, say)
-        check_free(run, context)
-        share = held_share(run, job.begin, context, prepared, chat)
+    context, prepared, share = _prepared(job, run, model, chat)
     drift = _probe(job, model, chat, context)
     watched = _course(job, model, chat, asked)
     guard = guarded.guard(run, model, chat, context, job.folder)
@@ -207,6 +204,14 @@ def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked
         "prepared": prepared,
         **told,
     } | followed
+
+
+def _prepared(job: Job, run: Run, model: Any, chat: ChatFormat) -> tuple[Context, dict[str, Any], float | None]:
+    """Return what the constraint needs, facts of it for the record, and what share of prompts to come it holds."""
+    with job.meter.stage("prepare"):
+        context, prepared = artefacts(run, job.begin, model, chat, job.screen.say)
+        check_free(run, context)
+        return context, prepared, held_share(run, job.begin, context, prepared, chat)
 
 
 def _guarded(job: Job, facts: dict[str, Any], ended: int) -> int:
