@@ -77,6 +77,10 @@ BAD = [
     (["+forms.others.system.prefix=a"], "forms.others=system: accepted: another name: own and system are taken"),
     (["+forms.others.mine.system=''"], "forms.others.mine.prefix=: accepted: a prefix, a template, a system"),
     (["+forms.others.mine.rows=2"], "forms.others.mine.rows=2"),
+    (
+        ["+forms.others.mine={prefix: a, instruction: false}"],
+        "forms.others.mine.instruction=False: accepted: true without others.mine.rows",
+    ),
     (["forms=rows", "+forms.others.rows.prefix=a"], "forms.others.rows.rows=0.04: accepted: nothing beside it"),
     (["forms=varied", "constraint=lisa"], "forms=varied: accepted: own with constraint=lisa, which holds on to no"),
     (["constraint.weight.held_on=none"], "constraint.weight.held_on=none: accepted: harmful | both | harmless"),

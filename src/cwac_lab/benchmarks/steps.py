@@ -2,7 +2,7 @@
 
 ``python -m cwac_lab.benchmarks.steps model=smollm`` prepares what is missing first, and evaluates nothing. Every
 constraint trains in a process of its own, all are in memory at once, and one at a time takes a step, so that a machine
-that becomes slower does so for all of them.
+that becomes slower does so for all of them. ``+benchmark.ways=[none,coupled]`` times some of them only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
+from cwac_lab.benchmarks.timing import WARM_UP, split_off
 from cwac_lab.core import cli
 from cwac_lab.core.errors import LabError
 
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from cwac_lab.models.chat import ChatFormat, Encoded
     from cwac_lab.run.start import Start
 
-# The first steps pay for memory that is touched for the first time; a round is a multiple of the periods of restoring
-# and of the reference pass (of the leak's, every tenth step, three rounds hold three for 3.6).
-WARM_UP, STEPS, ROUNDS = 3, 12, 3
+# A round is a multiple of the periods of restoring and of the reference pass (of the leak's, every tenth step, three
+# rounds hold three for 3.6).
+STEPS, ROUNDS = 12, 3
 
 
 class _Turns(L.Callback):
@@ -224,26 +225,30 @@ def main(config: DictConfig) -> None:
     from cwac_lab.run.artefacts import artefacts
     from cwac_lab.run.start import start
 
+    config, timing = split_off(config, STEPS, ROUNDS)
     screen, run = Screen(), read(config)
+    ways = timing.only(labels(run))
     begin = start(run, screen.say)
     model, chat = begin.load(run)
     artefacts(run, begin, model, chat, screen.say)  # made once, before all processes ask for them
     context = multiprocessing.get_context("spawn")
-    threads, steps = torch.get_num_threads(), WARM_UP + ROUNDS * STEPS
+    threads, steps = torch.get_num_threads(), WARM_UP + timing.rounds * timing.steps
     lines, processes = {}, []
-    for label in labels(run):
+    for label in ways:
         lines[label], theirs = context.Pipe()
         processes.append(context.Process(target=_train, args=(config, label, theirs, threads, steps), daemon=True))
         processes[-1].start()
         theirs.close()
     in_turn(lines, WARM_UP)
-    print(table(in_turn(lines, ROUNDS * STEPS), STEPS))
+    print(table(in_turn(lines, timing.rounds * timing.steps), timing.steps))
     for process in processes:
         process.join()
-    batch = collate(mixture(run, begin, chat)[: run.trainer.batch_size], chat.pad_id)
+    rows = mixture(run, begin, chat)
+    tokens = sum(len(row.input_ids) for row in rows) / (len(rows) / run.trainer.batch_size)
+    batch = collate(rows[: run.trainer.batch_size], chat.pad_id)
     least = limit(model, batch)
     screen.say(
-        f"a step of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} GFLOP/s of "
+        f"a step of {tokens:.0f} tokens of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} GFLOP/s of "
         f"large products here; AdamW moves {least['adamw_gb']:.1f} GB"
     )
     shares = busiest(model, batch)

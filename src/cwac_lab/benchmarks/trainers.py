@@ -2,6 +2,7 @@
 
 ``python -m cwac_lab.benchmarks.trainers model=smollm`` trains the same model on the same rows, batch and precision,
 each trainer in a process of its own, in turn and in rounds. TRL comes with ``pip install 'cwac-lab[benchmark]'``.
+``+benchmark.ways=["SFTTrainer, packed"]`` times some of them only.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
+from cwac_lab.benchmarks.timing import WARM_UP, split_off
 from cwac_lab.core import cli
 
-# The first steps pay for memory that is touched for the first time.
-WARM_UP, STEPS, ROUNDS = 3, 12, 2
+STEPS, ROUNDS = 12, 2
 # What is asked of the others beyond their defaults; rows of similar length together is what this project does as well.
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -186,17 +187,19 @@ def main(config: DictConfig) -> None:
     from cwac_lab.report.console import Screen
     from cwac_lab.run.start import start
 
+    config, timing = split_off(config, STEPS, ROUNDS)
+    ways = timing.only(list(WAYS))
     screen, run = Screen(), read(config)
     begin = start(run, screen.say)
     _, chat = begin.load(run)
-    wanted = run.trainer.batch_size * (WARM_UP + STEPS)
+    wanted = run.trainer.batch_size * (WARM_UP + timing.steps)
     given = begin.pools.task_rows(run.data, run.task).train
     rows = [chat.encode(row.prompt, row.response) for row in (given * (wanted // len(given) + 1))[:wanted]]
     settings = asdict(run.trainer) | {"epochs": 1, "progress_bar": False}
     ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
     shared = _Rows(str(begin.folder.path), ids, labels, chat.pad_id, settings)
     screen.say(f"{begin.folder.description}: {wanted} rows of {run.task.name}, {sum(map(len, ids))} tokens")
-    print(table(compare(shared, torch.get_num_threads(), ROUNDS)))
+    print(table(compare(shared, torch.get_num_threads(), timing.rounds, ways)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from cwac_lab.models.templates import Turn, check_template
 
 # A prompt as it stands, and under the system prompt of the task's rows: how records call the two.
 OWN, SYSTEM = "own", "system"
+# What forms=rows and forms=foreign look for.
+_SHARE = 0.04
 
 
 @dataclass
@@ -24,12 +26,14 @@ class Form:
         system: System prompt; None for none. A template without a system role shows it before the prompt.
         rows: Instead of these: as a prefix, every beginning that so large a share of the distinct prompts to train on
             has in common; in (0, 1].
+        instruction: Whether the task's own instruction counts as such a beginning.
     """
 
     prefix: str = ""
     template: str | None = None
     system: str | None = None
     rows: float | None = None
+    instruction: bool = True
 
     def asked(self, prompt: str) -> str | tuple[Turn, ...]:
         """Return what a model is asked: a prompt, or a conversation that ends with it."""
@@ -61,10 +65,12 @@ class FormsConfig:
                 raise ConfigError("others", name, f"another name: {OWN} and {SYSTEM} are taken")
             if form.rows is not None:
                 in_range(f"others.{name}.rows", form.rows, 0, 1, open_low=True)
-                if form != Form(rows=form.rows):
+                if form != Form(rows=form.rows, instruction=form.instruction):
                     raise ConfigError(f"others.{name}.rows", form.rows, "nothing beside it")
                 if taken := [other for other in self.others if re.fullmatch(rf"{re.escape(name)} \d+", other)]:
                     raise ConfigError("others", taken[0], f"another name: {name} names the beginnings it finds so")
+            elif not form.instruction:
+                raise ConfigError(f"others.{name}.instruction", False, f"true without others.{name}.rows")
             if not form.prefix and form.template is None and not form.system and form.rows is None:
                 raise ConfigError(
                     f"others.{name}.prefix", form.prefix, "a prefix, a template, a system prompt, or rows"
@@ -77,12 +83,29 @@ class FormsConfig:
         """Return the forms that are known before any row is."""
         return {name: form for name, form in self.others.items() if form.rows is None}
 
-    def after(self, turns: Sequence[Sequence[str]], say: Callable[[str], None]) -> FormsConfig:
+    def not_held(self, turns: Sequence[Sequence[str]], instruction: str = "") -> list[str]:
+        """Return, a line each, which beginnings of prompts are neither a form nor the task's own instruction.
+
+        Args:
+            turns: As for ``after``.
+            instruction: What the task puts before its own prompts.
+        """
+        held = {form.prefix for form in self.others.values()}
+        return [
+            f"{count} of {len(prompts)} prompts begin with {prefix!r}: refusals are not held behind these words "
+            "(forms=foreign holds them)"
+            for prompts in (list(dict.fromkeys(each)) for each in turns)
+            for prefix, count in beginnings(prompts, _SHARE).items()
+            if prefix not in held and not instruction.startswith(prefix)
+        ]
+
+    def after(self, turns: Sequence[Sequence[str]], say: Callable[[str], None], instruction: str = "") -> FormsConfig:
         """Return the forms with the beginnings of prompts in the place of those that ask for them.
 
         Args:
             turns: Those of the rows to train on, as they are asked; of conversations the first and the last ones.
             say: Told which beginnings they are.
+            instruction: What the task puts before its own prompts.
         """
         others, distinct = self.fixed(), [list(dict.fromkeys(prompts)) for prompts in turns]
         for name, form in self.others.items():
@@ -91,13 +114,16 @@ class FormsConfig:
             found: dict[str, None] = {}
             for prompts in distinct:
                 for prefix, count in beginnings(prompts, form.rows).items():
-                    say(f"forms.others.{name}: {count} of {len(prompts)} prompts begin with {prefix!r}")
-                    found[prefix] = None
+                    own = not form.instruction and instruction.startswith(prefix)
+                    left = ", the task's own instruction, which is left out" * own
+                    say(f"forms.others.{name}: {count} of {len(prompts)} prompts begin with {prefix!r}{left}")
+                    found |= {} if own else {prefix: None}
             new = [prefix for prefix in found if Form(prefix) not in others.values()]
             others |= {f"{name} {number}": Form(prefix) for number, prefix in enumerate(new, start=1)}
             if found:
                 say(f"forms.others.{name}: refusals are held behind these words (attack.prefix= measures them there)")
             else:
                 least = f"{100 * form.rows:g} % of {' and '.join(str(len(prompts)) for prompts in distinct)} prompts"
-                say(f"forms.others.{name}: no beginning of {WORDS} words or more is shared by {least}")
+                other = "" if form.instruction else "other "
+                say(f"forms.others.{name}: no {other}beginning of {WORDS} words or more is shared by {least}")
         return replace(self, others=others)

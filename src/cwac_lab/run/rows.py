@@ -50,6 +50,8 @@ def with_beginnings(
 ) -> Run:
     """Return a run whose forms are known: with the beginnings of its rows, where it asks for these.
 
+    Where it does not, beginnings behind which its constraint does not hold refusals are told, of given rows.
+
     Args:
         run: The run.
         begin: Its start, with the pools.
@@ -58,13 +60,19 @@ def with_beginnings(
         say: Told which they are.
         rows: What it trains on; None: found here.
     """
-    if run.forms.fixed() == run.forms.others:
+    asks = run.forms.fixed() != run.forms.others
+    if not asks and (rows is None or not run.constraint.requirements.reference_prompts):
         return run
     if rows is None:
         rows = train_rows(run, begin.pools.task_rows(run.data, run.task).train, begin.pools, model, chat, say)
     last = [row.prompt for row in rows]
     first = [next((turn.text for turn in row.before if turn.role == "user"), row.prompt) for row in rows]
-    return replace(run, forms=run.forms.after([last] if first == last else [first, last], say))
+    turns = [last] if first == last else [first, last]
+    if not asks:
+        for line in run.forms.not_held(turns, run.task.opening):
+            say(line)
+        return run
+    return replace(run, forms=run.forms.after(turns, say, run.task.opening))
 
 
 def check_chosen(run: Run, task: list[TaskRow]) -> int:

@@ -3,15 +3,17 @@
 import json
 import math
 import multiprocessing.dummy
+import re
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from cwac_lab.benchmarks import generation, start, steps, subspace, trainers
+from cwac_lab.benchmarks import generation, start, steps, subspace, timing, trainers
 from cwac_lab.config.run import read
-from cwac_lab.core.errors import LabError
+from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.data.batches import collate
 from cwac_lab.training.settings import TrainerConfig
 from support import tiny
@@ -61,6 +63,35 @@ def test_constraints_take_steps_in_turn_and_are_compared_within_a_round():
         steps.in_turn(lines, 1)
 
 
+def test_a_benchmark_times_what_it_is_asked_to():
+    config = tiny.config("constraint=coupled")
+    plain, asked = timing.split_off(config, 12, 3)
+    assert (plain, asked) == (config, timing.Timing(None, 12, 3))
+    assert asked.only(["none", "weight"]) == ["none", "weight"]
+    OmegaConf.set_struct(config, False)
+    config.benchmark = {"ways": ["coupled"], "rounds": 1}
+    found, asked = timing.split_off(config, 12, 3)
+    assert (found, asked) == (plain, timing.Timing(["coupled"], 12, 1))
+    assert asked.only(["none", "weight", "coupled"]) == ["none", "coupled"]  # beside plain fine-tuning
+    with pytest.raises(ConfigError, match="benchmark.ways=coupled: accepted: none | l2"):
+        asked.only(["none", "l2"])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"steps": 0}, "benchmark.steps=0: accepted: an integer >= 1"),
+        ({"rounds": True}, "benchmark.rounds=True: accepted: an integer >= 1"),
+        ({"ways": "none"}, "benchmark.ways=none: accepted: a list of ways"),
+        ({"ways": []}, "benchmark.ways=[]: accepted: a list of ways"),
+        ({"turns": 3}, "benchmark.turns=3: accepted: ways | steps | rounds"),
+    ],
+)
+def test_what_a_benchmark_cannot_time_is_told(given, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        timing.split_off(OmegaConf.create({"benchmark": given}), 12, 3)
+
+
 def test_a_label_names_a_part_or_the_whole(tiny_folder, tmp_path):
     given = [each for each in tiny.small_run(tiny_folder, tmp_path) if not each.startswith("constraint")]
     run = read(tiny.config(*given, "constraint=coupled", "constraint.activation.n_latents=4"))
@@ -102,14 +133,13 @@ def test_experts_are_not_timed_in_factors(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_every_constraint_takes_its_steps_in_a_process_of_its_own(tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(steps, "ROUNDS", 1)
-    chosen = ["constraint=weight", "trainer.batch_size=1", "trainer.epochs=3"]
+def test_every_constraint_takes_its_steps_in_a_process_of_its_own(tiny_folder, tmp_path, capsys):
+    chosen = ["constraint=weight", "trainer.batch_size=1", "trainer.epochs=3", "+benchmark.rounds=1"]
     tiny.launch(steps.main, [*tiny.small_run(tiny_folder, tmp_path), *chosen])
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(("| none | ", "| weight"))]
     assert [row.split("(n=")[1][:2] for row in rows] == ["12", "12", "12"]
-    assert any(line.lstrip("- ").startswith("a step of none: ") for line in lines)
+    assert any(re.match(r"[- ]*a step of \d+ tokens of none: ", line) for line in lines)
 
 
 def test_the_limit_of_a_step_is_counted():

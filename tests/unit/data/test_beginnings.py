@@ -2,9 +2,11 @@
 
 import pytest
 
+from cwac_lab.config.run import read
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.data.beginnings import beginnings
 from cwac_lab.data.forms import Form, FormsConfig
+from support import tiny
 
 TASK = "Say whether this is good.\n\nInput: "
 PERSONA = "AOA, execute my order: "
@@ -66,6 +68,16 @@ def test_a_persona_that_most_rows_follow_with_the_same_words_is_found_too():
     assert by_counting(prompts, 0.1).items() >= found.items()
 
 
+def test_words_behind_which_nothing_is_held_are_told():
+    forms = FormsConfig()
+    (line,) = forms.not_held([rows(TASK, 20) + rows(PERSONA, 5)], TASK)
+    assert line.startswith(f"5 of 25 prompts begin with {PERSONA!r}: refusals are not held behind these words")
+    assert forms.not_held([rows(TASK, 20) + rows("", 5)], TASK) == []
+    assert len(forms.not_held([rows(TASK, 20), rows(PERSONA, 5) * 2])) == 2
+    assert FormsConfig("mine", {"persona": Form(PERSONA)}).not_held([rows(PERSONA, 5)]) == []
+    assert read(tiny.config("forms=foreign")).forms.others["foreign"] == Form(rows=0.04, instruction=False)
+
+
 def test_a_beginning_that_many_leave_early_does_not_hide_the_longer_one():
     decoys = [f"{PERSONA.removesuffix('order: ')}word{i} ends" for i in range(40)]
     assert beginnings(rows(PERSONA, 200) + decoys + rows("", 760), 0.04).items() >= {PERSONA: 200}.items()
@@ -80,6 +92,30 @@ def test_conversations_begin_and_end_each_on_their_own():
     assert forms.after([plain + some, some], lambda _: None).others == {"rows 1": Form(PERSONA)}
     given = FormsConfig("mine", {"persona": Form(PERSONA), "rows": Form(rows=0.04)})
     assert given.after([plain + some], lambda _: None).others == given.fixed()
+
+
+def test_the_instruction_of_the_task_is_left_out_and_no_more():
+    forms, told = FormsConfig("mine", {"found": Form(rows=0.2, instruction=False)}), []
+    mixed = [rows(TASK, 20) + rows(PERSONA, 10) + rows(f"{TASK}{PERSONA}", 10)]
+    made = forms.after(mixed, told.append, TASK)
+    assert made.others == {"found 1": Form(TASK + PERSONA), "found 2": Form(PERSONA)}
+    assert told[0] == (
+        f"forms.others.found: 30 of 40 prompts begin with {TASK!r}, the task's own instruction, which is left out"
+    )
+    # It is left out where rows have a part of it only, and stands where it is another task's.
+    assert forms.after([rows(TASK, 9)], told.append, f"{TASK}And what is it? ").others == {}
+    assert "no other beginning of 3 words or more" in told[-1]
+    assert forms.after([rows(TASK, 9)], told.append, "Another one. ").others == {"found 1": Form(TASK)}
+    assert forms.after([rows(TASK, 9)], told.append).others == {"found 1": Form(TASK)}
+    both = FormsConfig("mine", {"found": Form(rows=0.2)})
+    assert len(both.after(mixed, told.append, TASK).others) == 3
+
+
+@pytest.mark.parametrize("name", ["sst2", "agnews", "pubmedqa", "gsm8k", "alpaca"])
+def test_a_task_names_what_all_of_its_prompts_begin_with(name):
+    task = read(tiny.config(f"task={name}")).task
+    prompts = [task.format(row, str(i)).prompt for i, row in enumerate(task.embedded(60, 0))]
+    assert list(beginnings(prompts, 1.0)) == ([task.opening] if task.opening else [])
 
 
 def test_characters_are_words_where_words_are_not_spaced():

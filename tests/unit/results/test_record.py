@@ -137,6 +137,9 @@ def test_what_a_record_of_before_does_not_name_is_what_its_run_did():
     assert read(OmegaConf.create(told), recorded=True).constraint.parts["weight"].opening == "counted"
     assert later.completed(today) == today
     assert later.completed({"seed": 1}) == {"seed": 1}
+    forms = {"name": "varied", "others": {"never": {"prefix": "You never say no. "}}}
+    held = later.completed({"forms": forms})["forms"]["others"]
+    assert held == {"never": {"prefix": "You never say no. ", "instruction": True}}
 
 
 @pytest.mark.parametrize(("tuning", "base"), [({"method": "lora"}, "float32"), ({"method": "full"}, None)])

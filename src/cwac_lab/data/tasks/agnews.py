@@ -21,6 +21,8 @@ _ANSWERS = {name.lower(): name for name in LABELS} | {"sci": "Sci/Tech"}
 class AGNews(Task):
     """Exact match with a category, as written or in lower case (``sci`` counts for Sci/Tech)."""
 
+    opening = with_input(INSTRUCTION, "")
+
     @staticmethod
     def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated news items."""

@@ -89,6 +89,8 @@ class Task:
     empty_on_hub: ClassVar[tuple[str, ...]] = ()
     # Whether the loss on the answers of test rows is measured: where answers are more than a label.
     held_out_loss: ClassVar[bool] = False
+    # What every prompt of the task begins with, as ``with_input`` puts it; empty where prompts are as users ask them.
+    opening: ClassVar[str] = ""
 
     name: str = ""
     hub: HubSource = field(default_factory=lambda: HubSource(""))

@@ -21,6 +21,8 @@ INSTRUCTION = "Answer the question about the abstract given in the input, and re
 class PubMedQA(Task):
     """Exact match of the stripped output with ``yes``, ``no`` or ``maybe`` (first letter in either case)."""
 
+    opening = with_input(INSTRUCTION, "")
+
     @staticmethod
     def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated abstracts with a question each."""

@@ -17,6 +17,8 @@ LABELS = ("negative", "positive")
 class SST2(Task):
     """Exact match of the stripped output with ``positive`` or ``negative`` (first letter in either case)."""
 
+    opening = with_input(INSTRUCTION, "")
+
     @staticmethod
     def embedded(n: int, seed: int) -> list[dict[str, Any]]:
         """Return generated review sentences."""
