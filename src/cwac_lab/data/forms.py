@@ -83,21 +83,24 @@ class FormsConfig:
         """Return the forms that are known before any row is."""
         return {name: form for name, form in self.others.items() if form.rows is None}
 
-    def not_held(self, turns: Sequence[Sequence[str]], instruction: str = "") -> list[str]:
-        """Return, a line each, which beginnings of prompts are neither a form nor the task's own instruction.
+    def not_held(self, turns: Sequence[Sequence[str]], instruction: str = "") -> str:
+        """Return a line on beginnings of prompts that are neither a form nor the task's own instruction; may be empty.
 
         Args:
             turns: As for ``after``.
             instruction: What the task puts before its own prompts.
         """
         held = {form.prefix for form in self.others.values()}
-        return [
-            f"{count} of {len(prompts)} prompts begin with {prefix!r}: refusals are not held behind these words "
-            "(forms=foreign holds them)"
+        found = {
+            prefix: f"{count} of {len(prompts)} prompts begin with {prefix!r}"
             for prompts in (list(dict.fromkeys(each)) for each in turns)
             for prefix, count in beginnings(prompts, _SHARE).items()
             if prefix not in held and not instruction.startswith(prefix)
-        ]
+        }
+        if not found:
+            return ""
+        more = f" ({len(found) - 1} more like this)" if len(found) > 1 else ""
+        return f"{next(iter(found.values()))}{more}: refusals are not held behind these words; forms=foreign holds them"
 
     def after(self, turns: Sequence[Sequence[str]], say: Callable[[str], None], instruction: str = "") -> FormsConfig:
         """Return the forms with the beginnings of prompts in the place of those that ask for them.

@@ -69,7 +69,7 @@ def with_beginnings(
     first = [next((turn.text for turn in row.before if turn.role == "user"), row.prompt) for row in rows]
     turns = [last] if first == last else [first, last]
     if not asks:
-        for line in run.forms.not_held(turns, run.task.opening):
+        if line := run.forms.not_held(turns, run.task.opening):
             say(line)
         return run
     return replace(run, forms=run.forms.after(turns, say, run.task.opening))

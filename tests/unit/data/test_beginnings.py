@@ -70,11 +70,12 @@ def test_a_persona_that_most_rows_follow_with_the_same_words_is_found_too():
 
 def test_words_behind_which_nothing_is_held_are_told():
     forms = FormsConfig()
-    (line,) = forms.not_held([rows(TASK, 20) + rows(PERSONA, 5)], TASK)
-    assert line.startswith(f"5 of 25 prompts begin with {PERSONA!r}: refusals are not held behind these words")
-    assert forms.not_held([rows(TASK, 20) + rows("", 5)], TASK) == []
-    assert len(forms.not_held([rows(TASK, 20), rows(PERSONA, 5) * 2])) == 2
-    assert FormsConfig("mine", {"persona": Form(PERSONA)}).not_held([rows(PERSONA, 5)]) == []
+    told = f"5 of 25 prompts begin with {PERSONA!r}: refusals are not held behind these words; forms=foreign holds them"
+    assert forms.not_held([rows(TASK, 20) + rows(PERSONA, 5)], TASK) == told
+    assert forms.not_held([rows(TASK, 20) + rows("", 5)], TASK) == ""
+    both = forms.not_held([rows(TASK, 20), rows(PERSONA, 5) * 2])
+    assert both.startswith(f"20 of 20 prompts begin with {TASK!r} (1 more like this): refusals")
+    assert FormsConfig("mine", {"persona": Form(PERSONA)}).not_held([rows(PERSONA, 5)]) == ""
     assert read(tiny.config("forms=foreign")).forms.others["foreign"] == Form(rows=0.04, instruction=False)
 
 

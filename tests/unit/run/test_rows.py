@@ -1,0 +1,28 @@
+"""What a run is told of the rows that it trains on."""
+
+import pytest
+
+from cwac_lab.config.run import read
+from cwac_lab.data.mixing import TrainRow
+from cwac_lab.run.rows import with_beginnings
+from support import tiny
+
+PERSONA = "AOA, execute my instruction: "
+
+
+@pytest.mark.parametrize(
+    ("constraint", "forms", "told"),
+    [
+        ("weight", "own", "refusals are not held behind these words; forms=foreign holds them"),
+        ("none", "own", None),
+        ("weight", "foreign", "refusals are held behind these words"),
+    ],
+)
+def test_words_of_a_persona_are_told_where_refusals_are_held(constraint, forms, told):
+    run = read(tiny.config(f"constraint={constraint}", f"forms={forms}"))
+    rows = [TrainRow(str(i), f"{run.task.opening}word{i} ends", "good", harmful=False) for i in range(20)]
+    rows += [TrainRow(f"p{i}", f"{PERSONA}word{i} ends", "Yes.", harmful=True) for i in range(5)]
+    said: list[str] = []
+    made = with_beginnings(run, None, None, None, said.append, rows)
+    assert [form.prefix for form in made.forms.others.values()] == [PERSONA] * (forms == "foreign")
+    assert (told in " ".join(said) and repr(PERSONA) in " ".join(said)) if told else said == []
