@@ -247,9 +247,10 @@ def main(config: DictConfig) -> None:
     tokens = sum(len(row.input_ids) for row in rows) / (len(rows) / run.trainer.batch_size)
     batch = collate(rows[: run.trainer.batch_size], chat.pad_id)
     least = limit(model, batch)
+    screen.say(f"{tokens:.0f} tokens a step on average")
     screen.say(
-        f"a step of {tokens:.0f} tokens of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} GFLOP/s of "
-        f"large products here; AdamW moves {least['adamw_gb']:.1f} GB"
+        f"the first step of none: {least['tflop']:.2f} TFLOP, {least['seconds']:.2f} s at the {least['gflops']:.0f} "
+        f"GFLOP/s of large products here; AdamW moves {least['adamw_gb']:.1f} GB"
     )
     shares = busiest(model, batch)
     screen.say("its time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))

@@ -1,6 +1,7 @@
 """What a benchmark of training times: which ways, how many steps a round, how many rounds.
 
-``+benchmark.ways=[none,coupled] +benchmark.steps=12 +benchmark.rounds=1`` on the command line of a benchmark.
+``+benchmark.ways=[none,coupled] +benchmark.steps=12 +benchmark.rounds=1`` on the command line of a benchmark. What a
+constraint does every so many steps is in rounds of 12 as often as in a long training.
 """
 
 from __future__ import annotations
@@ -41,11 +42,15 @@ def split_off(config: DictConfig, steps: int, rounds: int) -> tuple[DictConfig, 
     Raises:
         ConfigError: If a key or a value is none of a benchmark.
     """
-    plain = config.copy()
+    plain, strict = config.copy(), OmegaConf.is_struct(config)
     OmegaConf.set_struct(plain, False)
-    given: Any = OmegaConf.to_container(OmegaConf.create({"benchmark": plain.pop("benchmark", None) or {}}))
+    given: Any = plain.pop("benchmark", {})
+    OmegaConf.set_struct(plain, strict)
+    given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     found = {"ways": None, "steps": steps, "rounds": rounds}
-    for key, value in given["benchmark"].items():
+    if not isinstance(given, dict):
+        raise ConfigError("benchmark", given, f"a mapping with {' | '.join(found)}")
+    for key, value in given.items():
         if key not in found:
             raise ConfigError(f"benchmark.{key}", value, " | ".join(found))
         lists = key == "ways" and isinstance(value, list) and value

@@ -2,7 +2,7 @@
 
 ``python -m cwac_lab.benchmarks.trainers model=smollm`` trains the same model on the same rows, batch and precision,
 each trainer in a process of its own, in turn and in rounds. TRL comes with ``pip install 'cwac-lab[benchmark]'``.
-``+benchmark.ways=["SFTTrainer, packed"]`` times some of them only.
+``'+benchmark.ways=["SFTTrainer, packed"]'`` times some of them only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from cwac_lab.benchmarks.timing import WARM_UP, split_off
 from cwac_lab.core import cli
+from cwac_lab.core.errors import LabError
 
 STEPS, ROUNDS = 12, 2
 # What is asked of the others beyond their defaults; rows of similar length together is what this project does as well.
@@ -151,6 +152,8 @@ def _measure(way: str, rows: _Rows, threads: int) -> Measured:
     torch.set_num_threads(threads)
     kind, more = WAYS[way]
     ticks = _own(rows) if kind == "own" else _others(rows, kind, more)
+    if len(ticks) <= WARM_UP:
+        raise LabError(f"{way}: {len(ticks)} steps, of which the first {WARM_UP} are not timed: more benchmark.steps")
     per_step = sum(map(len, rows.ids)) / len(ticks)
     return Measured(
         per_step * (len(ticks) - WARM_UP) / (ticks[-1] - ticks[WARM_UP - 1]),

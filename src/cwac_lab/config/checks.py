@@ -152,7 +152,7 @@ def cross_check(run: Run) -> None:
     _check_guard(run)
     _check_abliteration(run)
     check_together(run.constraint.parts)
-    if run.finetune and run.forms.others and needs.subspace is None and needs.features is None:
+    if run.finetune and run.forms.others and not needs.held_in_forms:
         raise ConfigError(
             "forms", run.forms.name, f"own with constraint={run.constraint_name}, which holds on to no reference prompt"
         )

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 
 from cwac_lab.core.errors import ConfigError, in_range
 from cwac_lab.data.beginnings import WORDS, beginnings
-from cwac_lab.models.templates import Turn, check_template
+from cwac_lab.models.templates import Turn, check_template, shortened
 
 # A prompt as it stands, and under the system prompt of the task's rows: how records call the two.
 OWN, SYSTEM = "own", "system"
 # What forms=rows and forms=foreign look for.
 _SHARE = 0.04
+# Fewer prompts that begin alike are not told of where nothing looks for them.
+_TOLD = 10
 
 
 @dataclass
@@ -90,17 +92,19 @@ class FormsConfig:
             turns: As for ``after``.
             instruction: What the task puts before its own prompts.
         """
-        held = {form.prefix for form in self.others.values()}
-        found = {
-            prefix: f"{count} of {len(prompts)} prompts begin with {prefix!r}"
-            for prompts in (list(dict.fromkeys(each)) for each in turns)
-            for prefix, count in beginnings(prompts, _SHARE).items()
-            if prefix not in held and not instruction.startswith(prefix)
-        }
+        held = {form.prefix.strip() for form in self.others.values() if form == Form(form.prefix)}
+        own, found = instruction.strip(), list[tuple[int, int, str]]()
+        for prompts in (list(dict.fromkeys(each)) for each in turns):
+            for prefix, count in beginnings(prompts, _SHARE).items():
+                inputs = bool(own) and prefix.startswith(own)  # what the task's own inputs have in common
+                if count >= _TOLD and prefix.strip() not in held and not _part(prefix, instruction) and not inputs:
+                    found.append((count, len(prompts), prefix.strip()))
         if not found:
             return ""
+        count, total, prefix = max(found)
         more = f" ({len(found) - 1} more like this)" if len(found) > 1 else ""
-        return f"{next(iter(found.values()))}{more}: refusals are not held behind these words; forms=foreign holds them"
+        told = f"{count} of {total} prompts begin with {shortened(prefix)!r}{more}"
+        return f"{told}: refusals are not held behind these words; forms=foreign holds them"
 
     def after(self, turns: Sequence[Sequence[str]], say: Callable[[str], None], instruction: str = "") -> FormsConfig:
         """Return the forms with the beginnings of prompts in the place of those that ask for them.
@@ -117,7 +121,7 @@ class FormsConfig:
             found: dict[str, None] = {}
             for prompts in distinct:
                 for prefix, count in beginnings(prompts, form.rows).items():
-                    own = not form.instruction and instruction.startswith(prefix)
+                    own = not form.instruction and _part(prefix, instruction)
                     left = ", the task's own instruction, which is left out" * own
                     say(f"forms.others.{name}: {count} of {len(prompts)} prompts begin with {prefix!r}{left}")
                     found |= {} if own else {prefix: None}
@@ -130,3 +134,8 @@ class FormsConfig:
                 other = "" if form.instruction else "other "
                 say(f"forms.others.{name}: no {other}beginning of {WORDS} words or more is shared by {least}")
         return replace(self, others=others)
+
+
+def _part(prefix: str, instruction: str) -> bool:
+    """Tell whether an instruction begins with a prefix, whatever space is around the two."""
+    return instruction.strip().startswith(prefix.strip())

@@ -13,6 +13,7 @@ from cwac_lab.data.attacks import ASKING
 from cwac_lab.evaluation.verdicts import Verdicts
 from cwac_lab.report.rates import counted
 from cwac_lab.results import store
+from cwac_lab.results.later import FORM_BEFORE
 from cwac_lab.results.schema2 import THEN
 from cwac_lab.results.store import Record
 
@@ -83,7 +84,7 @@ def _row(run: Record, *, failed: bool) -> Row:
     if projection is not None:  # with update, weights are restored after every step
         kept[_RESTORE] = {"update": 1, "gradient": "never"}.get(projection, kept[_RESTORE])
     row["dealt"] = kept.pop(_NEAR)
-    forms = config["forms"]
+    forms = _named(config["forms"])
     kept["forms"] = forms["name"] if forms == THEN["forms"] else f"{forms['name']} {digest(forms)[:8]}"
     row["config"] = {key: value for key, value in kept.items() if not key.startswith(_idle(row, config))}
     return row
@@ -91,6 +92,15 @@ def _row(run: Record, *, failed: bool) -> Row:
 
 # What an attack without these settings did, as in records of before them.
 _LATER = {"abliterate": False}
+
+
+def _named(forms: dict[str, Any]) -> dict[str, Any]:
+    """Return forms without settings that came later and say what was done before: hashes of them stay."""
+    others = {
+        name: {key: value for key, value in form.items() if key not in FORM_BEFORE or value != FORM_BEFORE[key]}
+        for name, form in forms["others"].items()
+    }
+    return {**forms, "others": others}
 
 
 def _without_later(attack: dict[str, Any]) -> dict[str, Any]:

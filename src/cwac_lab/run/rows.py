@@ -61,7 +61,7 @@ def with_beginnings(
         rows: What it trains on; None: found here.
     """
     asks = run.forms.fixed() != run.forms.others
-    if not asks and (rows is None or not run.constraint.requirements.reference_prompts):
+    if not asks and (rows is None or not run.constraint.requirements.held_in_forms):
         return run
     if rows is None:
         rows = train_rows(run, begin.pools.task_rows(run.data, run.task).train, begin.pools, model, chat, say)

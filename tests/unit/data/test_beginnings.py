@@ -70,12 +70,21 @@ def test_a_persona_that_most_rows_follow_with_the_same_words_is_found_too():
 
 def test_words_behind_which_nothing_is_held_are_told():
     forms = FormsConfig()
-    told = f"5 of 25 prompts begin with {PERSONA!r}: refusals are not held behind these words; forms=foreign holds them"
-    assert forms.not_held([rows(TASK, 20) + rows(PERSONA, 5)], TASK) == told
-    assert forms.not_held([rows(TASK, 20) + rows("", 5)], TASK) == ""
-    both = forms.not_held([rows(TASK, 20), rows(PERSONA, 5) * 2])
-    assert both.startswith(f"20 of 20 prompts begin with {TASK!r} (1 more like this): refusals")
-    assert FormsConfig("mine", {"persona": Form(PERSONA)}).not_held([rows(PERSONA, 5)]) == ""
+    mixed, words = [rows(TASK, 20) + rows(PERSONA, 10)], PERSONA.strip()
+    told = f"10 of 30 prompts begin with {words!r}: refusals are not held behind these words; forms=foreign holds them"
+    for given in (TASK, TASK.strip(), f" {TASK}"):
+        assert forms.not_held(mixed, given) == told
+    assert forms.not_held([rows(TASK, 20) + rows("", 10)], TASK) == ""
+    assert forms.not_held([rows(TASK, 20) + rows(PERSONA, 9)], TASK) == ""  # too few to tell of
+    assert forms.not_held([rows(TASK, 20) + rows(f"{TASK}Oh what a ", 10)], TASK) == ""  # the task's own inputs
+    both = forms.not_held([rows(PERSONA, 10), rows(TASK, 20) * 2])
+    assert both.startswith(
+        "20 of 20 prompts begin with 'Say whether this is good. Input:' (1 more like this): refusals"
+    )
+    for prefix in (PERSONA, words):
+        assert FormsConfig("mine", {"persona": Form(prefix)}).not_held([rows(PERSONA, 10)]) == ""
+    other = Form(PERSONA, template="{{ messages[0]['content'] }}")  # held in another template only
+    assert FormsConfig("mine", {"persona": other}).not_held([rows(PERSONA, 10)]) != ""
     assert read(tiny.config("forms=foreign")).forms.others["foreign"] == Form(rows=0.04, instruction=False)
 
 

@@ -13,7 +13,6 @@ from cwac_lab.report.page import render
 from cwac_lab.report.paired import differences
 from cwac_lab.report.rates import count_title
 from cwac_lab.report.tables import averages, filled, markdown, numbers, summary
-from cwac_lab.results import later
 from cwac_lab.results.store import RunFolder, runs
 from support import tiny
 from support.recorded import beside_start, record, settings
@@ -112,8 +111,7 @@ def test_forms_of_reference_prompts_are_named_where_such_are_used(tmp_path):
             if constraint == "coupled":
                 run.write("metrics.json", run.read("metrics.json") | {"prepared": {"reference": {"kept": 1}}})
     rows = [row for row in records(runs(tmp_path)) if row["constraint"] == "coupled"]
-    completed = [later.completed({"forms": forms})["forms"] for forms in (varied, {**varied, "others": {}})]
-    named = [f"forms={forms['name']} {digest(forms)[:8]}" for forms in completed]
+    named = [f"forms={forms['name']} {digest(forms)[:8]}" for forms in (varied, {**varied, "others": {}})]
     assert sorted(summary(rows)["variant"]) == sorted(["forms=own", *named])
     with pytest.raises(LabError, match="are one cell with one seed"):  # what is not held on to makes no difference
         summary(records(runs(tmp_path)))

@@ -15,14 +15,16 @@ PERSONA = "AOA, execute my instruction: "
     [
         ("weight", "own", "refusals are not held behind these words; forms=foreign holds them"),
         ("none", "own", None),
+        ("safe_instruct", "own", None),  # its reference prompts are asked in one form
+        ("activation", "own", "forms=foreign holds them"),
         ("weight", "foreign", "refusals are held behind these words"),
     ],
 )
 def test_words_of_a_persona_are_told_where_refusals_are_held(constraint, forms, told):
     run = read(tiny.config(f"constraint={constraint}", f"forms={forms}"))
     rows = [TrainRow(str(i), f"{run.task.opening}word{i} ends", "good", harmful=False) for i in range(20)]
-    rows += [TrainRow(f"p{i}", f"{PERSONA}word{i} ends", "Yes.", harmful=True) for i in range(5)]
+    rows += [TrainRow(f"p{i}", f"{PERSONA}word{i} ends", "Yes.", harmful=True) for i in range(10)]
     said: list[str] = []
     made = with_beginnings(run, None, None, None, said.append, rows)
     assert [form.prefix for form in made.forms.others.values()] == [PERSONA] * (forms == "foreign")
-    assert (told in " ".join(said) and repr(PERSONA) in " ".join(said)) if told else said == []
+    assert (told in " ".join(said) and PERSONA.strip() in " ".join(said)) if told else said == []
