@@ -11,6 +11,7 @@ from cwac_lab.data.attacks import LEAST
 from cwac_lab.data.mixing import counts
 from cwac_lab.data.pools import KINDS, check_plan
 from cwac_lab.data.taught import POOL as ALIGNMENT
+from cwac_lab.defenses.interface import Requirements
 from cwac_lab.defenses.together import check_together
 from cwac_lab.models.adapters import SAVED, TARGETS
 from cwac_lab.models.loading import choose_weights
@@ -134,6 +135,11 @@ def _check_abliteration(run: Run) -> None:
             raise ConfigError("attack.abliterate", True, accepted)
 
 
+def held_in_forms(needs: Requirements) -> bool:
+    """Tell whether a constraint holds reference prompts in the forms of ``forms``: in a subspace, or by features."""
+    return needs.subspace is not None or needs.features is not None
+
+
 def cross_check(run: Run) -> None:
     """Check what concerns more than one group.
 
@@ -152,7 +158,7 @@ def cross_check(run: Run) -> None:
     _check_guard(run)
     _check_abliteration(run)
     check_together(run.constraint.parts)
-    if run.finetune and run.forms.others and not needs.held_in_forms:
+    if run.finetune and run.forms.others and not held_in_forms(needs):
         raise ConfigError(
             "forms", run.forms.name, f"own with constraint={run.constraint_name}, which holds on to no reference prompt"
         )

@@ -47,11 +47,6 @@ class Requirements:
         """Whether refusals of the alignment pool are used: an autoencoder is trained on them, nothing else is."""
         return self.features is not None
 
-    @property
-    def held_in_forms(self) -> bool:
-        """Whether reference prompts are held in the forms of ``forms``: in a subspace, or by features."""
-        return self.subspace is not None or self.features is not None
-
     def merge(self, other: Requirements) -> Requirements:
         """Return what two defences need together (each artefact is asked for by at most one of them)."""
         return Requirements(*(getattr(self, each.name) or getattr(other, each.name) for each in fields(self)))

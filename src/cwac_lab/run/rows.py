@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from cwac_lab.config.checks import held_in_forms
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.data import mixing
@@ -61,7 +62,7 @@ def with_beginnings(
         rows: What it trains on; None: found here.
     """
     asks = run.forms.fixed() != run.forms.others
-    if not asks and (rows is None or not run.constraint.requirements.held_in_forms):
+    if not asks and (rows is None or not held_in_forms(run.constraint.requirements)):
         return run
     if rows is None:
         rows = train_rows(run, begin.pools.task_rows(run.data, run.task).train, begin.pools, model, chat, say)
