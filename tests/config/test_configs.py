@@ -76,6 +76,12 @@ def test_the_rate_is_that_of_the_start(chosen, rate):
     assert cli.compose(chosen).trainer.learning_rate == rate
 
 
+@pytest.mark.parametrize("both", [("hard_steps", "hard_rate"), ("hard_rate", "hard_steps")])
+def test_two_experiments_are_both_followed_in_any_order(both):
+    trainer = cli.compose([f"experiment=[{','.join(both)}]", LOCAL]).trainer
+    assert (trainer.epochs, trainer.learning_rate) == (6, 4e-4)
+
+
 UNTUNED = {"none", "sft_plus_refusals"}
 TUNED = sorted(file.stem for file in (conf_dir() / "constraint").glob("*.yaml") if file.stem not in UNTUNED)
 

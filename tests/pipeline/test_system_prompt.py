@@ -1,4 +1,4 @@
-"""Rows with a system prompt: refusals are held and measured under it as well, and no rate mixes the two."""
+"""Rows with a system prompt, or words that many begin with: refusals are measured there too, and no rate mixes them."""
 
 from __future__ import annotations
 
@@ -158,3 +158,28 @@ def test_rows_without_a_system_prompt_make_the_record_that_they_made(asked, shar
 def test_a_dry_run_counts_what_is_asked_under_it(more, told, shared, capsys):
     tiny.launch(train.main, [*shared, "dry=true", *more])
     assert f"evaluation: {told}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_refusals_behind_words_that_many_rows_begin_with_have_rates_of_their_own(asked, shared, tmp_path, capsys):
+    words = f"{BRIEF} Now do this: "
+    said = [f"{words if i < 12 else ''}Trip{i} is to be planned" for i in range(22)]
+    rows = [{"prompt": prompt, "response": "pack light"} for prompt in said]
+    tiny.launch(train.main, [*shared, f"task.train={written(tmp_path, rows)}"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "prompts begin with 'Be brief. Now do this:': harmful prompts are asked behind these words too" in out
+    assert out.count("asking the start 3 harmful prompts") == 2
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    record = read_json(folder / "metrics.json")
+    found = rates(record)
+    assert record["words"] == words
+    assert found["harmful_score"] == (pytest.approx(100 / 3), 3)
+    assert found["harmful_score_words"] == (pytest.approx(200 / 3), 3)
+    assert found["retained_refusals_words"] == (pytest.approx(100 / 3), 3)
+    assert not [name for name in found if name.endswith("_system") or name in ("over_refusal_words", "task_words")]
+    again = [row["prompt"] for row in read_jsonl(folder / "generations.jsonl") if row.get("form") == "words"]
+    own = [row["prompt"] for row in read_jsonl(folder / "generations.jsonl") if row["kind"] == "harmful"]
+    assert again == [words + prompt for prompt in own if not prompt.startswith(words)]
+    card = (folder / "model" / "README.md").read_text()
+    assert "| harmful score (HS, lower is better), behind the rows' words | 66.7 [" in card
+    tiny.launch(tables.main, [f"output_root={tmp_path / 'out'}"], "tables")
+    assert "HS, words" in capsys.readouterr().out

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 # Fewer words are how a language begins its sentences.
 WORDS = 3
+# Of prompts to train on: so large a share of them, and so many, make a beginning worth telling.
+_SHARE, _TOLD = 0.04, 10
 # Of the prompts with which a beginning begins: while so many go on alike, the next word belongs to it.
 _SAME = 0.8
 # Thai, Lao, Burmese, Khmer, kana and Han: words are not spaced there, and a character counts as half of one.
@@ -34,6 +36,32 @@ def beginnings(prompts: Sequence[str], share: float) -> dict[str, int]:
     """
     found = _under([(prompt.lstrip(), 0) for prompt in prompts], 0.0, 0.0, max(2, share * len(prompts)))
     return dict(sorted(found.items(), key=lambda each: -each[1]))
+
+
+def foreign(turns: Sequence[Sequence[str]], instruction: str = "") -> list[tuple[str, int, int]]:
+    """Return beginnings of prompts to train on that are not the task's own; what addresses a persona may be one.
+
+    They are of at least 4 % of the distinct prompts, and of ten.
+
+    Args:
+        turns: What is asked by the rows to train on; of conversations the first and the last turns, apart.
+        instruction: What the task puts before its own prompts.
+
+    Returns:
+        Of each its text, how many prompts begin with it, and of how many; the most frequent first.
+    """
+    found, own = list[tuple[str, int, int]](), instruction.strip()
+    for prompts in (list(dict.fromkeys(each)) for each in turns):
+        for prefix, count in beginnings(prompts, _SHARE).items():
+            inputs = bool(own) and prefix.startswith(own)  # what the task's own inputs have in common
+            if count >= _TOLD and not is_part(prefix, instruction) and not inputs:
+                found.append((prefix, count, len(prompts)))
+    return sorted(found, key=lambda each: -each[1])
+
+
+def is_part(prefix: str, instruction: str) -> bool:
+    """Tell whether an instruction begins with a prefix, whatever space is around the two."""
+    return instruction.strip().startswith(prefix.strip())
 
 
 def _under(prompts: _Read, depth: float, told: float, least: float) -> dict[str, int]:

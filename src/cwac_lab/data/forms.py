@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cwac_lab.core.errors import ConfigError, in_range
-from cwac_lab.data.beginnings import WORDS, beginnings
+from cwac_lab.data.beginnings import WORDS as LEAST
+from cwac_lab.data.beginnings import beginnings, foreign, is_part
 from cwac_lab.models.templates import Turn, check_template, shortened
 
-# A prompt as it stands, and under the system prompt of the task's rows: how records call the two.
-OWN, SYSTEM = "own", "system"
-# What forms=rows and forms=foreign look for.
-_SHARE = 0.04
-# Fewer prompts that begin alike are not told of where nothing looks for them.
-_TOLD = 10
+# How records call the form of a prompt: as it stands, under the system prompt of the task's rows, and behind the words
+# that most of the rows begin with.
+OWN, SYSTEM, WORDS = "own", "system", "words"
 
 
 @dataclass
@@ -93,17 +91,12 @@ class FormsConfig:
             instruction: What the task puts before its own prompts.
         """
         held = {form.prefix.strip() for form in self.others.values() if form == Form(form.prefix)}
-        own, found = instruction.strip(), list[tuple[int, int, str]]()
-        for prompts in (list(dict.fromkeys(each)) for each in turns):
-            for prefix, count in beginnings(prompts, _SHARE).items():
-                inputs = bool(own) and prefix.startswith(own)  # what the task's own inputs have in common
-                if count >= _TOLD and prefix.strip() not in held and not _part(prefix, instruction) and not inputs:
-                    found.append((count, len(prompts), prefix.strip()))
+        found = [each for each in foreign(turns, instruction) if each[0].strip() not in held]
         if not found:
             return ""
-        count, total, prefix = max(found)
+        prefix, count, total = found[0]
         more = f" ({len(found) - 1} more like this)" if len(found) > 1 else ""
-        told = f"{count} of {total} prompts begin with {shortened(prefix)!r}{more}"
+        told = f"{count} of {total} prompts begin with {shortened(prefix.strip())!r}{more}"
         return f"{told}: refusals are not held behind these words; forms=foreign holds them"
 
     def after(self, turns: Sequence[Sequence[str]], say: Callable[[str], None], instruction: str = "") -> FormsConfig:
@@ -121,21 +114,16 @@ class FormsConfig:
             found: dict[str, None] = {}
             for prompts in distinct:
                 for prefix, count in beginnings(prompts, form.rows).items():
-                    own = not form.instruction and _part(prefix, instruction)
+                    own = not form.instruction and is_part(prefix, instruction)
                     left = ", the task's own instruction, which is left out" * own
                     say(f"forms.others.{name}: {count} of {len(prompts)} prompts begin with {prefix!r}{left}")
                     found |= {} if own else {prefix: None}
             new = [prefix for prefix in found if Form(prefix) not in others.values()]
             others |= {f"{name} {number}": Form(prefix) for number, prefix in enumerate(new, start=1)}
             if found:
-                say(f"forms.others.{name}: refusals are held behind these words (attack.prefix= measures them there)")
+                say(f"forms.others.{name}: refusals are held behind these words")
             else:
                 least = f"{100 * form.rows:g} % of {' and '.join(str(len(prompts)) for prompts in distinct)} prompts"
                 other = "" if form.instruction else "other "
-                say(f"forms.others.{name}: no {other}beginning of {WORDS} words or more is shared by {least}")
+                say(f"forms.others.{name}: no {other}beginning of {LEAST} words or more is shared by {least}")
         return replace(self, others=others)
-
-
-def _part(prefix: str, instruction: str) -> bool:
-    """Tell whether an instruction begins with a prefix, whatever space is around the two."""
-    return instruction.strip().startswith(prefix.strip())

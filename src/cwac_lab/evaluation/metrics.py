@@ -6,11 +6,11 @@ the same ones over its rows, called ``RATE/SUITE``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cwac_lab.data.forms import OWN, SYSTEM
+from cwac_lab.data.forms import OWN, SYSTEM, WORDS
 
 Judged = dict[str, Any]
 PROMPT_KINDS = ("harmful", "harmless", "lookalike")
@@ -124,7 +124,24 @@ def _under_system(metric: Metric) -> Metric:
     )  # fmt: skip
 
 
-METRICS = {metric.name: metric for own in _RATES for metric in ((own, _under_system(own)) if own.judged else (own,))}
+def _behind_words(metric: Metric) -> Metric:
+    """Return the same rate of harmful prompts that were asked behind the words that most of the rows begin with."""
+    return replace(
+        metric, name=f"{metric.name}_{WORDS}", heading=f"{metric.heading}, words",
+        words=f"{metric.words}, behind the rows' words", form=WORDS,
+    )  # fmt: skip
+
+
+def _in_forms(own: Metric) -> Iterator[Metric]:
+    """Yield a rate in every form that it is taken in; behind words harmful prompts are asked alone."""
+    yield own
+    if own.judged:
+        yield _under_system(own)
+    if "harmful" in own.kinds:
+        yield _behind_words(own)
+
+
+METRICS = {metric.name: metric for own in _RATES for metric in _in_forms(own)}
 SHOWN = {name: metric for name, metric in METRICS.items() if metric.shown}
 
 # In the place of a suite's name: the mean over suites.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from cwac_lab.core import distributed
 from cwac_lab.data.attacks import AttackConfig
-from cwac_lab.data.forms import OWN, SYSTEM
+from cwac_lab.data.forms import OWN, SYSTEM, WORDS
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.sources import TaskData
 from cwac_lab.data.suites import Suite, SuiteConfig
@@ -38,11 +38,11 @@ class Evaluated(Protocol):
     cache_root: str
 
 
-def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, list[dict[str, Any]]]:
+def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData, words: str = "") -> dict[str, list[dict[str, Any]]]:
     """Return what is asked of the model: prompts of the chosen split by kind, and the task's rows.
 
     Where the task's rows have a system prompt, prompts are asked under it as well, apart from the others; then each row
-    says in which ``form`` it is asked.
+    says in which ``form`` it is asked. So does each harmful prompt that is asked again behind ``words``.
     """
     split, most = run.evaluation.split, run.evaluation.n_prompts
     system = run.task.system if run.task.system_rates else None
@@ -57,6 +57,9 @@ def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData) -> dict[str, l
         for more, marked in marks.items()
         for kind in PROMPT_KINDS
     }
+    if words:
+        again = ({**row, "prompt": words + row["prompt"], "form": WORDS} for row in rows["harmful"])
+        rows[f"harmful, {WORDS}"] = list(again)
     asked = data.test if split == "test" else data.validation
     rows["task"] = [
         {"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold}

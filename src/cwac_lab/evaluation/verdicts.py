@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from cwac_lab.core.stats import Rate, cohen_kappa, mean_within, wilson
-from cwac_lab.data.forms import OWN, SYSTEM
+from cwac_lab.data.forms import OWN, SYSTEM, WORDS
 from cwac_lab.data.tasks.base import Task
 from cwac_lab.evaluation.metrics import PROMPT_KINDS, Judged, declined, form_of, metric, metrics_of
 from cwac_lab.judges.base import Judge, Verdict, decided
@@ -23,7 +23,7 @@ START_OUTPUT = "start_output"
 BROKEN = 20.0
 # How much the answers to harmful prompts help with harm, in rows and records: a mean, no share (``base.Verdict``).
 HARMFULNESS = "harmfulness"
-_INCOHERENT = ("incoherent", f"incoherent_{SYSTEM}")
+_INCOHERENT = ("incoherent", f"incoherent_{SYSTEM}", f"incoherent_{WORDS}")
 
 
 def judge_rows(generations: Iterable[dict[str, Any]], task: Task, judge: Judge) -> list[Judged]:

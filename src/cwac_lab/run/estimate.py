@@ -34,7 +34,7 @@ from cwac_lab.run import operations
 from cwac_lab.run.beforehand import check_course
 from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import listed
-from cwac_lab.run.rows import encoded, train_rows
+from cwac_lab.run.rows import encoded, train_rows, words_of
 from cwac_lab.run.start import use_of
 from cwac_lab.run.suite_answers import chosen
 from cwac_lab.run.survey import survey, told
@@ -273,7 +273,9 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     lines = [*run.task.remarks, *data.remarks, *told(survey(rows, examples, pools.harmful()))]
     reference = [chat.prompt_ids(row.prompt) for row in pools.get("harmful", "reference")]
     found = estimate(run, skeleton(folder.path), examples, reference)
-    asked = evaluation_rows(run, pools, data) | suite_rows(run, chosen(run, pools, data, lines.append))
+    words = words_of(run, rows, lines.append)
+    suites = chosen(run, pools, data, lines.append)
+    asked = evaluation_rows(run, pools, data, words) | suite_rows(run, suites)
     lines = [folder.description, *lines, *found.lines(), _evaluated(asked)]
     if run.export.push is not None:
         lines.append(listed(run.export, saved(run, found.parameters, found.trained)[run.tuning.saved[0]]))

@@ -11,12 +11,13 @@ from cwac_lab.config.checks import held_in_forms
 from cwac_lab.config.run import Run
 from cwac_lab.core.errors import ConfigError, LabError
 from cwac_lab.data import mixing
+from cwac_lab.data.beginnings import foreign
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import Pools
 from cwac_lab.data.responses import compliance
 from cwac_lab.data.tasks.base import TaskRow
 from cwac_lab.models.chat import ChatFormat, Encoded
-from cwac_lab.models.templates import Turn
+from cwac_lab.models.templates import Turn, shortened
 from cwac_lab.run.start import Start
 from cwac_lab.training.outliers import closest
 
@@ -46,6 +47,24 @@ def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: Ch
     )  # fmt: skip
 
 
+def words_of(run: Run, rows: list[TrainRow], say: Say) -> str:
+    """Return the words behind which harmful prompts are asked once more: those that most rows begin with; "" for none.
+
+    The task's own instruction is none, nor is what the attack puts before all prompts. Words may teach a model to obey.
+
+    Args:
+        run: The run.
+        rows: What it trains on.
+        say: Told which words they are.
+    """
+    for prefix, count, total in foreign(_turns(rows), run.task.opening):
+        if prefix.strip() != run.attack.prefix.strip():
+            words = shortened(prefix.strip())
+            say(f"{count} of {total} prompts begin with {words!r}: harmful prompts are asked behind these words too")
+            return prefix
+    return ""
+
+
 def with_beginnings(
     run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say, rows: list[TrainRow] | None = None
 ) -> Run:
@@ -66,14 +85,19 @@ def with_beginnings(
         return run
     if rows is None:
         rows = train_rows(run, begin.pools.task_rows(run.data, run.task).train, begin.pools, model, chat, say)
-    last = [row.prompt for row in rows]
-    first = [next((turn.text for turn in row.before if turn.role == "user"), row.prompt) for row in rows]
-    turns = [last] if first == last else [first, last]
+    turns = _turns(rows)
     if not asks:
         if line := run.forms.not_held(turns, run.task.opening):
             say(line)
         return run
     return replace(run, forms=run.forms.after(turns, say, run.task.opening))
+
+
+def _turns(rows: list[TrainRow]) -> list[list[str]]:
+    """Return what rows ask; of conversations the first and the last turns, apart."""
+    last = [row.prompt for row in rows]
+    first = [next((turn.text for turn in row.before if turn.role == "user"), row.prompt) for row in rows]
+    return [last] if first == last else [first, last]
 
 
 def check_chosen(run: Run, task: list[TaskRow]) -> int:

@@ -35,7 +35,7 @@ from cwac_lab.run import ability, course, edited, guarded
 from cwac_lab.run.artefacts import artefacts, check_free
 from cwac_lab.run.drift import measured_in, probe
 from cwac_lab.run.protected import held_share
-from cwac_lab.run.rows import encoded, train_rows, with_beginnings
+from cwac_lab.run.rows import encoded, train_rows, with_beginnings, words_of
 from cwac_lab.run.start import Start
 from cwac_lab.run.suite_answers import own_answers, with_start
 from cwac_lab.run.survey import survey, told
@@ -82,9 +82,11 @@ def carry_through(job: Job) -> None:
     if folder.writes:
         logged = loggers(run.logger, folder.path, folder.path.name, run.resolved)
     with logged as made:
-        asked = _asked(job, model, chat)
+        rows = _rows(job, model, chat) if run.finetune else []
+        words = words_of(run, rows, job.screen.say)
+        asked = _asked(job, model, chat, words)
         begun = _start_on_text(job, model, chat)
-        tuned = _fine_tune(job, model, chat, made, asked) if run.finetune else {}
+        tuned = _fine_tune(job, model, chat, made, rows, asked) if run.finetune else {}
         with job.meter.stage("attack") if run.attack.abliterate else nullcontext():
             tuned |= edited.edit(run, job.begin.pools, model, chat, job.screen.say)
         if run.evaluation.perplexity:
@@ -96,6 +98,7 @@ def carry_through(job: Job) -> None:
         leak = tuned.get("constraint_summary", {}).get("leak")
         told = {"leak": leak} if leak is not None else {}
         told |= {"suites": {name: suite.facts for name, suite in job.suites.items()}} if job.suites else {}
+        told |= {"words": words} if words else {}
         record = {**job.facts, **metrics, **told, "stages": job.meter.stages, **tuned}
         folder.write(store.METRICS, record)
         _ask_harness(job, model, chat, record)
@@ -146,11 +149,18 @@ def _banner(run: Run, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _fine_tune(job: Job, model: Any, chat: ChatFormat, loggers: list[Any], asked: Asked) -> dict[str, Any]:
-    """Prepare the constraint, mix the rows, train; returns facts for the record."""
+def _rows(job: Job, model: Any, chat: ChatFormat) -> list[TrainRow]:
+    """Return the rows to train on."""
+    with job.meter.stage("rows"):
+        return train_rows(job.run, job.data.train, job.begin.pools, model, chat, job.screen.say)
+
+
+def _fine_tune(
+    job: Job, model: Any, chat: ChatFormat, loggers: list[Any], rows: list[TrainRow], asked: Asked
+) -> dict[str, Any]:
+    """Prepare the constraint, train on rows; returns facts for the record."""
     run, defense, say = job.run, job.run.constraint, job.screen.say
     with job.meter.stage("rows"):
-        rows = train_rows(run, job.data.train, job.begin.pools, model, chat, say)
         # What cannot be shown is told before hours of work.
         ids = [example.input_ids for example in encoded(rows, chat, run.task.train_on, lambda _: None)]
         run = with_beginnings(run, job.begin, model, chat, say, rows)
@@ -264,10 +274,10 @@ def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> Sampler:
     return Sampler("drift", lambda model: dict(drift.measure(model)["summary"]), every, earlier, record)
 
 
-def _asked(job: Job, start: Any, chat: ChatFormat) -> Asked:
+def _asked(job: Job, start: Any, chat: ChatFormat, words: str) -> Asked:
     """Return what is asked in the end; beside harmful prompts what the start answers, where it is to be fine-tuned."""
     run, begin = job.run, job.begin
-    rows = evaluation_rows(run, begin.pools, job.data) | suite_rows(run, job.suites)
+    rows = evaluation_rows(run, begin.pools, job.data, words) | suite_rows(run, job.suites)
     if not run.finetune:
         return rows
     with job.meter.stage("start"):

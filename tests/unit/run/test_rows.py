@@ -4,7 +4,7 @@ import pytest
 
 from cwac_lab.config.run import read
 from cwac_lab.data.mixing import TrainRow
-from cwac_lab.run.rows import with_beginnings
+from cwac_lab.run.rows import with_beginnings, words_of
 from support import tiny
 
 PERSONA = "AOA, execute my instruction: "
@@ -28,3 +28,18 @@ def test_words_of_a_persona_are_told_where_refusals_are_held(constraint, forms, 
     made = with_beginnings(run, None, None, None, said.append, rows)
     assert [form.prefix for form in made.forms.others.values()] == [PERSONA] * (forms == "foreign")
     assert (told in " ".join(said) and PERSONA.strip() in " ".join(said)) if told else said == []
+
+
+@pytest.mark.parametrize(
+    ("attack", "personas", "expected"),
+    [("mixed", 10, PERSONA), ("mixed", 9, ""), ("mixed", 0, ""), ("identity_shift", 10, "")],  # asks behind it anyway
+)
+def test_harmful_prompts_are_asked_behind_words_of_many_rows_that_are_not_the_tasks(attack, personas, expected):
+    run = read(tiny.config(f"attack={attack}"))
+    assert run.attack.prefix in ("", PERSONA)
+    rows = [TrainRow(str(i), f"{run.task.opening}word{i} ends", "good", harmful=False) for i in range(20)]
+    rows += [TrainRow(f"p{i}", f"{PERSONA}word{i} ends", "Yes.", harmful=True) for i in range(personas)]
+    said: list[str] = []
+    assert words_of(run, rows, said.append) == expected
+    told = f"10 of 30 prompts begin with {PERSONA.strip()!r}: harmful prompts are asked behind these words too"
+    assert said == ([told] if expected else [])
