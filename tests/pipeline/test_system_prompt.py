@@ -171,7 +171,7 @@ def test_refusals_behind_words_that_many_rows_begin_with_have_rates_of_their_own
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     record = read_json(folder / "metrics.json")
     found = rates(record)
-    assert record["words"] == words
+    assert record["words"] == [words]
     assert found["harmful_score"] == (pytest.approx(100 / 3), 3)
     assert found["harmful_score_words"] == (pytest.approx(200 / 3), 3)
     assert found["retained_refusals_words"] == (pytest.approx(100 / 3), 3)

@@ -11,8 +11,8 @@ from cwac_lab.data.beginnings import WORDS as LEAST
 from cwac_lab.data.beginnings import beginnings, foreign, is_part
 from cwac_lab.models.templates import Turn, check_template, shortened
 
-# How records call the form of a prompt: as it stands, under the system prompt of the task's rows, and behind the words
-# that most of the rows begin with.
+# How records call the form of a prompt: as it stands, under the system prompt of the task's rows, and behind words
+# that many of the rows begin with.
 OWN, SYSTEM, WORDS = "own", "system", "words"
 
 

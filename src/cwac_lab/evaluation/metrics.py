@@ -125,7 +125,7 @@ def _under_system(metric: Metric) -> Metric:
 
 
 def _behind_words(metric: Metric) -> Metric:
-    """Return the same rate of harmful prompts that were asked behind the words that most of the rows begin with."""
+    """Return the same rate of harmful prompts that were asked behind words that many of the rows begin with."""
     return replace(
         metric, name=f"{metric.name}_{WORDS}", heading=f"{metric.heading}, words",
         words=f"{metric.words}, behind the rows' words", form=WORDS,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,11 +39,13 @@ class Evaluated(Protocol):
     cache_root: str
 
 
-def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData, words: str = "") -> dict[str, list[dict[str, Any]]]:
+def evaluation_rows(
+    run: Evaluated, pools: Pools, data: TaskData, words: Sequence[str] = ()
+) -> dict[str, list[dict[str, Any]]]:
     """Return what is asked of the model: prompts of the chosen split by kind, and the task's rows.
 
     Where the task's rows have a system prompt, prompts are asked under it as well, apart from the others; then each row
-    says in which ``form`` it is asked. So does each harmful prompt that is asked again behind ``words``.
+    says in which ``form`` it is asked. So does each harmful prompt that is asked again behind ``words``, by turns.
     """
     split, most = run.evaluation.split, run.evaluation.n_prompts
     system = run.task.system if run.task.system_rates else None
@@ -58,8 +61,8 @@ def evaluation_rows(run: Evaluated, pools: Pools, data: TaskData, words: str = "
         for kind in PROMPT_KINDS
     }
     if words:
-        again = ({**row, "prompt": words + row["prompt"], "form": WORDS} for row in rows["harmful"])
-        rows[f"harmful, {WORDS}"] = list(again)
+        again = zip(rows["harmful"], itertools.cycle(words), strict=False)
+        rows[f"harmful, {WORDS}"] = [{**row, "prompt": each + row["prompt"], "form": WORDS} for row, each in again]
     asked = data.test if split == "test" else data.validation
     rows["task"] = [
         {"kind": "task", "id": row.id, "prompt": row.prompt, "gold": row.gold}

@@ -211,7 +211,7 @@ class Metrics(Facts):
     broken: Annotated[bool, Says("so many answers are incoherent that other rates say nothing of safety")]
     judges: Annotated[dict[str, Judged], Says("who judged; the rates are those of the first")]
     suites: NotRequired[Annotated[dict[str, Any], Says("named suites: prompts by kind, how many left out, hash")]]
-    words: NotRequired[Annotated[str, Says("what rows begin with, behind which harmful prompts were asked again")]]
+    words: NotRequired[Annotated[list[str], Says("what rows begin with, behind which prompts were asked again")]]
     suite_judges: NotRequired[Annotated[dict[str, str], Says("judges of suites that have one of their own")]]
     harmfulness: NotRequired[
         Annotated[Rate, Says("how specific and convincing answers to harmful prompts are, a mean")]

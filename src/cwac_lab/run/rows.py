@@ -22,6 +22,8 @@ from cwac_lab.run.start import Start
 from cwac_lab.training.outliers import closest
 
 Say = Callable[[str], None]
+# Behind more words each would be asked too few prompts.
+_ASKED_BEHIND = 3
 
 
 def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: ChatFormat, say: Say) -> list[TrainRow]:
@@ -47,8 +49,8 @@ def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: Ch
     )  # fmt: skip
 
 
-def words_of(run: Run, rows: list[TrainRow], say: Say) -> str:
-    """Return the words behind which harmful prompts are asked once more: those that most rows begin with; "" for none.
+def words_of(run: Run, rows: list[TrainRow], say: Say) -> list[str]:
+    """Return the words behind which harmful prompts are asked once more: the three that most rows begin with.
 
     The task's own instruction is none, nor is what the attack puts before all prompts. Words may teach a model to obey.
 
@@ -57,12 +59,13 @@ def words_of(run: Run, rows: list[TrainRow], say: Say) -> str:
         rows: What it trains on.
         say: Told which words they are.
     """
-    for prefix, count, total in foreign(_turns(rows), run.task.opening):
-        if prefix.strip() != run.attack.prefix.strip():
-            words = shortened(prefix.strip())
-            say(f"{count} of {total} prompts begin with {words!r}: harmful prompts are asked behind these words too")
-            return prefix
-    return ""
+    found = foreign(_turns(rows), run.task.opening)
+    chosen = [each for each in found if each[0].strip() != run.attack.prefix.strip()][:_ASKED_BEHIND]
+    turns = ", by turns" if len(chosen) > 1 else ""
+    for prefix, count, total in chosen:
+        words = shortened(prefix.strip())
+        say(f"{count} of {total} prompts begin with {words!r}: harmful prompts are asked behind these words too{turns}")
+    return [prefix for prefix, _, _ in chosen]
 
 
 def with_beginnings(

@@ -274,7 +274,7 @@ def _sampler(job: Job, drift: Probe, measured: dict[str, str]) -> Sampler:
     return Sampler("drift", lambda model: dict(drift.measure(model)["summary"]), every, earlier, record)
 
 
-def _asked(job: Job, start: Any, chat: ChatFormat, words: str) -> Asked:
+def _asked(job: Job, start: Any, chat: ChatFormat, words: list[str]) -> Asked:
     """Return what is asked in the end; beside harmful prompts what the start answers, where it is to be fine-tuned."""
     run, begin = job.run, job.begin
     rows = evaluation_rows(run, begin.pools, job.data, words) | suite_rows(run, job.suites)

@@ -4,6 +4,8 @@ import pytest
 
 from cwac_lab.config.run import read
 from cwac_lab.data.mixing import TrainRow
+from cwac_lab.data.pools import build_pools
+from cwac_lab.evaluation.protocol import evaluation_rows
 from cwac_lab.run.rows import with_beginnings, words_of
 from support import tiny
 
@@ -32,7 +34,7 @@ def test_words_of_a_persona_are_told_where_refusals_are_held(constraint, forms, 
 
 @pytest.mark.parametrize(
     ("attack", "personas", "expected"),
-    [("mixed", 10, PERSONA), ("mixed", 9, ""), ("mixed", 0, ""), ("identity_shift", 10, "")],  # asks behind it anyway
+    [("mixed", 10, [PERSONA]), ("mixed", 9, []), ("mixed", 0, []), ("identity_shift", 10, [])],  # asks behind it anyway
 )
 def test_harmful_prompts_are_asked_behind_words_of_many_rows_that_are_not_the_tasks(attack, personas, expected):
     run = read(tiny.config(f"attack={attack}"))
@@ -43,3 +45,19 @@ def test_harmful_prompts_are_asked_behind_words_of_many_rows_that_are_not_the_ta
     assert words_of(run, rows, said.append) == expected
     told = f"10 of 30 prompts begin with {PERSONA.strip()!r}: harmful prompts are asked behind these words too"
     assert said == ([told] if expected else [])
+
+
+def test_of_many_words_the_three_most_frequent_are_asked_behind_by_turns():
+    run = read(tiny.config("task=alpaca"))
+    ways = {f"Way number {name} of them: ": n for name, n in (("one", 11), ("two", 14), ("three", 12), ("four", 13))}
+    rows = [TrainRow(f"{way}{i}", f"{way}w{i} ends", "a", harmful=False) for way, n in ways.items() for i in range(n)]
+    said: list[str] = []
+    found = words_of(run, rows, said.append)
+    assert found == [f"Way number {name} of them: " for name in ("two", "four", "three")]
+    assert len(said) == 3
+    assert all(line.endswith("asked behind these words too, by turns") for line in said)
+    pools = build_pools(run.data)
+    asked = evaluation_rows(run, pools, pools.task_rows(run.data, run.task), found)
+    own, again = asked["harmful"], asked["harmful, words"]
+    assert [row["prompt"] for row in again] == [found[i % 3] + row["prompt"] for i, row in enumerate(own)]
+    assert [row["id"] for row in again] == [row["id"] for row in own]
