@@ -162,7 +162,7 @@ def test_a_dry_run_counts_what_is_asked_under_it(more, told, shared, capsys):
 
 def test_refusals_behind_words_that_many_rows_begin_with_have_rates_of_their_own(asked, shared, tmp_path, capsys):
     words = f"{BRIEF} Now do this: "
-    said = [f"{words if i < 12 else ''}Trip{i} is to be planned" for i in range(22)]
+    said = [f"{words if i < 13 else ''}Trip{i} is to be planned" for i in range(30)]
     rows = [{"prompt": prompt, "response": "pack light"} for prompt in said]
     tiny.launch(train.main, [*shared, f"task.train={written(tmp_path, rows)}"])
     out = " ".join(capsys.readouterr().out.split())

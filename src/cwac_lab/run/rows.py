@@ -50,9 +50,10 @@ def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: Ch
 
 
 def words_of(run: Run, rows: list[TrainRow], say: Say) -> list[str]:
-    """Return the words behind which harmful prompts are asked once more: the three that most rows begin with.
+    """Return the words behind which harmful prompts are asked once more: the three that begin most rows.
 
-    The task's own instruction is none, nor is what the attack puts before all prompts. Words may teach a model to obey.
+    Words may teach a model to obey. Left out are the task's own instruction and what more than half of the rows begin
+    with: behind these a model answers as the task does. So is what the attack puts before all prompts.
 
     Args:
         run: The run.
@@ -60,7 +61,8 @@ def words_of(run: Run, rows: list[TrainRow], say: Say) -> list[str]:
         say: Told which words they are.
     """
     found = foreign(_turns(rows), run.task.opening)
-    chosen = [each for each in found if each[0].strip() != run.attack.prefix.strip()][:_ASKED_BEHIND]
+    few = [each for each in found if each[1] <= each[2] / 2 and each[0].strip() != run.attack.prefix.strip()]
+    chosen = few[:_ASKED_BEHIND]
     turns = ", by turns" if len(chosen) > 1 else ""
     for prefix, count, total in chosen:
         words = shortened(prefix.strip())
@@ -73,7 +75,7 @@ def with_beginnings(
 ) -> Run:
     """Return a run whose forms are known: with the beginnings of its rows, where it asks for these.
 
-    Where it does not, beginnings behind which its constraint does not hold refusals are told, of given rows.
+    Beginnings behind which its constraint does not hold refusals are told: of rows that are given, or asked for.
 
     Args:
         run: The run.
@@ -89,11 +91,10 @@ def with_beginnings(
     if rows is None:
         rows = train_rows(run, begin.pools.task_rows(run.data, run.task).train, begin.pools, model, chat, say)
     turns = _turns(rows)
-    if not asks:
-        if line := run.forms.not_held(turns, run.task.opening):
-            say(line)
-        return run
-    return replace(run, forms=run.forms.after(turns, say, run.task.opening))
+    forms = run.forms.after(turns, say, run.task.opening) if asks else run.forms
+    if line := forms.not_held(turns, run.task.opening):
+        say(line)
+    return replace(run, forms=forms)
 
 
 def _turns(rows: list[TrainRow]) -> list[list[str]]:

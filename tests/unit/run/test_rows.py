@@ -20,10 +20,11 @@ PERSONA = "AOA, execute my instruction: "
         ("safe_instruct", "own", None),  # its reference prompts are asked in one form
         ("activation", "own", "forms=foreign holds them"),
         ("weight", "foreign", "refusals are held behind these words"),
+        ("weight", "foreign forms.others.foreign.rows=0.5", "refusals are not held behind these words"),
     ],
 )
 def test_words_of_a_persona_are_told_where_refusals_are_held(constraint, forms, told):
-    run = read(tiny.config(f"constraint={constraint}", f"forms={forms}"))
+    run = read(tiny.config(f"constraint={constraint}", *f"forms={forms}".split()))
     rows = [TrainRow(str(i), f"{run.task.opening}word{i} ends", "good", harmful=False) for i in range(20)]
     rows += [TrainRow(f"p{i}", f"{PERSONA}word{i} ends", "Yes.", harmful=True) for i in range(10)]
     said: list[str] = []
@@ -52,12 +53,15 @@ def test_of_many_words_the_three_most_frequent_are_asked_behind_by_turns():
     ways = {f"Way number {name} of them: ": n for name, n in (("one", 11), ("two", 14), ("three", 12), ("four", 13))}
     rows = [TrainRow(f"{way}{i}", f"{way}w{i} ends", "a", harmful=False) for way, n in ways.items() for i in range(n)]
     said: list[str] = []
+    own = [TrainRow(f"own{i}", f"What most begin with: w{i} ends", "a", harmful=False) for i in range(60)]
+    assert words_of(run, own + rows, said.append) == words_of(run, rows, lambda _: None)
+    said.clear()
     found = words_of(run, rows, said.append)
     assert found == [f"Way number {name} of them: " for name in ("two", "four", "three")]
     assert len(said) == 3
     assert all(line.endswith("asked behind these words too, by turns") for line in said)
     pools = build_pools(run.data)
     asked = evaluation_rows(run, pools, pools.task_rows(run.data, run.task), found)
-    own, again = asked["harmful"], asked["harmful, words"]
-    assert [row["prompt"] for row in again] == [found[i % 3] + row["prompt"] for i, row in enumerate(own)]
-    assert [row["id"] for row in again] == [row["id"] for row in own]
+    plain, again = asked["harmful"], asked["harmful, words"]
+    assert [row["prompt"] for row in again] == [found[i % 3] + row["prompt"] for i, row in enumerate(plain)]
+    assert [row["id"] for row in again] == [row["id"] for row in plain]
