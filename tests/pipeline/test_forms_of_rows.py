@@ -58,7 +58,7 @@ def test_what_conversations_begin_with_is_held_and_recorded(persona, tiny_folder
     facts = run.facts()["prepared"]["reference"]
     assert list(facts["prefixes"].values()) == [persona] * bool(persona)
     told = " ".join(capsys.readouterr().out.split())
-    assert ("attack.prefix= measures them there" in told) == bool(persona)
+    assert ("refusals are held behind these words" in told) == bool(persona)
     assert ("no beginning of 3 words or more is shared by 40 %" in told) != bool(persona)
 
 
