@@ -18,7 +18,7 @@ from cwac_lab.config.groups import AlignConfig, DiagnosticsConfig, ExportConfig,
 from cwac_lab.core import distributed
 from cwac_lab.core.errors import ConfigError, in_range, one_of
 from cwac_lab.data.attacks import AttackConfig
-from cwac_lab.data.forms import SYSTEM, FormsConfig
+from cwac_lab.data.forms import SYSTEM, WORDS, FormsConfig
 from cwac_lab.data.plain_text import documents
 from cwac_lab.data.sources import DataConfig
 from cwac_lab.data.suites import SuiteConfig
@@ -136,8 +136,8 @@ def suites_of(node: Any) -> dict[str, SuiteConfig]:
     """
     found = {name: bind(f"suites.{name}", SuiteConfig, each) for name, each in mapping("suites", node).items()}
     for name, suite in found.items():
-        if name in (POOLED, SYSTEM) or "/" in name:
-            raise ConfigError("suites", name, f"a name without a slash, other than {POOLED} and {SYSTEM}")
+        if name in (POOLED, SYSTEM, WORDS) or "/" in name:
+            raise ConfigError("suites", name, f"a name without a slash, other than {POOLED}, {SYSTEM} and {WORDS}")
         if suite.judge is not None:
             judges.known(suite.judge)
     return found

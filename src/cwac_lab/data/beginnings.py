@@ -50,13 +50,14 @@ def foreign(turns: Sequence[Sequence[str]], instruction: str = "") -> list[tuple
     Returns:
         Of each its text, how many prompts begin with it, and of how many; the most frequent first.
     """
-    found, own = list[tuple[str, int, int]](), instruction.strip()
+    found, own = dict[str, tuple[str, int, int]](), instruction.strip()
     for prompts in (list(dict.fromkeys(each)) for each in turns):
         for prefix, count in beginnings(prompts, _SHARE).items():
             inputs = bool(own) and prefix.startswith(own)  # what the task's own inputs have in common
-            if count >= _TOLD and not is_part(prefix, instruction) and not inputs:
-                found.append((prefix, count, len(prompts)))
-    return sorted(found, key=lambda each: -each[1])
+            known = found.get(prefix.strip(), ("", 0, 0))[1] >= count  # in the first turns as in the last ones
+            if count >= _TOLD and not is_part(prefix, instruction) and not inputs and not known:
+                found[prefix.strip()] = (prefix, count, len(prompts))
+    return sorted(found.values(), key=lambda each: -each[1])
 
 
 def is_part(prefix: str, instruction: str) -> bool:

@@ -155,8 +155,9 @@ async function answersOf(run) {
   return unpacked.get(run.name);
 }
 
+const FORMS = {system: "under the system prompt", words: "behind the rows' words"};
 // What a prompt is of: its kind, suite, category, name, and the form in which it was asked.
-const words = (row) => [row.kind, row.suite, row.category, row.id, row.form === "system" ? "under the system prompt" : ""]
+const words = (row) => [row.kind, row.suite, row.category, row.id, FORMS[row.form] ?? ""]
   .filter(Boolean).join(" · ");
 function promptOf(row) {
   if (row.kind !== "harmful" || row.prompt === undefined) return element("p", row.prompt ?? "");

@@ -18,6 +18,7 @@ from cwac_lab.core.errors import ConfigError, LabError, MissingAsset, in_range
 from cwac_lab.core.overrides import quoted, text
 from cwac_lab.core.stats import Rate, paired_difference, sign_flip_p, wilson
 from cwac_lab.data.folding import normalise
+from cwac_lab.data.forms import WORDS
 from cwac_lab.data.reading import CODECS, SUFFIXES, kind_of
 from cwac_lab.data.sources import Prompts, load_prompts
 from cwac_lab.evaluation.metrics import METRICS, Judged, Metric, declined, form_of, metrics_of
@@ -89,7 +90,8 @@ def compare(config: DictConfig, screen: Screen) -> Comparison:
 
 
 def _check_limits(limits: Mapping[str, float | None]) -> None:
-    better = [name for name, metric in METRICS.items() if metric.judged and metric.shown and metric.higher_is_better]
+    asked = {name: each for name, each in METRICS.items() if each.form != WORDS}  # no model is trained on rows here
+    better = [name for name, each in asked.items() if each.judged and each.shown and each.higher_is_better]
     for name, limit in limits.items():
         if name not in better:
             raise ConfigError(f"fail_below.{name}", limit, f"a rate of which more is better: {' | '.join(better)}")

@@ -52,21 +52,28 @@ def train_rows(run: Run, task: list[TaskRow], pools: Pools, model: Any, chat: Ch
 def words_of(run: Run, rows: list[TrainRow], say: Say) -> list[str]:
     """Return the words behind which harmful prompts are asked once more: the three that begin most rows.
 
-    Words may teach a model to obey. Left out are the task's own instruction and what more than half of the rows begin
-    with: behind these a model answers as the task does. So is what the attack puts before all prompts.
+    Words may teach a model to obey. Left out are the task's own instruction and what more than half of the prompts
+    begin with: behind these a model answers as the task does. So are words that go on from others. There are none where
+    the attack puts words of its own before all prompts.
 
     Args:
         run: The run.
         rows: What it trains on.
         say: Told which words they are.
     """
+    if run.attack.prefix or not sum(run.data.harmful.get(run.evaluation.split, {}).values()):
+        return []
     found = foreign(_turns(rows), run.task.opening)
-    few = [each for each in found if each[1] <= each[2] / 2 and each[0].strip() != run.attack.prefix.strip()]
+    first = [each for each in found if not any(each[0].startswith(other[0]) for other in found if other is not each)]
+    few = [each for each in first if each[1] <= each[2] / 2]
     chosen = few[:_ASKED_BEHIND]
     turns = ", by turns" if len(chosen) > 1 else ""
     for prefix, count, total in chosen:
         words = shortened(prefix.strip())
         say(f"{count} of {total} prompts begin with {words!r}: harmful prompts are asked behind these words too{turns}")
+    if rest := few[_ASKED_BEHIND:]:
+        then = shortened(rest[0][0].strip())
+        say(f"{len(rest)} more beginnings like this are not asked behind, the next: {then!r}")
     return [prefix for prefix, _, _ in chosen]
 
 

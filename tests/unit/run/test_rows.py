@@ -6,6 +6,7 @@ from cwac_lab.config.run import read
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.protocol import evaluation_rows
+from cwac_lab.models.templates import Turn
 from cwac_lab.run.rows import with_beginnings, words_of
 from support import tiny
 
@@ -58,10 +59,24 @@ def test_of_many_words_the_three_most_frequent_are_asked_behind_by_turns():
     said.clear()
     found = words_of(run, rows, said.append)
     assert found == [f"Way number {name} of them: " for name in ("two", "four", "three")]
-    assert len(said) == 3
-    assert all(line.endswith("asked behind these words too, by turns") for line in said)
+    assert len(said) == 4
+    assert all(line.endswith("asked behind these words too, by turns") for line in said[:3])
+    assert said[3] == "1 more beginnings like this are not asked behind, the next: 'Way number one of them:'"
     pools = build_pools(run.data)
     asked = evaluation_rows(run, pools, pools.task_rows(run.data, run.task), found)
     plain, again = asked["harmful"], asked["harmful, words"]
     assert [row["prompt"] for row in again] == [found[i % 3] + row["prompt"] for i, row in enumerate(plain)]
     assert [row["id"] for row in again] == [row["id"] for row in plain]
+
+
+def test_words_are_asked_behind_once_and_not_what_goes_on_from_others():
+    run = read(tiny.config("task=alpaca"))
+    most = [f"Translate this into French: {'I want to ' * (i < 20)}w{i} ends" for i in range(60)]
+    some = [f"{PERSONA}{'now do ' * (i < 12)}w{i} ends" for i in range(40)]
+    rows = [TrainRow(str(i), prompt, "a", harmful=False) for i, prompt in enumerate(most + some)]
+    assert words_of(run, rows, lambda _: None) == [PERSONA]
+    begun = [(Turn("user", f"v{i} begins"), Turn("assistant", "b")) for i in range(30)]
+    talks = [TrainRow(f"t{i}", f"then {i}", "a", harmful=False, before=before) for i, before in enumerate(begun)]
+    assert words_of(run, rows[60:85] + talks, lambda _: None) == [PERSONA]
+    run.data.harmful["test"].clear()
+    assert words_of(run, rows, lambda _: None) == []
