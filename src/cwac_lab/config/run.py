@@ -45,6 +45,7 @@ INCIDENTAL = (
     *("export", "diagnostics", "task.train", "task.test", "task.system_rates", "tuning.save"),
     *("evaluation.judges", "evaluation.endpoint", "suites", "align.rebuild", "align.export"),
     *(f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)),
+    "evaluation.words_rates",
     *("evaluation.perplexity", "evaluation.plain_text", "evaluation.every_n_steps", "evaluation.watched"),
     *("evaluation.lm_eval", "evaluation.lm_eval_limit", "evaluation.lm_eval_tasks"),
     *(f"trainer.{name}" for name in INCIDENTAL_TRAINER),

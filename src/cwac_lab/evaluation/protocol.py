@@ -45,7 +45,8 @@ def evaluation_rows(
     """Return what is asked of the model: prompts of the chosen split by kind, and the task's rows.
 
     Where the task's rows have a system prompt, prompts are asked under it as well, apart from the others; then each row
-    says in which ``form`` it is asked. So does each harmful prompt that is asked again behind ``words``, by turns.
+    says in which ``form`` it is asked. So does each harmful prompt that is asked again behind ``words``, by turns, and
+    under the system prompt where there is one.
     """
     split, most = run.evaluation.split, run.evaluation.n_prompts
     system = run.task.system if run.task.system_rates else None
@@ -61,7 +62,7 @@ def evaluation_rows(
         for kind in PROMPT_KINDS
     }
     if words:
-        again = zip(rows["harmful"], itertools.cycle(words), strict=False)
+        again = zip(rows["harmful" if system is None else f"harmful, {SYSTEM}"], itertools.cycle(words), strict=False)
         rows[f"harmful, {WORDS}"] = [{**row, "prompt": each + row["prompt"], "form": WORDS} for row, each in again]
     asked = data.test if split == "test" else data.validation
     rows["task"] = [

@@ -19,6 +19,8 @@ class EvaluationConfig:
         batch_size: Prompts per batch of generation.
         max_new_tokens: Length of answers to harmful and harmless prompts.
         n_prompts: At most so many prompts of each kind (harmful, harmless, look-alike); all by default.
+        words_rates: Ask harmful prompts once more behind words that many rows to train on begin with, where there are
+            any, and show their rates as well.
         engine: Who generates: ``hf`` (transformers) or ``vllm``.
         judges: Who judges answers; rates are those of the first, the others' stand beside them with their agreement.
         endpoint: Settings of the judge ``endpoint``.
@@ -40,6 +42,7 @@ class EvaluationConfig:
     batch_size: int = 64
     max_new_tokens: int = 48
     n_prompts: int | None = None
+    words_rates: bool = True
     engine: str = "hf"
     judges: list[str] = field(default_factory=lambda: ["refusal", "classifier"])
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)

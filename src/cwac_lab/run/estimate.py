@@ -17,7 +17,7 @@ from cwac_lab.config.run import Run, check_machine
 from cwac_lab.core.errors import ConfigError
 from cwac_lab.core.progress import duration
 from cwac_lab.data.batches import plan_batches
-from cwac_lab.data.forms import SYSTEM
+from cwac_lab.data.forms import SYSTEM, WORDS
 from cwac_lab.data.pools import build_pools
 from cwac_lab.defenses.cwac.subspace.parts import parts_of
 from cwac_lab.defenses.cwac.weight import WeightConstraint
@@ -287,8 +287,11 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
 def _evaluated(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return in words how many answers an evaluation asks for."""
     asked = [row for held in rows.values() for row in held]
-    under = sum(form_of(row) == SYSTEM for row in asked)
-    more = f", {under} of them under the system prompt (task.system_rates=false leaves these out)" if under else ""
+    extra = {
+        "under the system prompt (task.system_rates=false": sum(form_of(row) == SYSTEM for row in asked),
+        "behind words of rows (evaluation.words_rates=false": sum(form_of(row) == WORDS for row in asked),
+    }
+    more = "".join(f", {n} of them {where} leaves these out)" for where, n in extra.items() if n)
     return f"evaluation: {len(asked)} answers{more}"
 
 

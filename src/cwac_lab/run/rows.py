@@ -54,14 +54,15 @@ def words_of(run: Run, rows: list[TrainRow], say: Say) -> list[str]:
 
     Words may teach a model to obey. Left out are the task's own instruction and what more than half of the prompts
     begin with: behind these a model answers as the task does. So are words that go on from others. There are none where
-    the attack puts words of its own before all prompts.
+    the attack puts words of its own before all prompts, or with ``evaluation.words_rates=false``.
 
     Args:
         run: The run.
         rows: What it trains on.
         say: Told which words they are.
     """
-    if run.attack.prefix or not sum(run.data.harmful.get(run.evaluation.split, {}).values()):
+    asked = run.data.harmful.get(run.evaluation.split, {})
+    if not run.evaluation.words_rates or run.attack.prefix or not sum(asked.values()):
         return []
     found = foreign(_turns(rows), run.task.opening)
     first = [each for each in found if not any(each[0].startswith(other[0]) for other in found if other is not each)]

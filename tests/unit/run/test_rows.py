@@ -3,6 +3,7 @@
 import pytest
 
 from cwac_lab.config.run import read
+from cwac_lab.core.cache import write_jsonl
 from cwac_lab.data.mixing import TrainRow
 from cwac_lab.data.pools import build_pools
 from cwac_lab.evaluation.protocol import evaluation_rows
@@ -47,6 +48,20 @@ def test_harmful_prompts_are_asked_behind_words_of_many_rows_that_are_not_the_ta
     assert words_of(run, rows, said.append) == expected
     told = f"10 of 30 prompts begin with {PERSONA.strip()!r}: harmful prompts are asked behind these words too"
     assert said == ([told] if expected else [])
+    off = read(tiny.config(f"attack={attack}", "evaluation.words_rates=false"))
+    assert words_of(off, rows, said.append) == []
+
+
+def test_behind_words_prompts_are_asked_under_the_system_prompt_that_the_rows_have(tmp_path):
+    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "b"}
+    rows = ({"messages": [system, {"role": "user", "content": f"a{i}"}, answer]} for i in range(20))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    run = read(tiny.config("task=chat", f"task.train={tmp_path / 'rows.jsonl'}", "data.n_test=4"))
+    pools = build_pools(run.data)
+    asked = evaluation_rows(run, pools, pools.task_rows(run.data, run.task), [PERSONA])["harmful, words"]
+    assert {(row["form"], row["before"][0][1], row["prompt"].startswith(PERSONA)) for row in asked} == {
+        ("words", "Be brief.", True)
+    }
 
 
 def test_of_many_words_the_three_most_frequent_are_asked_behind_by_turns():
