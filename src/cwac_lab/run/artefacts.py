@@ -204,6 +204,8 @@ def artefacts(run: Run, begin: Start, model: Any, chat: ChatFormat, say: Say) ->
         unread, experts = basis.unread(subspace)
         if unread and needs.subspace.rank != 0:
             say(f"{unread} of {experts} experts read no token of the reference prompts: they are free")
+        if line := protected.surely_free(*protected.texts(held, needs.subspace), needs.subspace, subspace):
+            say(line)
         facts["subspace"] = {"folder": folder.name}
     if needs.features is not None:
         folder = shop.features(needs.features)

@@ -32,6 +32,7 @@ from cwac_lab.models.sites import linears
 from cwac_lab.results import store
 from cwac_lab.run import operations
 from cwac_lab.run.beforehand import check_course
+from cwac_lab.run.protected import few_tokens
 from cwac_lab.run.push import check as check_push
 from cwac_lab.run.push import listed
 from cwac_lab.run.rows import encoded, train_rows, words_of
@@ -161,6 +162,15 @@ def most_protected(run: Run, reference: Sequence[Sequence[int]]) -> int | None:
     return own + (opening if spec.opening == "held" or spec.rank is None else 0)
 
 
+def _few(run: Run, model: Any, reference: Sequence[Sequence[int]]) -> list[str]:
+    """Return a line where a run's reference prompts, all of them, have fewer tokens than a layer has inputs."""
+    spec, most = run.constraint.requirements.subspace, most_protected(run, reference)
+    if spec is None or spec.rank is not None or most is None:
+        return []
+    line = few_tokens(most, {linear.site.name: linear.width for linear in linears(model, spec.modules)})
+    return [line] if line else []
+
+
 def estimate(run: Run, model: Any, examples: Sequence[Encoded], reference: Sequence[Sequence[int]] = ()) -> Estimate:
     """Return what a run would take.
 
@@ -272,7 +282,9 @@ def tell(run: Run, say: Callable[[str], None]) -> None:
     check_course(run, pools, examples)
     lines = [*run.task.remarks, *data.remarks, *told(survey(rows, examples, pools.harmful()))]
     reference = [chat.prompt_ids(row.prompt) for row in pools.get("harmful", "reference")]
-    found = estimate(run, skeleton(folder.path), examples, reference)
+    model = skeleton(folder.path)
+    found = estimate(run, model, examples, reference)
+    lines += _few(run, model, reference)
     words = words_of(run, rows, lines.append)
     suites = chosen(run, pools, data, lines.append)
     asked = evaluation_rows(run, pools, data, words) | suite_rows(run, suites)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from cwac_lab.core import recipes
 from cwac_lab.core.cache import digest, read_json, reading, write_json
 from cwac_lab.defenses.cwac.subspace.coverage import covered, covered_by_part
 from cwac_lab.defenses.cwac.subspace.parts import Parts, parts_of
-from cwac_lab.defenses.cwac.subspace.spec import SubspaceSpec
+from cwac_lab.defenses.cwac.subspace.spec import Subspace, SubspaceSpec
 from cwac_lab.defenses.interface import Context
 from cwac_lab.evaluation.generate import answers
 from cwac_lab.models.chat import ChatFormat
@@ -40,6 +40,38 @@ def texts(held: References, spec: SubspaceSpec) -> tuple[list[list[int]], list[P
         if answered[: len(found[at])] == found[at]:  # not where the prompt had to be cut for the answer
             found[at] = answered
     return found, parts
+
+
+def surely_free(texts: list[list[int]], parts: list[Parts], spec: SubspaceSpec, subspace: Subspace) -> str:
+    """Return a line where texts have fewer tokens than a layer has inputs; empty where not, or with a fixed rank.
+
+    Args:
+        texts: What the subspace is built from, as token ids.
+        parts: Their parts.
+        spec: How it is built.
+        subspace: The subspace.
+    """
+    openings = {tuple(ids[: each.opening]) for ids, each in zip(texts, parts, strict=True)}
+    tokens = sum(len(ids) - each.opening for ids, each in zip(texts, parts, strict=True)) + sum(map(len, openings))
+    return few_tokens(tokens, {name: span.width for name, span in subspace.spans.items()}) if spec.rank is None else ""
+
+
+def few_tokens(tokens: int, widths: Mapping[str, int]) -> str:
+    """Return a line where reference prompts have fewer tokens than a layer has inputs; empty where not.
+
+    A token protects one direction at most. So what is free there is free at any energy.
+
+    Args:
+        tokens: How many, those of an opening once.
+        widths: How many inputs the layers have, by site; experts read a part of the tokens, and are told apart.
+    """
+    width = max((width for name, width in widths.items() if ".experts." not in name), default=0)
+    if tokens >= width:
+        return ""
+    return (
+        f"the reference prompts have {tokens} tokens, the widest layer {width} inputs: {width - tokens} directions of "
+        "it are free at any energy; more prompts protect more (data.harmful.reference)"
+    )
 
 
 def shares(
