@@ -70,7 +70,8 @@ def few_tokens(tokens: int, widths: Mapping[str, int]) -> str:
         return ""
     return (
         f"the reference prompts have {tokens} tokens, the widest layer {width} inputs: {width - tokens} directions of "
-        "it are free at any energy; more prompts protect more (data.harmful.reference)"
+        "it are free at any energy; more prompts protect more (data.harmful.reference, data.reference=all, "
+        "constraint.weight.held_on=both)"
     )
 
 
