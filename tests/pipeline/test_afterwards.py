@@ -21,7 +21,7 @@ DRIFT = "diagnostics.enabled=true"
 # What may be asked for without another key; each is tried below, that of general ability in test_ability.py, or nothing
 # is made of it after training.
 ASKED = {"diagnostics.enabled", "diagnostics.every_n_steps", "diagnostics.n_prompts", "evaluation.judges"}
-ASKED |= {"evaluation.every_n_steps", "evaluation.watched"}
+ASKED |= {"evaluation.every_n_steps", "evaluation.watched", "evaluation.words_rates"}
 ASKED |= {"trainer.export", "logger.wandb", "export.push", "export.private"}
 ASKED |= {f"evaluation.{name}" for name in ("perplexity", "plain_text", "lm_eval", "lm_eval_limit", "lm_eval_tasks")}
 ASKED |= {f"evaluation.endpoint.{each.name}" for each in fields(EndpointConfig)}
@@ -76,6 +76,13 @@ def test_every_setting_that_is_in_no_key_is_accounted_for():
         key for key in flat(resolved) if any(key == path or key.startswith(f"{path}.") for path in INCIDENTAL)
     }
     assert incidental == ASKED | NOTHING
+
+
+def test_a_run_that_was_not_asked_behind_words_of_rows_says_so(again, capsys):
+    config = again(0).path / "config.json"  # it was: nothing is lacking
+    config.write_text(config.read_text().replace('"words_rates": true', '"words_rates": false'))
+    capsys.readouterr()
+    assert "has no rates behind words that rows begin with (evaluation.words_rates=true)" in told(capsys, again, 0)
 
 
 def test_a_model_that_was_not_kept_is_told(again, capsys):

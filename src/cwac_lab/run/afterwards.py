@@ -52,8 +52,11 @@ def catch_up(
     asked = {store.MODEL: "trainer.export=true", store.ADAPTER: f"tuning.save={run.tuning.save}"}
     lacking += [f"{name}/ ({asked[name]})" for name in saved if not folder.has(name)]
     lacking += _system(run, begin, metrics)
+    recorded = folder.config().get("evaluation", {})
+    if run.finetune and run.evaluation.words_rates and not recorded.get("words_rates", True):
+        lacking.append("rates behind words that rows begin with (evaluation.words_rates=true)")
     every = run.evaluation.every_n_steps
-    if run.finetune and every and folder.config().get("evaluation", {}).get("every_n_steps", 0) != every:
+    if run.finetune and every and recorded.get("every_n_steps", 0) != every:
         lacking.append(f"{store.COURSE} of every {every} steps, which is taken while a model is trained")
     lacking += ask_more(run, folder, begin, suites, metrics, say)
     if run.finetune and run.diagnostics.enabled:
